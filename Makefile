@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but python3 (3.10 or newer) and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint schema clean
+
+demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two CPU cores
+	$(BIN)/distillab train quickstart --resume
+
+test: .venv/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev  ## formatting, lint rules, types, and the recipe schema
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/distillab schema | diff recipes/schema.json -
+
+schema: .venv/.installed  ## write recipes/schema.json again after a change of config.py
+	$(BIN)/distillab schema > recipes/schema.json
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $@ .venv/.installed

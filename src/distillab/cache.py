@@ -1,0 +1,74 @@
+"""磁盘缓存：放在哪里，以及怎样让「写到一半被杀」与「两个进程同时写」都不留下坏东西。"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distillab.errors import DistillabError
+
+
+def cache_dir() -> Path:
+    """缓存根目录。
+
+    Returns:
+        环境变量 ``DISTILLAB_CACHE`` 所指，没有设置则是 ``~/.cache/distillab``；不保证已存在。
+    """
+    configured = os.environ.get("DISTILLAB_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "distillab"
+
+
+def file_sha256(path: Path) -> str:
+    """文件内容的 sha256。
+
+    Args:
+        path: 已存在的文件。
+
+    Returns:
+        64 位小写十六进制。
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def build_dir(target: Path) -> Iterator[Path]:
+    """在 ``target`` 旁边的临时目录里构建，成功后一次 rename 到位。
+
+    ``target`` 要么不存在，要么完整：中途出错会清掉临时目录；中途被杀只留下一个名字不同、
+    没有人会去读的临时目录。
+
+    Args:
+        target: 最终的目录；别的进程抢先建好了，就用它的，丢掉自己这份。
+
+    Yields:
+        空的临时目录。
+
+    Raises:
+        DistillabError: 缓存目录不可写。
+    """
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise DistillabError(
+            f"cannot write to the cache at {target.parent}: {error.strerror}; "
+            f"set DISTILLAB_CACHE to a writable directory"
+        ) from error
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

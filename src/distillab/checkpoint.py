@@ -1,0 +1,211 @@
+"""一次训练能从什么地方接着来：完整的检查点、``best``、写到一半被杀也不留下坏文件。
+
+``checkpoints/step-00000100/`` 是 Accelerate 保存的状态（学生、optimizer、scheduler、随机数）
+加上 ``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from .config import TrainingConfig
+from .errors import DistillabError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STATE_FILE = "trainer_state.json"
+WEIGHTS_FILE = "model.safetensors"
+BEST = "best"
+
+
+@dataclass
+class TrainerState:
+    """训练走到了哪里；存进检查点的 JSON。
+
+    Attributes:
+        current_epoch: 第几轮，从 0 起。
+        current_step: 已走的 optimizer 步数（含跳过的）。
+        batches_in_epoch: 本轮里每个进程已用掉的 micro-batch 数。
+        tokens: 已训练的 response token 数，所有进程合计。
+        seconds: 训练用时，不含验证与存盘。
+        best_val_loss: 至今最低的验证交叉熵，nat/token。
+        best_step: 它在哪一步。
+        skipped_steps: 因非有限值而跳过的步数。
+        skipped_in_a_row: 其中最近连续的步数。
+        interval: 上次记录以来的总和，下一行 metrics 由它得出。
+    """
+
+    current_epoch: int = 0
+    current_step: int = 0
+    batches_in_epoch: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    interval: dict[str, float] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, directory: Path, state: TrainerState, config: TrainingConfig
+) -> Path:
+    """把完整状态写进 ``directory/step-N``，再删去多余的旧检查点。所有进程都要调用。
+
+    Args:
+        accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
+        directory: 检查点目录。
+        state: 训练进度。
+        config: 训练超参数；``max_checkpoints`` 决定留几个。
+
+    Returns:
+        检查点的路径。
+    """
+    target = directory / f"step-{state.current_step:08d}"
+
+    def write(temporary: Path) -> None:
+        accelerator.save_state(str(temporary), safe_serialization=True)
+        _write_state(temporary, state, config, accelerator.is_main_process)
+
+    _write_then_rename(accelerator, target, write)
+    if accelerator.is_main_process:
+        for old in checkpoints(directory)[: -config.max_checkpoints]:
+            shutil.rmtree(old)
+    return target
+
+
+def save_best(
+    accelerator: Accelerator,
+    module: nn.Module,
+    directory: Path,
+    state: TrainerState,
+    config: TrainingConfig,
+) -> None:
+    """把学生的权重写进 ``directory/best``，替换原来的。所有进程都要调用。"""
+
+    def write(temporary: Path) -> None:
+        accelerator.save_model(module, str(temporary), max_shard_size="1TB")
+        _write_state(temporary, state, config, accelerator.is_main_process)
+
+    _write_then_rename(accelerator, directory / BEST, write)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """``directory`` 里完整的检查点，由旧到新；写到一半的不算。"""
+    return sorted(directory.glob("step-" + "[0-9]" * 8))
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> TrainerState:
+    """恢复 ``save_checkpoint`` 存下的一切。
+
+    Raises:
+        DistillabError: 文件缺失或损坏，或形状与当前模型不符。
+    """
+    state = read_state(path)
+    if not list(path.glob("*.safetensors*")):
+        raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
+    random_states = path / f"random_states_{accelerator.process_index}.pkl"
+    if not random_states.is_file():
+        raise DistillabError(f"{path}: damaged checkpoint: {random_states.name} is missing")
+    _load(path, lambda: accelerator.load_state(str(path)))
+    return state
+
+
+def load_student(student: nn.Module, path: Path) -> TrainerState:
+    """只把学生的权重从检查点（或 ``best``）读进 ``student``。
+
+    Args:
+        student: 结构与保存时相同的模型。
+        path: 检查点目录。
+
+    Returns:
+        检查点的训练进度。
+
+    Raises:
+        DistillabError: 没有检查点、文件损坏，或形状与 ``student`` 不符。
+    """
+    state = read_state(path)
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
+    holder = nn.Module()
+    holder.student = student  # 检查点存的是 DistillationModule，权重名带 student. 前缀
+    _load(path, lambda: load_model(holder, weights))
+    return state
+
+
+def read_state(path: Path) -> TrainerState:
+    """读 ``trainer_state.json``。
+
+    Raises:
+        DistillabError: 不是检查点，或文件损坏。
+    """
+    try:
+        values = json.loads((path / STATE_FILE).read_text())["state"]
+        return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
+    except FileNotFoundError:
+        raise DistillabError(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError):
+        raise DistillabError(f"{path}: damaged checkpoint: {STATE_FILE} is not readable") from None
+
+
+def _load(path: Path, load: Callable[[], Any]) -> None:
+    try:
+        load()
+    except (SafetensorError, OSError, EOFError, KeyError, ValueError) as error:
+        raise DistillabError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
+    except RuntimeError as error:  # torch 对形状不符与损坏的 zip 都报 RuntimeError
+        text = str(error)
+        if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
+            detail = next(
+                (line.strip() for line in text.splitlines()[1:] if line.strip()), text
+            )
+            raise DistillabError(f"{path}: holds another model: {detail}") from None
+        raise DistillabError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _write_state(
+    directory: Path, state: TrainerState, config: TrainingConfig, is_main_process: bool
+) -> None:
+    if is_main_process:
+        values = {"state": asdict(state), "training_config": config.model_dump(mode="json")}
+        (directory / STATE_FILE).write_text(json.dumps(values, indent=1))
+
+
+def _write_then_rename(
+    accelerator: Accelerator, target: Path, write: Callable[[Path], None]
+) -> None:
+    """写进临时目录，落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。"""
+    temporary = target.with_name(f".{target.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    write(temporary)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():  # 目录不能原子地替换，文件可以
+            for file in sorted(temporary.iterdir()):
+                file.replace(target / file.name)
+            temporary.rmdir()
+        else:
+            temporary.rename(target)
+    accelerator.wait_for_everyone()

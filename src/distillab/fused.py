@@ -1,0 +1,128 @@
+"""从 hidden state 与 head 直接算出损失和梯度：按行分块，``[P, V]`` 从不整个存在。
+
+每块在前向时就把梯度算完：四次 head 大小的矩阵乘（学生 logits、教师 logits、对 hidden 的梯度、
+对 weight 的梯度），没有一次重算；反向只乘上游梯度。数学在 ``losses.py``。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .config import LossConfig
+from .losses import LossSums, distillation_loss
+from .targets import Head, HiddenTargets
+
+CHUNK_BYTES = 64 * 2**20
+"""一块 float32 logits 的大小；块内同时存在的同样大小的张量约五个。"""
+
+
+def row_chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+    """把 ``rows`` 行切成每块 logits 不超过 ``CHUNK_BYTES`` 的切片。"""
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    labels: Tensor,
+    targets: HiddenTargets | None,
+    loss: LossConfig,
+) -> LossSums:
+    """``losses.distillation_loss`` 的分块版本，值与梯度相同。
+
+    logits 以 float32 计算；梯度只在进入矩阵乘时取整到计算精度（autocast 的 dtype，或 hidden 的
+    dtype）。``P = 0`` 时损失为 0 而仍有计算图。
+
+    Args:
+        student_hidden: ``[P, H_s]``。
+        student_head: 学生的 head，``weight [V, H_s]``。
+        labels: ``[P]``，int64。
+        targets: 教师的 ``[P, H_t]`` 与 head；``alpha`` 为 0 时不看，可以是 ``None``。
+        loss: 目标函数。
+
+    Returns:
+        ``LossSums``；``total`` 对 ``student_hidden``、``student_head`` 的 weight 与 bias 可导。
+
+    Raises:
+        ValueError: ``alpha > 0`` 而没有 ``targets``，或两个 head 的词表不同。
+    """
+    if loss.alpha == 0:
+        targets = None
+    elif targets is None:
+        raise ValueError(f"loss.alpha={loss.alpha:g} needs teacher targets")
+    elif len(targets.head.weight) != len(student_head.weight):
+        raise ValueError(
+            f"teacher head has {len(targets.head.weight)} rows, student head has "
+            f"{len(student_head.weight)}; cut both to the shared vocabulary"
+        )
+    return LossSums(
+        *_FusedLoss.apply(
+            student_hidden, student_head.weight, student_head.bias, student_head, labels, targets, loss
+        )
+    )
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        labels: Tensor,
+        targets: HiddenTargets | None,
+        loss: LossConfig,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        compute = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+        d_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
+        sums = torch.zeros(3, device=hidden.device)
+        with torch.autocast(device, enabled=False):
+            weight_32, weight_compute = weight.float(), weight.to(compute)
+            if targets is not None:
+                teacher = targets.head
+                teacher = Head(teacher.weight.float(), teacher.bias, teacher.scale, teacher.softcap)
+            for rows in row_chunks(len(hidden), len(weight)):
+                product = hidden[rows].float() @ weight_32.T
+                teacher_logits = None if targets is None else teacher.logits(targets.hidden[rows])
+                with torch.enable_grad():
+                    product.requires_grad_()
+                    part = distillation_loss(
+                        head.finish(product), teacher_logits, labels[rows], loss
+                    )
+                    (d_product,) = torch.autograd.grad(part.total, product)
+                sums += torch.stack([part.total.detach(), part.divergence, part.cross_entropy])
+                if d_bias is not None:
+                    d_bias += d_product.sum(0)
+                d_product = d_product.to(compute)
+                if d_hidden is not None:
+                    d_hidden[rows] = (d_product @ weight_compute).to(hidden.dtype)
+                if d_weight is not None:
+                    d_weight += d_product.T @ hidden[rows].to(compute)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.weight_dtype = weight.dtype
+        total, divergence, cross_entropy = sums.unbind()
+        ctx.mark_non_differentiable(divergence, cross_entropy)
+        return total.clone(), divergence.clone(), cross_entropy.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = (
+            None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors
+        )
+        if d_weight is not None:
+            d_weight = d_weight.to(ctx.weight_dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None

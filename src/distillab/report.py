@@ -1,0 +1,120 @@
+"""把运行目录变成给人看的东西；只读运行目录里的文件，不导入 torch。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+MODELS = {
+    "teacher": "teacher",
+    "student_before": "student before",
+    "student_after": "student after",
+}
+
+
+def plot_run(run_dir: Path) -> list[Path]:
+    """画出损失与困惑度曲线。
+
+    Args:
+        run_dir: 运行目录，要有 ``metrics.jsonl``。
+
+    Returns:
+        写下的 PNG：``plots/loss.png`` 与 ``plots/perplexity.png``。
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    train = [row for row in rows if row["kind"] == "train" and "loss" in row]
+    validation = [row for row in rows if row["kind"] == "validation"]
+    reference = {row["model"]: row for row in rows if row["kind"] == "reference"}
+    written = []
+    for name, draw, data in (
+        ("loss", _draw_loss, train),
+        ("perplexity", _draw_perplexity, validation),
+    ):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw(axes, data, reference)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{run_dir.name}: {name}", loc="left", fontweight="bold")
+        path = run_dir / "plots" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _draw_loss(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    tokens = [row["tokens"] for row in rows]
+    labels = {"loss": "training loss", "divergence": "divergence", "cross_entropy": "cross-entropy"}
+    for key, label in labels.items():
+        values = [row[key] for row in rows]
+        if any(values):  # alpha 为 0 或 1 时有一项不计算
+            axes.plot(tokens, values, label=label, linewidth=2 if key == "loss" else 1.2)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False)
+
+
+def _draw_perplexity(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    tokens, values = [row["tokens"] for row in rows], [row["perplexity"] for row in rows]
+    axes.plot(tokens, values, marker="o", label="student (validation)")
+    if values:
+        axes.annotate(f"{values[-1]:.1f}", (tokens[-1], values[-1]), xytext=(0, 8),
+                      textcoords="offset points", ha="center")  # fmt: skip
+    if "teacher" in reference:
+        value = reference["teacher"]["perplexity"]
+        axes.axhline(value, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(f"teacher {value:.1f}", (0, value), xytext=(4, 4),
+                      xycoords=("axes fraction", "data"), textcoords="offset points",
+                      color="gray")  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("perplexity (log scale)")
+    axes.legend(frameon=False)
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """训练结束时的表：教师、训练前、训练后。
+
+    Args:
+        summary: ``summary.json`` 的内容。
+
+    Returns:
+        rich 的 ``Table``，80 列放得下。
+    """
+    from rich.table import Table
+
+    table = Table(title=f"{summary['name']}: validation", title_justify="left")
+    for column in ("model", "parameters", "perplexity", "CE nats/token", "KL to teacher", "top-1"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for key, label in MODELS.items():
+        metrics = summary.get(key)
+        if metrics is None:
+            continue
+        kl, top1 = metrics["kl"], metrics["top1_agreement"]
+        table.add_row(
+            label,
+            f"{summary['parameters']['teacher' if key == 'teacher' else 'student'] / 1e6:.1f}M",
+            f"{metrics['perplexity']:,.1f}",
+            f"{metrics['cross_entropy']:.3f}",
+            "-" if kl is None else f"{kl:.3f}",
+            "-" if top1 is None else f"{top1:.1%}",
+        )
+    table.caption_justify = "left"
+    table.caption = (
+        f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s of training, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    return table

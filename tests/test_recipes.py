@@ -1,0 +1,171 @@
+"""配方文件：extends、覆盖、原样再读，以及每种错误印出的那一行。"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distillab.errors import DistillabError
+from distillab.recipes import (
+    differences,
+    dump_recipe,
+    load_recipe,
+    recipe_schema,
+    shipped_recipes,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+BASE = "teacher: {path: t}\ndata: {source: text.txt}\n"
+
+
+def message(*arguments):
+    with pytest.raises(DistillabError) as caught:
+        load_recipe(*arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_every_shipped_recipe_loads_is_short_and_names_the_schema():
+    recipes = shipped_recipes()
+    assert set(recipes) == {"quickstart", "wiki-zh", "qwen3-chat"}
+    for name, path in recipes.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[0] == "# yaml-language-server: $schema=schema.json"
+        assert len(lines) <= 50
+        assert load_recipe(name).description
+
+
+def test_wiki_zh_is_the_documented_experiment():
+    recipe = load_recipe("wiki-zh")
+    assert recipe.teacher.path == "Qwen/Qwen2.5-0.5B"
+    assert recipe.teacher.dtype == "float16"
+    assert recipe.student.config.model_dump() == {
+        "hidden_size": 512, "num_layers": 12, "num_heads": 8, "num_kv_heads": 2,
+        "intermediate_size": 2048, "vocab_size": 151936, "max_seq_len": 512,
+        "rope_theta": 1e6, "norm_eps": 1e-6, "dropout": 0.0,
+    }  # fmt: skip
+    assert (recipe.loss.alpha, recipe.loss.temperature) == (0.5, 2.0)
+    assert (recipe.data.subset, recipe.data.size_mb) == ("20231101.zh", 50)
+
+
+def test_child_states_only_its_difference_and_mappings_merge(write):
+    write("base.yaml", BASE + "description: parent\ntrain: {batch_size: 2, seed: 7}\n")
+    child = load_recipe(write("child.yaml", "extends: base.yaml\ntrain: {batch_size: 3}\n"))
+    assert (child.train.batch_size, child.train.seed) == (3, 7)
+    assert (child.name, child.description) == ("child", "")
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(write):
+    path = write("r.yaml", BASE + "train: {learning_rate: 1.0e-3}\n")
+    overrides = ["train.learning_rate=3e-4", "train.learning_rate=2e-4", "evaluate.prompts=[a, b]"]
+    recipe = load_recipe(path, overrides)
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.evaluate.prompts == ["a", "b"]
+
+
+def test_scientific_notation_without_a_dot_is_a_number(write):
+    assert load_recipe(write("r.yaml", BASE + "train: {learning_rate: 3e-4}\n")).train.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wiki-zh", "qwen3-chat"])
+def test_resolved_recipe_reads_back_the_same_and_can_still_be_overridden(write, name):
+    recipe = load_recipe(name)
+    saved = write("recipe.yaml", dump_recipe(recipe))
+    assert load_recipe(saved) == recipe
+    assert list(differences(load_recipe(saved, ["loss.alpha=0"]), recipe)) == [
+        ("loss.alpha", 0.0, recipe.loss.alpha),
+        ("train.alpha", 0.0, recipe.loss.alpha),
+    ]
+
+
+def test_schema_file_is_current_and_knows_every_key():
+    schema = recipe_schema()
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == schema
+    assert set(schema["properties"]) == {
+        "extends", "name", "description", "student", "teacher", "data", "loss", "train", "evaluate",
+    }  # fmt: skip
+    assert schema["$defs"]["ModelSource"]["additionalProperties"] is False
+
+
+def test_unknown_name_suggests_the_nearest_recipe():
+    assert message("quickstrat") == "no recipe named 'quickstrat'; did you mean 'quickstart'?"
+
+
+def test_missing_file_is_named():
+    assert message("nowhere/x.yaml") == "nowhere/x.yaml: no such recipe file"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {learning_rat: 1}", "{}: unknown key 'train.learning_rat'; did you mean 'learning_rate'?"),
+        ("trian: {}", "{}: unknown key 'trian'; did you mean 'train'?"),
+        ("train: {batch_size: two}", "{}: train.batch_size: found 'two', expected integer"),
+        ("train: {batch_size: 0}", "{}: train.batch_size: found 0, expected greater than 0"),
+        ("train: {batch_size: true}", "{}: train.batch_size: found True, expected integer"),
+        ("train: {learning_rate: .inf}", "{}: train.learning_rate: found inf, expected a finite number"),
+        ("train: {precision: fp8}", "{}: train.precision: found 'fp8'; choose from bf16, fp16, fp32"),
+        ("loss: {divergence: forward-kl}", "{}: loss.divergence: found 'forward-kl'; did you mean 'forward_kl'?"),
+        ("loss: {beta: 0.5}", "{}: loss: beta belongs to jsd, but divergence is forward_kl"),
+        ("loss: 3", "{}: loss: found 3, expected a mapping with keys divergence, alpha, temperature, beta, skew"),
+        ("student: {init: {from: teacher, layer: 3}}", "{}: unknown key 'student.init.layer'; did you mean 'layers'?"),
+        ("teacher: null", "{}: loss.alpha=0.5 needs a teacher: set teacher.path, or loss.alpha to 0"),
+        ("student: {config: {num_heads: 7}}", "{}: student.config: hidden_size=512 is not divisible by num_heads=7"),
+    ],
+)  # fmt: skip
+def test_invalid_values_end_in_one_line_naming_file_key_and_choice(write, text, expected):
+    key = text.partition(":")[0]
+    base = "\n".join(line for line in BASE.splitlines() if not line.startswith(key))
+    path = write("r.yaml", f"{base}\n{text}\n")
+    assert message(path) == expected.format(path)
+
+
+def test_error_names_the_file_that_set_the_key(write):
+    parent = write("base.yaml", BASE + "train: {batch_size: -1}\n")
+    child = write("child.yaml", "extends: base.yaml\ntrain: {seed: 1}\n")
+    assert message(child).startswith(f"{parent}: train.batch_size: found -1")
+    assert message(child, ["train.batch_size=-2"]).startswith("--set: train.batch_size: found -2")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "empty; a recipe needs at least data.source"),
+        ("- a\n- b\n", "found a list, expected a mapping"),
+        ("train: {batch_size: [1,\n", "not valid YAML"),
+        (BASE + "data: {source: y}\n", ":3: not valid YAML: key 'data' is given twice"),
+        ("teacher: {path: t}\n", "key 'data' is required"),
+        ("extends: bse.yaml\n", "extends: no file bse.yaml; did you mean 'base.yaml'?"),
+        ("extends: [a]\n", "extends: found ['a'], expected one file name"),
+    ],
+)
+def test_unreadable_recipes_say_why(write, text, expected):
+    write("base.yaml", BASE)
+    assert expected in message(write("r.yaml", text))
+
+
+def test_recipe_that_extends_itself_is_refused(write):
+    write("a.yaml", "extends: b.yaml\n")
+    assert "extends itself" in message(write("b.yaml", "extends: a.yaml\n"))
+
+
+def test_binary_file_is_not_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in message(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("override", ["train.learning_rate", "=3", "train..seed=1", "train.seed=[1"])
+def test_malformed_overrides_are_refused(override):
+    assert message("quickstart", [override]).startswith(f"--set {override}: ")
