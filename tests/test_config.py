@@ -103,11 +103,18 @@ def recipe(**sections):
         ({"teacher": None}, r"loss\.alpha=0\.5 needs a teacher"),
         ({"teacher": None, "loss": {"alpha": 0.0}}, "set student.tokenizer"),
         (
-            {"teacher": None, "loss": {"alpha": 0.0}, "student": {"init": {"from": "teacher", "layers": 2}}},
+            {
+                "teacher": None,
+                "loss": {"alpha": 0.0},
+                "student": {"init": {"from": "teacher", "layers": 2}},
+            },
             "student.init.from=teacher needs teacher.path",
         ),
         ({"student": {"path": "a", "config": {}}}, "path and config disagree"),
-        ({"student": {"path": "a", "init": {"from": "teacher", "layers": 2}}}, "path and init disagree"),
+        (
+            {"student": {"path": "a", "init": {"from": "teacher", "layers": 2}}},
+            "path and init disagree",
+        ),
         ({"student": {"init": {"from": "teacher"}}}, r"init needs layers, or config\.num_layers"),
         (
             {"student": {"init": {"from": "teacher", "layers": 2}, "config": {"num_layers": 3}}},
@@ -115,13 +122,22 @@ def recipe(**sections):
         ),
         ({"student": {"sha256": "0" * 64}}, "belong to student.path"),
         (
-            {"student": {"config": {"max_seq_len": 64}}, "data": {"source": "x", "max_seq_len": 65}},
+            {
+                "student": {"config": {"max_seq_len": 64}},
+                "data": {"source": "x", "max_seq_len": 65},
+            },
             r"data\.max_seq_len=65 is above student\.config\.max_seq_len=64",
         ),
         ({"train": {"max_steps": 10, "warmup_steps": 10}}, "leaves nothing of train.max_steps=10"),
-        ({"train": {"min_learning_rate": 1.0}}, "min_learning_rate=1 is above learning_rate=0.0003"),
+        (
+            {"train": {"min_learning_rate": 1.0}},
+            "min_learning_rate=1 is above learning_rate=0.0003",
+        ),
         ({"train": {"betas": [0.9, 1.0]}}, "must lie in"),
-        ({"loss": {"alpha": 0.3}, "train": {"alpha": 0.4}}, r"loss\.alpha=0\.3 and train\.alpha=0\.4 disagree"),
+        (
+            {"loss": {"alpha": 0.3}, "train": {"alpha": 0.4}},
+            r"loss\.alpha=0\.3 and train\.alpha=0\.4 disagree",
+        ),
         ({"name": "../x"}, "pattern"),
     ],
 )
@@ -137,7 +153,9 @@ def test_alpha_and_temperature_mean_the_same_in_loss_and_train(section):
     assert (found.loss.temperature, found.train.temperature) == (3.0, 3.0)
 
 
-@pytest.mark.parametrize("module", ["distillab", "distillab.cli", "distillab.recipes", "distillab.report"])
+@pytest.mark.parametrize(
+    "module", ["distillab", "distillab.cli", "distillab.recipes", "distillab.report"]
+)
 def test_importing_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

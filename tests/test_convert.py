@@ -20,13 +20,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from distillab.card import model_card
 from distillab.config import ModelConfig
 from distillab.convert import (
     config_from_hf,
     evenly_spaced_layers,
     export_student,
     from_hf,
-    model_card,
     student_from_teacher,
     to_hf_state_dict,
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
@@ -74,6 +74,7 @@ def test_top_k_keeps_the_same_tokens_as_transformers(rows: list[list[float]], k:
 
 
 @given(ROWS, st.floats(0.01, 1.0) | st.sampled_from([0.25, 0.5, 0.75, 1.0]))
+@example([[0.0] * 4], 0.75)  # 累计概率恰好等于 1 - p
 @settings(max_examples=200, deadline=None)
 def test_top_p_keeps_the_same_tokens_as_transformers(rows: list[list[float]], p: float) -> None:
     logits = torch.tensor(rows)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillab.config import LossConfig
-from distillab.fused import fused_distillation_loss
+from distillab.fused import CHUNK_BYTES, fused_distillation_loss
 from distillab.losses import distillation_loss, divergence
 from distillab.targets import Head, HiddenTargets
 
@@ -183,7 +183,7 @@ class HeadCase:
 @pytest.mark.parametrize("chunk_rows", [1, 8, 1000])
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.temperature == 2.0], ids=str)
 def test_chunked_loss_equals_the_dense_one_in_value_and_gradient(loss, chunk_rows, monkeypatch):
-    monkeypatch.setattr("distillab.fused.CHUNK_BYTES", chunk_rows * 50 * 4)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk_rows * 50 * 4)
     case = HeadCase()
     found = case.loss_and_gradients(fused_distillation_loss, loss)
     expected = case.loss_and_gradients(HeadCase.dense, loss)

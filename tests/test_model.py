@@ -1,5 +1,7 @@
 """学生模型自身的性质；与 transformers 的逐数对照在 ``parity/``。"""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -134,6 +136,46 @@ def test_padding_on_either_side_gives_the_same_result_as_none(
     assert not hidden.isnan().any()
     real = hidden[:, 4:] if side == "left" else hidden[:, :9]
     torch.testing.assert_close(real, plain, atol=1e-5, rtol=0)
+
+
+def test_padding_in_the_middle_does_not_shift_positions(student: StudentModel) -> None:
+    ids = tokens(1, 9)
+    gap = torch.zeros(1, 4, dtype=torch.long)
+    padded = torch.cat((ids[:, :5], gap, ids[:, 5:]), 1)
+    mask = torch.cat((torch.ones(1, 5), gap, torch.ones(1, 4)), 1).long()
+    plain, cache = student(ids), student.new_cache()
+    torch.testing.assert_close(student(padded, mask)[mask.bool()][None], plain, atol=1e-5, rtol=0)
+    student(padded[:, :9], mask[:, :9], cache)  # 右填充的提示，之后接着生成
+    torch.testing.assert_close(student(padded[:, 9:], mask, cache), plain[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_every_query_sees_some_key_so_that_no_kernel_can_give_nan(
+    student: StudentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, attend = [], nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        masks.append(kwargs["attn_mask"])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    student(tokens(2, 5), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]))
+    assert len(masks) == student.config.num_layers
+    assert all(mask.any(-1).all() for mask in masks)
+
+
+def test_unpadded_input_takes_the_causal_fast_path(
+    student: StudentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, attend = [], nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((kwargs["attn_mask"], kwargs["is_causal"], kwargs["enable_gqa"]))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    student(tokens(2, 5))
+    assert set(calls) == {(None, True, True)}
 
 
 def test_gradients_through_left_padding_are_finite(student: StudentModel) -> None:

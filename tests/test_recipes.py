@@ -76,7 +76,10 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(write):
 
 
 def test_scientific_notation_without_a_dot_is_a_number(write):
-    assert load_recipe(write("r.yaml", BASE + "train: {learning_rate: 3e-4}\n")).train.learning_rate == 3e-4
+    assert (
+        load_recipe(write("r.yaml", BASE + "train: {learning_rate: 3e-4}\n")).train.learning_rate
+        == 3e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["quickstart", "wiki-zh", "qwen3-chat"])
@@ -166,6 +169,8 @@ def test_binary_file_is_not_a_recipe(tmp_path):
     assert "not UTF-8 text" in message(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize("override", ["train.learning_rate", "=3", "train..seed=1", "train.seed=[1"])
+@pytest.mark.parametrize(
+    "override", ["train.learning_rate", "=3", "train..seed=1", "train.seed=[1"]
+)
 def test_malformed_overrides_are_refused(override):
     assert message("quickstart", [override]).startswith(f"--set {override}: ")

@@ -1,6 +1,7 @@
 """来源的写法、下载与校验，以及预训练模型从哪里读。"""
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import torch
 
 from distillab.cache import build_dir, cache_dir, file_sha256
 from distillab.errors import DistillabError
-from distillab.pretrained import load_pretrained, resolve_model
+from distillab.pretrained import hub_is_reachable, load_pretrained, resolve_model
 from distillab.sources import fetch, parse_source
 
 NAME = "pypi:tiny-parts==1.0/tiny_parts/data/words.txt"
@@ -191,9 +192,13 @@ def test_processes_that_race_both_get_a_complete_directory(tmp_path):
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), build_dir(tmp_path / "built") as directory:
-        (directory / "half").write_text("")
-        raise KeyError
+    def build() -> None:
+        with build_dir(tmp_path / "built") as directory:
+            (directory / "half").write_text("")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        build()
     assert not any(tmp_path.iterdir())
 
 
@@ -325,6 +330,16 @@ def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
     with pytest.raises(DistillabError) as info:
         load_pretrained("Nobody/Nothing-0B", dtype=torch.float32)
     assert str(info.value) == expected
+
+
+def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        assert hub_is_reachable()
+    assert not hub_is_reachable()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from distillab.errors import DistillabError
 from distillab.qwen_ranks import qwen_tokenizer_dir
@@ -34,8 +35,11 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def qwen(qwen_ranks):
-    return load_tokenizer(str(qwen_ranks))
+def qwen(qwen_ranks, tmp_path_factory):
+    """每次都重新建，不用上一版代码留在缓存里的。"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILLAB_CACHE", str(tmp_path_factory.mktemp("qwen")))
+        yield load_tokenizer(str(qwen_ranks))
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +71,15 @@ def test_qwen_ids_equal_tiktoken_on_real_articles(qwen, tiktoken_qwen, wiki_json
     ids = qwen(articles, add_special_tokens=False).input_ids
     assert ids == tiktoken_qwen.encode_ordinary_batch(articles)
     assert qwen.batch_decode(ids) == articles
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_file_alone_gives_the_same_ids(qwen, tiktoken_qwen, text):
+    # transformers 的 Qwen2Tokenizer 用自己的正则；别的程序读的是 tokenizer.json 里的这一份。
+    file = Path(qwen.name_or_path) / "tokenizer.json"
+    text = unicodedata.normalize("NFC", text)
+    ids = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+    assert ids == tiktoken_qwen.encode_ordinary(text)
 
 
 def test_qwen_text_is_composed_before_it_is_tokenised(qwen):
@@ -173,7 +186,6 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path):
 def test_the_separator_is_eos_where_there_is_no_endoftext(tmp_path, tiny_tokenizer):
     assert document_separator(tiny_tokenizer) == 397
     text = tiny_tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<|end|>")
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(
@@ -210,7 +222,6 @@ def test_the_fingerprint_changes_with_the_rules_and_the_special_tokens(tmp_path,
     seen.add(tokenizer_fingerprint(other))
     rules = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
     rules["model"]["merges"] = rules["model"]["merges"][:-1]
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     fewer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)))
@@ -231,12 +242,12 @@ def test_tokenizers_that_disagree_on_an_id_are_refused(tiny_tokenizer):
     student.add_tokens(["<a>", "<b>"])
     teacher.add_tokens(["<b>", "<a>"])
     with pytest.raises(
-        DistillabError, match="2 shared ids: id 400 is '<a>' .* '<b>' for the teacher"
+        DistillabError, match=r"2 shared ids: id 400 is '<a>' .* '<b>' for the teacher"
     ):
         shared_vocab_size(student, teacher)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_tokenizer):
     check_tokenizer_fits(tiny_tokenizer, 400, "student")
-    with pytest.raises(DistillabError, match="student has vocab_size 399, .* has 400 ids"):
+    with pytest.raises(DistillabError, match=r"student has vocab_size 399, .* has 400 ids"):
         check_tokenizer_fits(tiny_tokenizer, 399, "student")

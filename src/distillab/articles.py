@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distillab.cache import file_sha256
-from distillab.errors import DistillabError, nearest
-from distillab.pretrained import hub_is_reachable, one_line_errors
+from .cache import file_sha256
+from .errors import DistillabError, nearest
+from .pretrained import hub_is_reachable, one_line_errors
 
 TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
 

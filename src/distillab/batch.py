@@ -73,21 +73,17 @@ class Batch:
             )
 
     def __len__(self) -> int:
-        """response token 的个数 ``P``。"""
+        """Response token 的个数 ``P``。"""
         return len(self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """搬到 ``device``；两个视角是同一个对象时只搬一次。"""
         student = self.student.to(device, non_blocking)
-        teacher = (
-            student if self.teacher is self.student else self.teacher.to(device, non_blocking)
-        )
+        teacher = student if self.teacher is self.student else self.teacher.to(device, non_blocking)
         return Batch(student, teacher, self.labels.to(device, non_blocking=non_blocking))
 
 
-def collate_text(
-    items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None = None
-) -> Batch:
+def collate_text(items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None = None) -> Batch:
     """把等长的文本块拼成 ``Batch``，两个模型看同一个视角。
 
     Args:

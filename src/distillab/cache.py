@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distillab.errors import DistillabError
+from .errors import DistillabError
 
 
 def cache_dir() -> Path:

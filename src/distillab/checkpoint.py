@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -115,9 +116,11 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> TrainerState:
     state = read_state(path)
     if not list(path.glob("*.safetensors*")):
         raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
-    random_states = path / f"random_states_{accelerator.process_index}.pkl"
-    if not random_states.is_file():
-        raise DistillabError(f"{path}: damaged checkpoint: {random_states.name} is missing")
+    for name in (f"random_states_{accelerator.process_index}.pkl", "scheduler.bin"):
+        if not (path / name).is_file():
+            raise DistillabError(f"{path}: damaged checkpoint: {name} is missing")
+        if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
+            raise DistillabError(f"{path}: damaged checkpoint: {name} is not readable")
     _load(path, lambda: accelerator.load_state(str(path)))
     return state
 
@@ -168,9 +171,7 @@ def _load(path: Path, load: Callable[[], Any]) -> None:
     except RuntimeError as error:  # torch 对形状不符与损坏的 zip 都报 RuntimeError
         text = str(error)
         if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
-            detail = next(
-                (line.strip() for line in text.splitlines()[1:] if line.strip()), text
-            )
+            detail = next((line.strip() for line in text.splitlines()[1:] if line.strip()), text)
             raise DistillabError(f"{path}: holds another model: {detail}") from None
         raise DistillabError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
 

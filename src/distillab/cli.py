@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes).")
+    str,
+    typer.Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes)."),
 ]
 RunName = Annotated[str, typer.Argument(help="A run: its name under runs/, or its directory.")]
 Overrides = Annotated[
@@ -48,7 +49,6 @@ def train(
     exported model and summary.json.
 
     Examples:
-
       distillab train quickstart
 
       distillab train quickstart --set loss.alpha=0 --set name=quickstart-ce
@@ -111,7 +111,7 @@ def generate(
     from .run import load_generator
 
     generator = load_generator(model)
-    options = {
+    options: dict[str, Any] = {
         "strategy": strategy,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -121,7 +121,9 @@ def generate(
     }
     if len(prompt) == 1:
         print(prompt[0], end="", flush=True)
-        generator.generate(prompt[0], stream=lambda text: print(text, end="", flush=True), **options)
+        generator.generate(
+            prompt[0], stream=lambda text: print(text, end="", flush=True), **options
+        )
         print()
         return
     for text, completion in zip(prompt, generator.generate(prompt, **options), strict=True):
@@ -198,6 +200,7 @@ def _quiet_libraries() -> None:
     logger = logging.getLogger("distillab")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

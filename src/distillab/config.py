@@ -151,7 +151,9 @@ class StudentSection(_Section):
                         f"path and {key} disagree: a pretrained student brings its own; drop one"
                     )
         elif self.sha256 is not None or self.trust_remote_code:
-            raise ValueError("sha256 and trust_remote_code belong to student.path, which is not set")
+            raise ValueError(
+                "sha256 and trust_remote_code belong to student.path, which is not set"
+            )
         if self.init is not None and self.init.layers is None and self.config is None:
             raise ValueError("init needs layers, or config.num_layers")
         if (

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillab.articles import files_identity, read_files, read_hub, take_megabytes, text_files
-from distillab.batch import IGNORE_INDEX
-from distillab.cache import build_dir, cache_dir
-from distillab.errors import DistillabError
-from distillab.sources import fetch
-from distillab.tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
+from .articles import files_identity, read_files, read_hub, take_megabytes, text_files
+from .batch import IGNORE_INDEX
+from .cache import build_dir, cache_dir
+from .errors import DistillabError
+from .sources import fetch
+from .tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
 
 if TYPE_CHECKING:
     import datasets

@@ -58,7 +58,7 @@ def evaluation_sums(
     """
     sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
     sums[0] = len(labels)
-    for rows in row_chunks(len(hidden), len(head.weight)):
+    for rows in row_chunks(len(hidden), len(head.weight), hidden.device.type):
         log_q = F.log_softmax(head.logits(hidden[rows]), dim=-1)
         sums[1] += F.nll_loss(log_q, labels[rows], reduction="sum")
         if targets is not None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from .config import LossConfig
 from .losses import LossSums, distillation_loss
 from .targets import Head, HiddenTargets
 
-CHUNK_BYTES = 64 * 2**20
-"""一块 float32 logits 的大小；块内同时存在的同样大小的张量约五个。"""
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+"""一块 float32 logits 的大小，单位字节；块内同时存在的同样大小的张量约五个。
+
+CPU 上更大的块每次都要向系统要内存，缺页的时间比省下的多：1.02 s（64 MiB）对 0.71 s（16 MiB）。
+"""
 
 
-def row_chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+def row_chunks(rows: int, vocab_size: int, device: str) -> Iterator[slice]:
     """把 ``rows`` 行切成每块 logits 不超过 ``CHUNK_BYTES`` 的切片。"""
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    budget = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
+    size = max(1, budget // (4 * vocab_size))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -37,8 +42,8 @@ def fused_distillation_loss(
 ) -> LossSums:
     """``losses.distillation_loss`` 的分块版本，值与梯度相同。
 
-    logits 以 float32 计算；梯度只在进入矩阵乘时取整到计算精度（autocast 的 dtype，或 hidden 的
-    dtype）。``P = 0`` 时损失为 0 而仍有计算图。
+    logits 总是 float32；输入与梯度只在进入矩阵乘时取整到计算精度（autocast 的 dtype，或 hidden
+    的 dtype）。``P = 0`` 时损失为 0 而仍有计算图。
 
     Args:
         student_hidden: ``[P, H_s]``。
@@ -63,8 +68,14 @@ def fused_distillation_loss(
             f"{len(student_head.weight)}; cut both to the shared vocabulary"
         )
     return LossSums(
-        *_FusedLoss.apply(
-            student_hidden, student_head.weight, student_head.bias, student_head, labels, targets, loss
+        *_FusedLoss.apply(  # type: ignore[no-untyped-call]
+            student_hidden,
+            student_head.weight,
+            student_head.bias,
+            student_head,
+            labels,
+            targets,
+            loss,
         )
     )
 
@@ -89,28 +100,30 @@ class _FusedLoss(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
         d_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         sums = torch.zeros(3, device=hidden.device)
-        with torch.autocast(device, enabled=False):
-            weight_32, weight_compute = weight.float(), weight.to(compute)
+        with torch.autocast(device, enabled=False), _products(device, compute) as product:
+            student_weight = product.prepare(weight)
             if targets is not None:
-                teacher = targets.head
-                teacher = Head(teacher.weight.float(), teacher.bias, teacher.scale, teacher.softcap)
-            for rows in row_chunks(len(hidden), len(weight)):
-                product = hidden[rows].float() @ weight_32.T
-                teacher_logits = None if targets is None else teacher.logits(targets.hidden[rows])
+                teacher, teacher_weight = targets.head, product.prepare(targets.head.weight)
+            for rows in row_chunks(len(hidden), len(weight), device):
+                student_rows, teacher_logits = product.prepare(hidden[rows]), None
+                if targets is not None:
+                    teacher_rows = product.prepare(targets.hidden[rows])
+                    teacher_logits = teacher.finish(product(teacher_rows, teacher_weight.T))
+                logits = product(student_rows, student_weight.T)
                 with torch.enable_grad():
-                    product.requires_grad_()
+                    logits.requires_grad_()
                     part = distillation_loss(
-                        head.finish(product), teacher_logits, labels[rows], loss
+                        head.finish(logits), teacher_logits, labels[rows], loss
                     )
-                    (d_product,) = torch.autograd.grad(part.total, product)
+                    (d_logits,) = torch.autograd.grad(part.total, logits)
                 sums += torch.stack([part.total.detach(), part.divergence, part.cross_entropy])
                 if d_bias is not None:
-                    d_bias += d_product.sum(0)
-                d_product = d_product.to(compute)
+                    d_bias += d_logits.sum(0)
+                d_logits = product.prepare(d_logits)
                 if d_hidden is not None:
-                    d_hidden[rows] = (d_product @ weight_compute).to(hidden.dtype)
+                    d_hidden[rows] = product(d_logits, student_weight).to(hidden.dtype)
                 if d_weight is not None:
-                    d_weight += d_product.T @ hidden[rows].to(compute)
+                    product.add_to(d_weight, d_logits.T, student_rows)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype = weight.dtype
         total, divergence, cross_entropy = sums.unbind()
@@ -126,3 +139,40 @@ class _FusedLoss(torch.autograd.Function):
         if d_weight is not None:
             d_weight = d_weight.to(ctx.weight_dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+class _Product:
+    """结果总是 float32 的矩阵乘；输入只在进入乘法时取整到 ``dtype``。"""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def prepare(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.dtype == torch.float32:
+            return left @ right
+        return torch.mm(left, right, out_dtype=torch.float32)
+
+    def add_to(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        if self.dtype == torch.float32:
+            total.addmm_(left, right)
+        else:
+            total += torch.mm(left, right, out_dtype=torch.float32)
+
+
+@contextmanager
+def _products(device: str, compute: torch.dtype) -> Iterator[_Product]:
+    """GPU 上半精度输入、float32 结果；CPU 没有这样的算子，改由 oneDNN 在内部取整。"""
+    if device == "cuda":
+        yield _Product(compute)
+        return
+    matmul = torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    if compute == torch.bfloat16:  # oneDNN 的 bf16 模式：float32 进、float32 出
+        matmul.fp32_precision = "bf16"
+    try:
+        yield _Product(torch.float32)
+    finally:
+        matmul.fp32_precision = previous

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,46 +19,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LanguageModel(Protocol):
-    """教师与学生都满足的接口；``StudentModel`` 与 ``PretrainedLM`` 是两个实现。"""
+class LanguageModel(nn.Module, ABC):
+    """教师与学生共用的接口；``StudentModel`` 与 ``PretrainedLM`` 是两个实现。"""
 
-    training: bool
-
-    @property
-    def head(self) -> Head:
-        """词表投影。"""
-
-    @property
-    def vocab_size(self) -> int:
-        """``head.weight`` 的行数 V，含填充行。"""
-
-    @property
-    def hidden_size(self) -> int:
-        """隐状态宽度 H。"""
-
-    @property
-    def max_seq_len(self) -> int:
-        """最长序列，单位 token。"""
-
-    def __call__(
+    @abstractmethod
+    def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """``input_ids: [B, T]`` → 最后一层隐状态 ``[B, T, H]``（已归一化，未乘词表）。"""
 
-    def new_cache(self) -> Any:
-        """空的 KV cache，交给 ``__call__`` 的 ``cache``。"""
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """词表投影。"""
 
+    @property
+    @abstractmethod
+    def max_seq_len(self) -> int:
+        """最长序列，单位 token。"""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """空的 KV cache，交给 ``forward`` 的 ``cache``。"""
+
+    @abstractmethod
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算。"""
 
-    def modules(self) -> Iterator[nn.Module]:
-        """同 ``nn.Module.modules``。"""
+    @property
+    def vocab_size(self) -> int:
+        """``head.weight`` 的行数 V，含填充行。"""
+        return int(self.head.weight.shape[0])
 
-    def eval(self) -> Any:
-        """同 ``nn.Module.eval``。"""
+    @property
+    def hidden_size(self) -> int:
+        """隐状态宽度 H。"""
+        return int(self.head.weight.shape[1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden: [..., H]`` → ``[..., V]``，float32。"""
+        return self.head.logits(hidden)
+
+    def num_parameters(self) -> int:
+        """参数个数，绑定的参数只数一次。"""
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
-class PretrainedLM(nn.Module):
+class PretrainedLM(LanguageModel):
     """把任意 Hugging Face 因果语言模型包装成 ``LanguageModel``。
 
     Args:
@@ -119,10 +126,6 @@ class PretrainedLM(nn.Module):
         output: Any = self.model.get_output_embeddings()
         return Head(output.weight, getattr(output, "bias", None), self._scale, self._softcap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden: [..., H]`` → ``[..., V]``，float32。"""
-        return self.head.logits(hidden)
-
     def new_cache(self) -> Any:
         """空的 ``transformers.DynamicCache``。"""
         from transformers import DynamicCache
@@ -130,23 +133,9 @@ class PretrainedLM(nn.Module):
         return DynamicCache(config=self.model.config)
 
     @property
-    def vocab_size(self) -> int:
-        """``head.weight`` 的行数 V，含填充行。"""
-        return int(self.head.weight.shape[0])
-
-    @property
-    def hidden_size(self) -> int:
-        """隐状态宽度 H。"""
-        return int(self.head.weight.shape[1])
-
-    @property
     def max_seq_len(self) -> int:
         """最长序列；配置里没有上限的模型（如 ALiBi）给出一个用不完的数。"""
         return int(getattr(self._config, "max_position_embeddings", None) or 2**31 - 1)
-
-    def num_parameters(self) -> int:
-        """参数个数，绑定的参数只数一次。"""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算。"""

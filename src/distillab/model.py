@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .errors import DistillabError
+from .language_model import LanguageModel
 from .targets import Head
 
 __all__ = [
@@ -267,7 +268,7 @@ class TransformerBlock(nn.Module):
         return output
 
 
-class StudentModel(nn.Module):
+class StudentModel(LanguageModel):
     """学生模型：Embedding、若干 ``TransformerBlock``、最终归一化，词表投影与 Embedding 绑定。
 
     Args:
@@ -336,32 +337,14 @@ class StudentModel(nn.Module):
         """词表投影，权重就是 Embedding 的权重。"""
         return Head(self.lm_head.weight)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden: [..., H]`` → ``[..., V]``，float32。"""
-        return self.head.logits(hidden)
-
     def new_cache(self) -> KVCache:
         """空的 KV cache。"""
         return KVCache(self.config.num_layers)
 
     @property
-    def vocab_size(self) -> int:
-        """词表行数 V，含填充行。"""
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """隐状态宽度 H。"""
-        return self.config.hidden_size
-
-    @property
     def max_seq_len(self) -> int:
         """最长序列，单位 token。"""
         return self.config.max_seq_len
-
-    def num_parameters(self) -> int:
-        """参数个数，绑定的词表投影只数一次。"""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算：以约三分之一的计算换显存。"""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from distillab.cache import build_dir, cache_dir, file_sha256
-from distillab.errors import DistillabError
-from distillab.sources import fetch
+from .cache import build_dir, cache_dir, file_sha256
+from .errors import DistillabError
+from .sources import fetch
 
 if TYPE_CHECKING:
     import torch

@@ -104,7 +104,7 @@ class TrainingProgress:
         """没有进度条时的日志行。"""
         if self.enabled and not self.interactive and "loss" in row:
             logger.info(
-                "step %d/%d  loss %.4f  divergence %.4f  CE %.4f  lr %.2e  %s tok/s",
+                "step %d/%d loss %.3f D %.3f CE %.3f lr %.1e %s tok/s",
                 row["step"], self.total_steps, row["loss"], row["divergence"],
                 row["cross_entropy"], row["learning_rate"], f"{row['tokens_per_second']:,.0f}",
             )  # fmt: skip
@@ -114,9 +114,9 @@ class TrainingProgress:
         if self.enabled:
             teacher = ""
             if metrics["kl"] is not None and metrics["top1_agreement"] is not None:
-                teacher = f"  KL {metrics['kl']:.4f}  top-1 {metrics['top1_agreement']:.1%}"
+                teacher = f", KL {metrics['kl']:.3f}, top-1 {metrics['top1_agreement']:.1%}"
             logger.info(
-                "step %d  validation perplexity %s%s",
+                "step %d validation: perplexity %s%s",
                 step, f"{metrics['perplexity']:,.2f}", teacher,
             )  # fmt: skip
 

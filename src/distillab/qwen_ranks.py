@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from distillab.cache import build_dir, cache_dir, file_sha256
-from distillab.errors import DistillabError
+from .cache import build_dir, cache_dir, file_sha256
+from .errors import DistillabError
 
 logger = logging.getLogger("distillab")
 

@@ -197,14 +197,17 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise DistillabError(f"{OVERRIDE} {text}: expected KEY=VALUE, as in train.learning_rate=1e-4")
+        raise DistillabError(
+            f"{OVERRIDE} {text}: expected KEY=VALUE, as in train.learning_rate=1e-4"
+        )
     try:
         nested: Any = yaml.load(value, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError:
         raise DistillabError(f"{OVERRIDE} {text}: '{value}' is not a YAML value") from None
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    return nested
+    override: dict[str, Any] = nested
+    return override
 
 
 def _one_line(error: ValidationError, origins: dict[str, str], default: str) -> str:

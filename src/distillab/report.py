@@ -95,9 +95,9 @@ def closing_table(summary: dict[str, Any]) -> Table:
     """
     from rich.table import Table
 
-    table = Table(title=f"{summary['name']}: validation", title_justify="left")
-    for column in ("model", "parameters", "perplexity", "CE nats/token", "KL to teacher", "top-1"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title=f"{summary['name']}: validation, in nats per token", title_justify="left")
+    for column in ("model", "parameters", "perplexity", "CE", "KL(teacher)", "top-1"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for key, label in MODELS.items():
         metrics = summary.get(key)
         if metrics is None:
@@ -113,7 +113,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
         )
     table.caption_justify = "left"
     table.caption = (
-        f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s of training, "
+        f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s of training\n"
         f"{summary['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

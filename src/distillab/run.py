@@ -15,9 +15,10 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
+from .card import model_card
 from .checkpoint import BEST, TrainerState, checkpoints, load_student
 from .config import ModelConfig, Recipe
-from .convert import export_student, model_card, student_from_teacher
+from .convert import export_student, student_from_teacher
 from .data import WikiDataset
 from .errors import DistillabError
 from .evaluate import Metrics
@@ -110,11 +111,10 @@ def build_data(recipe: Recipe, parts: Parts) -> tuple[WikiDataset, WikiDataset]:
 def build_trainer(recipe: Recipe, parts: Parts, run_dir: Path) -> DistillationTrainer:
     """装配训练循环。"""
     train_data, validation_data = build_data(recipe, parts)
-    teacher = parts.teacher and LocalTeacher(parts.teacher, parts.vocab_limit)
+    teacher = LocalTeacher(parts.teacher) if parts.teacher is not None else None
     logger.info(
-        "training data: %s tokens in %s sequences of %d; validation: %s tokens",
-        f"{train_data.num_tokens:,}", f"{len(train_data):,}", train_data.max_seq_len,
-        f"{validation_data.num_tokens:,}",
+        "%s training tokens, %s for validation, in sequences of %d",
+        f"{train_data.num_tokens:,}", f"{validation_data.num_tokens:,}", train_data.max_seq_len,
     )  # fmt: skip
     return DistillationTrainer(
         parts.student,
@@ -152,9 +152,9 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
             logger.info("%s is complete already", run.path)
             return run, done
         parts = build_models(recipe)
-        sizes = {"student": _parameters(parts.student)}
+        sizes = {"student": parts.student.num_parameters()}
         if parts.teacher is not None:
-            sizes["teacher"] = _parameters(parts.teacher)
+            sizes["teacher"] = parts.teacher.num_parameters()
         logger.info(
             "parameters: %s", ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in sizes.items())
         )
@@ -184,9 +184,9 @@ def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
     state = load_student(parts.student, path)
     trainer = build_trainer(recipe, parts, run.path)
     student, teacher = trainer.evaluate()
-    sizes = {"student": _parameters(parts.student)}
+    sizes = {"student": parts.student.num_parameters()}
     if parts.teacher is not None:
-        sizes["teacher"] = _parameters(parts.teacher)
+        sizes["teacher"] = parts.teacher.num_parameters()
     return {
         "name": f"{run.path.name}, {path.name}",
         **({"teacher": teacher} if teacher else {}),
@@ -307,17 +307,17 @@ def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Met
         return {row["model"]: _metrics(row) for row in rows}
     logger.info("evaluating before training")
     student, teacher = trainer.evaluate()
-    reference = {"student_before": student} | ({"teacher": teacher} if teacher else {})
+    reference = {"student_before": student}
+    if teacher is not None:
+        reference["teacher"] = teacher
     if trainer.accelerator.is_main_process:
         with run.metrics_file.open("a") as file:
             file.writelines(
                 json.dumps({"kind": "reference", "step": 0, "model": model, **metrics}) + "\n"
                 for model, metrics in reference.items()
             )
-    logger.info(
-        "before training: perplexity %s",
-        ", ".join(f"{model} {m['perplexity']:,.1f}" for model, m in reference.items()),
-    )
+    for model, metrics in reference.items():
+        logger.info("%s: perplexity %s", model.replace("_", " "), f"{metrics['perplexity']:,.1f}")
     return reference
 
 
@@ -376,7 +376,7 @@ def _export(
         teacher=recipe.teacher.path if recipe.teacher else None,
         data=recipe.data.source,
         tokens=state.tokens,
-        metrics=metrics,  # type: ignore[arg-type]
+        metrics=metrics,
     )
     export_student(
         parts.student, parts.tokenizer, target, vocab_limit=len(parts.tokenizer), card=card
@@ -425,7 +425,3 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _parameters(model: LanguageModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

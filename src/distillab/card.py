@@ -1,0 +1,80 @@
+"""导出目录里的 ``README.md``：这个模型由谁、用什么、怎样训练出来，成绩如何。"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_CARD_ROWS = {
+    "teacher": "Teacher",
+    "student_before": "Student before training",
+    "student_after": "Student after training",
+}
+
+
+def model_card(
+    name: str,
+    recipe_yaml: str,
+    teacher: str | None,
+    data: str,
+    tokens: int,
+    metrics: Mapping[str, Mapping[str, Any]],
+    license: str | None = None,
+) -> str:
+    """生成带 YAML front matter 的模型卡（Markdown）。
+
+    Args:
+        name: 模型名。
+        recipe_yaml: 解析后的配方原文。
+        teacher: 教师的来源；``None`` 表示没有教师。
+        data: 训练数据的来源。
+        tokens: 训练过的 response token 数。
+        metrics: ``{"teacher" | "student_before" | "student_after": {指标名: 值}}``，
+            ``None`` 的留空。
+        license: SPDX 名，如 ``"apache-2.0"``；``None`` 则不写。
+
+    Returns:
+        模型卡全文。
+    """
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if license is not None:
+        front["license"] = license
+    # base_model 只收 hub id，写成本地路径会被 hub 拒收。
+    is_hub_id = teacher is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
+    if teacher is not None and is_hub_id and not Path(teacher).exists():
+        front["base_model"] = teacher
+    front["tags"] = ["distillab", "knowledge-distillation"]
+    # JSON 标量也是合法的 YAML，引号与转义不必另写一套。
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    origin = f"distilled from `{teacher}`" if teacher is not None else "trained without a teacher"
+    lines += [
+        f"# {name}",
+        "",
+        f"A causal language model {origin} on `{data}`: {tokens:,} training tokens.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+    ]
+    columns = list(dict.fromkeys(column for row in metrics.values() for column in row))
+    if columns:
+        lines += ["## Validation", "", f"| | {' | '.join(columns)} |"]
+        lines += ["| --- " * (len(columns) + 1) + "|"]
+        for key, label in _CARD_ROWS.items():
+            if key in metrics:
+                cells = [_cell(metrics[key].get(column)) for column in columns]
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,217 @@
+"""整条命令：训练、被杀、恢复、评测、生成、导出，都走真正的命令行。"""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distillab.metrics import read_metrics
+
+
+def losses(run="runs/recipe"):
+    rows = read_metrics(Path(run) / "metrics.jsonl")
+    return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+
+
+def wait_for_step(process, step, run="runs/recipe"):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(row[0] >= step for row in losses(run)):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    pytest.fail("the run did not get that far")
+
+
+def test_train_leaves_a_complete_run_directory(command):
+    code, out, _ = command("train", "recipe.yaml")
+    assert code == 0
+    run = Path("runs/recipe")
+    assert {path.name for path in run.iterdir() if path.name[0] != "."} == {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
+        "checkpoints", "export", "plots",
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    for model in ("teacher", "student_before", "student_after"):
+        assert set(summary[model]) == {"perplexity", "cross_entropy", "kl", "top1_agreement"}
+    assert summary["student_after"]["perplexity"] < summary["student_before"]["perplexity"]
+    assert summary["tokens"] == 12 * 4 * 15
+    for key in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+        assert summary[key] > 0
+    assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith("2.")
+    for plot in ("loss.png", "perplexity.png"):
+        assert (run / "plots" / plot).read_bytes().startswith(b"\x89PNG")
+    assert f"{summary['student_after']['perplexity']:,.1f}" in out
+    assert "> the teacher" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_existing_run_is_refused_and_a_finished_one_resumes_to_its_result(command):
+    assert command("train", "recipe.yaml")[0] == 0
+    before = Path("runs/recipe/metrics.jsonl").read_text()
+    code, _, err = command("train", "recipe.yaml")
+    assert code == 2
+    assert err == (
+        "error: runs/recipe exists; continue it with --resume, or name a new run with "
+        "--set name=recipe-2\n"
+    )
+    code, out, _ = command("train", "runs/recipe/recipe.yaml", "--resume")
+    assert code == 0
+    assert "student after" in out
+    assert Path("runs/recipe/metrics.jsonl").read_text() == before
+
+
+def test_resume_with_another_recipe_is_refused_except_for_what_changes_no_number(command):
+    assert command("train", "recipe.yaml")[0] == 0
+    changed = ("train", "recipe.yaml", "--resume", "--set", "train.learning_rate=1e-3")
+    code, _, err = command(*changed)
+    assert code == 2
+    assert "train.learning_rate was 0.003 and is now 0.001" in err
+    assert command("train", "recipe.yaml", "--resume", "--set", "train.log_interval=2")[0] == 0
+
+
+def test_alpha_zero_is_the_same_run_without_a_teacher_in_training(command):
+    assert command("train", "recipe.yaml", "--set", "loss.alpha=0", "--set", "name=ce")[0] == 0
+    rows = read_metrics(Path("runs/ce/metrics.jsonl"))
+    assert all(row["divergence"] == 0 for row in rows if row["kind"] == "train")
+    assert json.loads(Path("runs/ce/summary.json").read_text())["student_after"]["kl"] > 0
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_bit_identical_loss_sequence(start, command):
+    slower = ("--set", "train.max_steps=40")
+    process = start("train", "recipe.yaml", *slower)
+    wait_for_step(process, 10)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not Path("runs/recipe/summary.json").exists()
+    again = start("train", "recipe.yaml", *slower, "--resume")
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "resumed from" in err
+    whole = start("train", "recipe.yaml", *slower, "--set", "name=whole")
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
+    assert len(losses()) == 40
+    assert losses() == losses("runs/whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_resume_and_exits_130(start):
+    process = start("train", "recipe.yaml", "--set", "train.max_steps=2000",
+                    "--set", "train.save_interval=1000", "--set", "train.eval_interval=1000")  # fmt: skip
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "to continue: distillab train runs/recipe/recipe.yaml --resume" in err
+    assert "Traceback" not in err
+    assert [path.name for path in Path("runs/recipe/checkpoints").glob("step-*")]
+
+
+@pytest.mark.slow
+def test_two_processes_never_write_into_one_run(start, command):
+    process = start("train", "recipe.yaml", "--set", "train.max_steps=2000")
+    try:
+        wait_for_step(process, 1)
+        code, _, err = command("train", "recipe.yaml", "--set", "train.max_steps=2000", "--resume")
+    finally:
+        process.kill()
+        process.communicate()
+    assert code == 2
+    assert err == "error: runs/recipe is in use by another process\n"
+
+
+def test_evaluate_measures_the_checkpoint_that_the_summary_shows(command):
+    command("train", "recipe.yaml")
+    summary = json.loads(Path("runs/recipe/summary.json").read_text())
+    code, out, _ = command("evaluate", "recipe")
+    assert code == 0
+    assert f"{summary['student_after']['perplexity']:,.1f}" in out
+    code, out, _ = command("evaluate", "recipe", "--checkpoint", "step-00000008")
+    assert code == 0
+    assert "step-00000008" in out
+
+
+def test_exported_student_is_an_ordinary_checkpoint_with_a_card(command):
+    command("train", "recipe.yaml")
+    model = AutoModelForCausalLM.from_pretrained("runs/recipe/export")
+    tokenizer = AutoTokenizer.from_pretrained("runs/recipe/export")
+    ids = tokenizer("the teacher", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    sample = json.loads(Path("runs/recipe/samples.jsonl").read_text().splitlines()[0])
+    assert text.removesuffix("<|endoftext|>") == sample["prompt"] + sample["student"]
+    card = Path("runs/recipe/export/README.md").read_text()
+    summary = json.loads(Path("runs/recipe/summary.json").read_text())
+    for fact in ("teacher", "text.jsonl", f"{summary['tokens']:,}", "max_steps: 12"):
+        assert fact in card
+
+
+def test_export_of_another_checkpoint_goes_where_it_is_told(command):
+    command("train", "recipe.yaml")
+    code, out, _ = command("export", "recipe", "--checkpoint", "last", "--output", "elsewhere")
+    assert (code, out) == (0, "elsewhere\n")
+    state = AutoModelForCausalLM.from_pretrained("elsewhere").state_dict()
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_generate_prints_prompts_and_completions_and_repeats_with_a_seed(command):
+    command("train", "recipe.yaml")
+    sampled = ("generate", "recipe", "--prompt", "the teacher", "--strategy", "top_p",
+               "--max-new-tokens", "8", "--seed", "1")  # fmt: skip
+    code, first, _ = command(*sampled)
+    assert code == 0
+    assert first.startswith("the teacher")
+    assert command(*sampled)[1] == first
+    code, out, _ = command("generate", "teacher", "--prompt", "a", "--prompt", "b",
+                           "--max-new-tokens", "4")  # fmt: skip
+    assert code == 0
+    assert out.startswith("a")
+    assert "\nb" in out
+
+
+def test_recipes_lists_what_train_accepts(command):
+    code, out, _ = command("recipes")
+    assert code == 0
+    for name in ("quickstart", "wiki-zh", "qwen3-chat"):
+        assert name in out
+
+
+def test_schema_is_json(command):
+    code, out, _ = command("schema")
+    assert code == 0
+    assert json.loads(out)["title"] == "distillab recipe"
+
+
+def test_student_from_a_pretrained_path_trains_too(command):
+    section = "student={path: teacher}"
+    assert command("train", "recipe.yaml", "--set", "name=whole", "--set", "student=null")[0] == 2
+    code, _, err = command(
+        "train", "recipe.yaml", "--set", "name=path", "--set", "student.init=null",
+        "--set", "student.path=teacher",
+    )  # fmt: skip
+    assert code == 0, (err, section)
+    summary = json.loads(Path("runs/path/summary.json").read_text())
+    assert summary["student_before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert AutoModelForCausalLM.from_pretrained("runs/path/export").config.num_hidden_layers == 3
+
+
+def test_student_from_scratch_without_any_teacher_trains_on_text(command):
+    Path("scratch.yaml").write_text(
+        "student:\n  tokenizer: teacher\n"
+        "  config: {hidden_size: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2,\n"
+        "           intermediate_size: 32, vocab_size: 512, max_seq_len: 16}\n"
+        "data: {source: text.jsonl}\nloss: {alpha: 0.0}\n"
+        "train: {batch_size: 4, max_steps: 3, warmup_steps: 1}\n"
+    )
+    code, out, _ = command("train", "scratch.yaml")
+    assert code == 0
+    assert "teacher" not in json.loads(Path("runs/scratch/summary.json").read_text())
+    assert "student after" in out
