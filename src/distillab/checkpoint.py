@@ -177,7 +177,8 @@ def _load(path: Path, load: Callable[[], Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return first.partition(". ")[0]
 
 
 def _write_state(

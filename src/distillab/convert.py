@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import DistillabError
-from .language_model import LanguageModel, PretrainedLM
+from .language_model import PretrainedLM
 from .model import StudentModel
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def to_hf_state_dict(student: StudentModel, vocab_limit: int | None = None) -> d
 
 
 def export_student(
-    model: LanguageModel,
+    model: StudentModel | PretrainedLM,
     tokenizer: Any,
     directory: str | Path,
     *,

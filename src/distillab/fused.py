@@ -168,7 +168,7 @@ def _products(device: str, compute: torch.dtype) -> Iterator[_Product]:
     if device == "cuda":
         yield _Product(compute)
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     previous = matmul.fp32_precision
     if compute == torch.bfloat16:  # oneDNN 的 bf16 模式：float32 进、float32 出
         matmul.fp32_precision = "bf16"

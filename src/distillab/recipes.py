@@ -212,6 +212,12 @@ def _override(text: str) -> dict[str, Any]:
 
 def _one_line(error: ValidationError, origins: dict[str, str], default: str) -> str:
     details = error.errors(include_url=False)
+    places = {detail["loc"] for detail in details}
+    details = [  # train.alpha 是 loss.alpha 的另一种写法，不数两遍
+        detail
+        for detail in details
+        if not (detail["loc"][0:1] == ("train",) and ("loss", *detail["loc"][1:]) in places)
+    ]
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
     known = key
@@ -237,6 +243,8 @@ def _problem(key: str, detail: Any) -> str:
     if kind == "model_type":
         keys = ", ".join(_fields(detail["loc"]))
         return f"{key}: found {found!r}, expected a mapping with keys {keys}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: found {found!r}, expected text that matches {detail['ctx']['pattern']}"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key}: found {found!r}, expected {expected}"
 

@@ -23,7 +23,7 @@ from .data import WikiDataset
 from .errors import DistillabError
 from .evaluate import Metrics
 from .generate import TextGenerator
-from .language_model import LanguageModel, PretrainedLM
+from .language_model import PretrainedLM
 from .metrics import read_metrics
 from .model import StudentModel
 from .pretrained import load_pretrained
@@ -49,8 +49,8 @@ class Parts:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    teacher: LanguageModel | None
-    student: LanguageModel
+    teacher: PretrainedLM | None
+    student: StudentModel | PretrainedLM
     vocab_limit: int
 
 
@@ -267,7 +267,7 @@ def _teacher_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     )
 
 
-def _teacher(recipe: Recipe) -> LanguageModel | None:
+def _teacher(recipe: Recipe) -> PretrainedLM | None:
     source = recipe.teacher
     if source is None:
         return None
@@ -282,7 +282,7 @@ def _teacher(recipe: Recipe) -> LanguageModel | None:
     )
 
 
-def _student(recipe: Recipe, teacher: LanguageModel | None) -> LanguageModel:
+def _student(recipe: Recipe, teacher: PretrainedLM | None) -> StudentModel | PretrainedLM:
     section = recipe.student
     if section.path is not None:
         return PretrainedLM(
@@ -340,10 +340,10 @@ def _finish(
     shutil.rmtree(run.export, ignore_errors=True)
     _export(recipe, parts, run.export, state, metrics)
     plot_run(run.path)
-    summary = {
+    order = ("teacher", "student_before", "student_after")
+    summary: dict[str, Any] = {
         "name": recipe.name,
-        **{key: metrics[key] for key in ("teacher", "student_before", "student_after")
-           if key in metrics},
+        **{model: metrics[model] for model in order if model in metrics},
         "best_step": state.best_step,
         "steps": state.current_step,
         "skipped_steps": state.skipped_steps,

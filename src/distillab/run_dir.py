@@ -74,7 +74,10 @@ class RunDirectory:
         Raises:
             DistillabError: 已存在而没有 ``resume``；正被另一个进程使用；配方与上次不同。
         """
-        if self.recipe_file.exists() and not resume:
+        begun = self._begun()
+        if begun and not self.recipe_file.exists():
+            raise DistillabError(f"{self.path} exists but is not a run: it has no recipe.yaml")
+        if begun and not resume:
             raise DistillabError(
                 f"{self.path} exists; continue it with --resume, or name a new run with "
                 f"--set name={_free_name(self.path)}"
@@ -84,7 +87,7 @@ class RunDirectory:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise DistillabError(f"{self.path} is in use by another process") from None
-        if self.recipe_file.exists():
+        if begun:
             self._check_same(recipe)
         self._write(self.recipe_file, dump_recipe(recipe))
         self._write(self.environment_file, json.dumps(environment(), indent=1))
@@ -107,6 +110,14 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""
         self._write(self.summary_file, json.dumps(summary, indent=1))
+
+    def _begun(self) -> bool:
+        """除了配方与环境，是否还有别的文件：装配时就失败的运行可以直接重来。"""
+        own = {self.recipe_file.name, self.environment_file.name}
+        return self.path.exists() and any(
+            entry.name not in own and not entry.name.startswith(".")
+            for entry in self.path.iterdir()
+        )
 
     def _check_same(self, recipe: Recipe) -> None:
         for key, before, now in differences(self.recipe, recipe):

@@ -67,6 +67,21 @@ def test_existing_run_is_refused_and_a_finished_one_resumes_to_its_result(comman
     assert Path("runs/recipe/metrics.jsonl").read_text() == before
 
 
+def test_run_that_failed_before_it_began_is_simply_started_again(command):
+    assert command("train", "recipe.yaml", "--set", "data.text_field=body")[0] == 2
+    assert command("train", "recipe.yaml")[0] == 0
+
+
+def test_directory_that_is_no_run_is_left_alone(command):
+    Path("runs/recipe").mkdir(parents=True)
+    Path("runs/recipe/thesis.txt").write_text("years of work")
+    for flags in ((), ("--resume",)):
+        code, _, err = command("train", "recipe.yaml", *flags)
+        assert code == 2
+        assert err == "error: runs/recipe exists but is not a run: it has no recipe.yaml\n"
+    assert [path.name for path in Path("runs/recipe").iterdir() if path.suffix] == ["thesis.txt"]
+
+
 def test_resume_with_another_recipe_is_refused_except_for_what_changes_no_number(command):
     assert command("train", "recipe.yaml")[0] == 0
     changed = ("train", "recipe.yaml", "--resume", "--set", "train.learning_rate=1e-3")

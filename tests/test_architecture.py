@@ -1,0 +1,53 @@
+"""导入只朝一个方向，重的库不进轻的模块，文件保持一题一个。"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
+
+ORDER = """
+    errors config targets batch cache sources recipes
+    losses fused language_model model pretrained qwen_ranks tokenizer articles data convert card
+    teachers generate evaluate metrics report run_dir checkpoint progress trainer run cli
+""".split()
+"""每个模块只能导入排在它前面的。"""
+
+
+def imported(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    return {(node.module or name.name) for node in nodes for name in node.names}
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_one_way(module):
+    assert imported(module) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", ["losses", "fused"])
+def test_objectives_take_tensors_and_know_no_model(module):
+    assert not imported(module) & {"language_model", "model", "pretrained", "teachers"}
+
+
+def test_only_run_and_cli_turn_recipes_into_objects():
+    users = {module for module in ORDER if "recipes" in imported(module)}
+    assert users == {"run_dir", "run", "cli"}
+
+
+def test_help_needs_none_of_the_heavy_libraries():
+    code = (
+        "import sys, distillab.cli; "
+        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'rich'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
