@@ -9,11 +9,37 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
-ORDER = """
-    errors config targets batch cache sources recipes
-    losses fused language_model model pretrained qwen_ranks tokenizer articles data convert card
-    teachers generate evaluate metrics report run_dir checkpoint progress trainer run cli
-""".split()
+ORDER = [
+    "errors",
+    "config",
+    "targets",
+    "batch",
+    "cache",
+    "sources",
+    "recipes",
+    "losses",
+    "fused",
+    "language_model",
+    "model",
+    "pretrained",
+    "qwen_ranks",
+    "tokenizer",
+    "articles",
+    "data",
+    "convert",
+    "card",
+    "teachers",
+    "generate",
+    "evaluate",
+    "metrics",
+    "report",
+    "run_dir",
+    "checkpoint",
+    "progress",
+    "trainer",
+    "run",
+    "cli",
+]
 """每个模块只能导入排在它前面的。"""
 
 

@@ -378,9 +378,7 @@ def _export(
         tokens=state.tokens,
         metrics=metrics,
     )
-    export_student(
-        parts.student, parts.tokenizer, target, vocab_limit=len(parts.tokenizer), card=card
-    )
+    export_student(parts.student, parts.tokenizer, target, vocab_limit=parts.vocab_limit, card=card)
     logger.info("exported to %s", target)
 
 

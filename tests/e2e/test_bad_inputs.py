@@ -221,7 +221,7 @@ def test_bad_input_after_training_prints_one_line_and_loses_nothing(command, cas
     if prepare is not None:
         prepare(trained)
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    code, out, err = command(*arguments)
+    code, _, err = command(*arguments)
     found = [line for line in err.splitlines() if line.startswith("error: ")]
     assert found == [f"error: {expected}"]
     assert code == 2
