@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -195,7 +196,9 @@ def _print_samples(path: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """我们的日志走 stderr；别人的进度条与警告只留错误。"""
+    """我们的日志走 stderr；别人的警告只留错误，输出被重定向时进度条也不要。"""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # 要在 tqdm 导入之前
     import transformers
     from rich.logging import RichHandler
 

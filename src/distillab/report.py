@@ -31,6 +31,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     rows = read_metrics(run_dir / "metrics.jsonl")
     train = [row for row in rows if row["kind"] == "train" and "loss" in row]
@@ -44,6 +45,9 @@ def plot_run(run_dir: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         draw(axes, data, reference)
         axes.grid(alpha=0.25)
+        axes.set_xlabel("training tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{run_dir.name}: {name}", loc="left", fontweight="bold")
         path = run_dir / "plots" / f"{name}.png"
@@ -61,17 +65,16 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]
         values = [row[key] for row in rows]
         if any(values):  # alpha 为 0 或 1 时有一项不计算
             axes.plot(tokens, values, label=label, linewidth=2 if key == "loss" else 1.2)
-    axes.set_xlabel("training tokens")
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False)
 
 
 def _draw_perplexity(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    rows = [{"tokens": 0, **reference["student_before"]}, *rows]
     tokens, values = [row["tokens"] for row in rows], [row["perplexity"] for row in rows]
     axes.plot(tokens, values, marker="o", label="student (validation)")
-    if values:
-        axes.annotate(f"{values[-1]:.1f}", (tokens[-1], values[-1]), xytext=(0, 8),
-                      textcoords="offset points", ha="center")  # fmt: skip
+    for x, y in zip(tokens, values, strict=True):
+        axes.annotate(f"{y:,.1f}", (x, y), xytext=(4, 6), textcoords="offset points")
     if "teacher" in reference:
         value = reference["teacher"]["perplexity"]
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
@@ -79,7 +82,8 @@ def _draw_perplexity(axes: Axes, rows: list[dict[str, Any]], reference: dict[str
                       xycoords=("axes fraction", "data"), textcoords="offset points",
                       color="gray")  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlabel("training tokens")
+    axes.yaxis.set_minor_formatter(lambda *_: "")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("perplexity (log scale)")
     axes.legend(frameon=False)
 
