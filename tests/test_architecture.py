@@ -46,7 +46,8 @@ ORDER = [
 def imported(module: str) -> set[str]:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    return {(node.module or name.name) for node in nodes for name in node.names}
+    names = {(node.module or name.name) for node in nodes for name in node.names}
+    return names - {"__version__"}
 
 
 def test_every_module_has_its_place():

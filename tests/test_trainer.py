@@ -195,6 +195,14 @@ def test_validation_equals_a_plain_computation(make, teacher):
     assert (reference["kl"], reference["top1_agreement"]) == (0, 1)
 
 
+def test_validation_uses_sequences_spread_over_the_whole_set(make):
+    trainer = make()
+    trainer.evaluate_config = EvaluateConfig(max_sequences=3)
+    loader = trainer._validation_loader(Chunks(9, seed=1))
+    used = [row for batch in loader for row in batch.student.input_ids.tolist()]
+    assert used == Chunks(9, seed=1).ids[[0, 3, 6]].tolist()
+
+
 def test_padding_rows_of_the_vocabulary_are_never_trained(make):
     trainer = make(vocab_limit=390, weight_decay=0.0)
     before = trainer.student.embedding.weight[390:].clone()
@@ -507,6 +515,23 @@ def test_other_schedules(scheduler, middle, end):
     )
     assert learning_rate_factor(50, 100, config) == pytest.approx(middle)
     assert learning_rate_factor(100, 100, config) == pytest.approx(end)
+
+
+def test_every_epoch_sees_all_the_data_in_another_order_that_the_seed_decides(make):
+    def order(name, **config):
+        trainer = make(name, max_steps=20, **config)
+        starts = []
+        for window in trainer._windows():
+            starts += window[0].student.input_ids[:, 0].tolist()
+            trainer.state.current_step += 1
+        return starts
+
+    found = order("a")
+    first, second = found[:40], found[40:]
+    assert sorted(first) == sorted(second) == sorted(Chunks().ids[:, 0].tolist())
+    assert first != second
+    assert order("b") == found
+    assert order("c", seed=1) != found
 
 
 def test_epochs_end_the_run_when_max_steps_does_not(make):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +26,10 @@ class View:
     attention_mask: Tensor | None
     index: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
-        """搬到 ``device``。"""
-        mask = self.attention_mask
-        return View(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            None if mask is None else mask.to(device, non_blocking=non_blocking),
-            self.index.to(device, non_blocking=non_blocking),
-        )
+    def map(self, function: Callable[[Tensor], Tensor]) -> View:
+        """对每个张量施加 ``function``（搬到别的设备、锁页），得到新的视角。"""
+        mask = None if self.attention_mask is None else function(self.attention_mask)
+        return View(function(self.input_ids), mask, function(self.index))
 
     def rows(self, hidden: Tensor) -> Tensor:
         """挑出预测 response token 的行：padding 与 prompt 从不进入 head。
@@ -76,11 +72,19 @@ class Batch:
         """Response token 的个数 ``P``。"""
         return len(self.labels)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """对每个张量施加 ``function``；两个视角是同一个对象时只做一次。"""
+        student = self.student.map(function)
+        teacher = student if self.teacher is self.student else self.teacher.map(function)
+        return Batch(student, teacher, function(self.labels))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """搬到 ``device``；两个视角是同一个对象时只搬一次。"""
-        student = self.student.to(device, non_blocking)
-        teacher = student if self.teacher is self.student else self.teacher.to(device, non_blocking)
-        return Batch(student, teacher, self.labels.to(device, non_blocking=non_blocking))
+        """搬到 ``device``；Accelerate 的 DataLoader 会调用它。"""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """放进锁页内存，到 GPU 的传输才能异步；PyTorch 的 DataLoader 会调用它。"""
+        return self.map(Tensor.pin_memory)
 
 
 def collate_text(items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None = None) -> Batch:

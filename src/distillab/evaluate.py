@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import row_chunks
+from .fused import compute_dtype, products, row_chunks
 from .losses import forward_kl
 from .targets import Head, HiddenTargets
 
@@ -58,15 +58,26 @@ def evaluation_sums(
     """
     sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
     sums[0] = len(labels)
-    for rows in row_chunks(len(hidden), len(head.weight), hidden.device.type):
-        log_q = F.log_softmax(head.logits(hidden[rows]), dim=-1)
-        sums[1] += F.nll_loss(log_q, labels[rows], reduction="sum")
+    compute = compute_dtype(hidden)
+    device = hidden.device.type
+    with torch.autocast(device, enabled=False), products(device, compute) as product:
+        weight = product.prepare(head.weight)
         if targets is not None:
-            log_p = F.log_softmax(targets.head.logits(targets.hidden[rows]), dim=-1)
-            sums[2] += forward_kl(log_p, log_q).sum()
-            sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-            sums[4] += F.nll_loss(log_p, labels[rows], reduction="sum")
+            teacher, teacher_weight = targets.head, product.prepare(targets.head.weight)
+        for rows in row_chunks(len(hidden), len(head.weight), device):
+            log_q = _log_softmax(head, product(product.prepare(hidden[rows]), weight.T))
+            sums[1] += F.nll_loss(log_q, labels[rows], reduction="sum")
+            if targets is not None:
+                teacher_rows = product.prepare(targets.hidden[rows])
+                log_p = _log_softmax(teacher, product(teacher_rows, teacher_weight.T))
+                sums[2] += forward_kl(log_p, log_q).sum()
+                sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+                sums[4] += F.nll_loss(log_p, labels[rows], reduction="sum")
     return EvaluationSums(*sums.unbind())
+
+
+def _log_softmax(head: Head, product: Tensor) -> Tensor:
+    return F.log_softmax(head.finish(product), dim=-1)
 
 
 def student_metrics(sums: EvaluationSums, has_teacher: bool) -> Metrics:

@@ -93,14 +93,13 @@ class _FusedLoss(torch.autograd.Function):
         loss: LossConfig,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        compute = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        compute = compute_dtype(hidden)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
         d_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         sums = torch.zeros(3, device=hidden.device)
-        with torch.autocast(device, enabled=False), _products(device, compute) as product:
+        with torch.autocast(device, enabled=False), products(device, compute) as product:
             student_weight = product.prepare(weight)
             if targets is not None:
                 teacher, teacher_weight = targets.head, product.prepare(targets.head.weight)
@@ -141,38 +140,55 @@ class _FusedLoss(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-class _Product:
+class Product:
     """结果总是 float32 的矩阵乘；输入只在进入乘法时取整到 ``dtype``。"""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def prepare(self, tensor: Tensor) -> Tensor:
+        """取整到 ``dtype``，供 ``__call__`` 与 ``add_to`` 使用。"""
         return tensor.to(self.dtype)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right``，float32。"""
         if self.dtype == torch.float32:
             return left @ right
         return torch.mm(left, right, out_dtype=torch.float32)
 
     def add_to(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """``total += left @ right``，``total`` 是 float32，就地累加。"""
         if self.dtype == torch.float32:
             total.addmm_(left, right)
         else:
             total += torch.mm(left, right, out_dtype=torch.float32)
 
 
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """矩阵乘的计算精度：autocast 的 dtype，没有 autocast 则是 ``hidden`` 的。"""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 @contextmanager
-def _products(device: str, compute: torch.dtype) -> Iterator[_Product]:
-    """GPU 上半精度输入、float32 结果；CPU 没有这样的算子，改由 oneDNN 在内部取整。"""
+def products(device: str, compute: torch.dtype) -> Iterator[Product]:
+    """GPU 上半精度输入、float32 结果；CPU 没有这样的算子，改由 oneDNN 在内部取整。
+
+    Args:
+        device: ``cpu`` 或 ``cuda``。
+        compute: 输入取整到的 dtype。
+
+    Yields:
+        ``Product``；在这个 with 之内有效。
+    """
     if device == "cuda":
-        yield _Product(compute)
+        yield Product(compute)
         return
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     previous = matmul.fp32_precision
     if compute == torch.bfloat16:  # oneDNN 的 bf16 模式：float32 进、float32 出
         matmul.fp32_precision = "bf16"
     try:
-        yield _Product(torch.float32)
+        yield Product(torch.float32)
     finally:
         matmul.fp32_precision = previous

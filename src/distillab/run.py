@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
@@ -421,5 +421,9 @@ def peak_memory_bytes() -> int:
     """至今的内存峰值，字节：有 GPU 时是显存，否则是进程的常驻内存。"""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

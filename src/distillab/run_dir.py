@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from . import __version__
 from .config import Recipe
 from .errors import DistillabError
 from .recipes import differences, dump_recipe, load_recipe
@@ -23,7 +24,7 @@ CHANGEABLE = ("description", "evaluate.", "train.log_interval", "train.save_inte
               "train.max_checkpoints", "train.report_to")  # fmt: skip
 """恢复时可以改的键：它们不影响参数的更新。"""
 
-PACKAGES = ("distillab", "torch", "transformers", "accelerate", "datasets", "tokenizers",
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers",
             "safetensors", "pydantic", "numpy")  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "distillab": __version__,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "devices": torch.cuda.device_count() if cuda else 0,

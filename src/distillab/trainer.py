@@ -97,7 +97,7 @@ class DistillationTrainer:
         train_data: Dataset[dict[str, Tensor]],
         validation_data: Dataset[dict[str, Tensor]],
         config: TrainingConfig,
-        run_dir: Path,
+        run_dir: Path | str,
         *,
         loss: LossConfig | None = None,
         evaluate: EvaluateConfig | None = None,
@@ -109,10 +109,11 @@ class DistillationTrainer:
         if self.loss.alpha > 0 and teacher is None:
             raise DistillabError(f"loss.alpha={self.loss.alpha:g} needs a teacher, found none")
         set_seed(config.seed)
-        self.accelerator = make_accelerator(config, run_dir)
-        self.run_dir = run_dir
-        self.checkpoint_dir = run_dir / config.checkpoint_dir
+        self.run_dir = Path(run_dir)
+        self.accelerator = make_accelerator(config, self.run_dir)
+        self.checkpoint_dir = self.run_dir / config.checkpoint_dir
         self.state = TrainerState()
+        self.learning_rate = 0.0  # 最近一步用的
         self.teacher = teacher
         if teacher is not None:
             teacher.model.to(self.accelerator.device)
@@ -213,6 +214,7 @@ class DistillationTrainer:
         norm = float(norm)
 
         self.state.current_step += 1
+        self.learning_rate = self.scheduler.get_last_lr()[0]
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:
             self.optimizer.step()  # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
@@ -275,7 +277,7 @@ class DistillationTrainer:
             "tokens": state.tokens,
             "seconds": round(state.seconds, 3),
             "skipped_steps": state.skipped_steps,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": self.learning_rate,
         }
         if tokens := interval.get("tokens"):
             row |= {key: interval[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
@@ -348,13 +350,14 @@ class DistillationTrainer:
         return self.accelerator.prepare(loader)
 
     def _validation_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Any]:
-        """每个进程一份互不重叠的验证数据；固定取前若干条，各次验证可比。"""
+        """每个进程一份互不重叠的验证数据；从头到尾均匀地取，每次都是同样的若干条。"""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = min(len(data), self.evaluate_config.max_sequences or len(data))  # type: ignore[arg-type]
+        total = len(data)  # type: ignore[arg-type]
+        count = min(total, self.evaluate_config.max_sequences or total)
         if count == 0:
             raise DistillabError("the validation data has no sequence")
         return DataLoader(
-            Subset(data, range(rank, count, processes)),
+            Subset(data, [i * total // count for i in range(rank, count, processes)]),
             batch_size=self.evaluate_config.batch_size,
             collate_fn=self.collate,
             generator=torch.Generator(),

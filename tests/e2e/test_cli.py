@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.metrics import read_metrics
+from distillab.recipes import shipped_recipes
 
 
 def losses(run="runs/recipe"):
@@ -65,6 +66,16 @@ def test_existing_run_is_refused_and_a_finished_one_resumes_to_its_result(comman
     assert code == 0
     assert "student after" in out
     assert Path("runs/recipe/metrics.jsonl").read_text() == before
+
+
+def test_run_killed_after_its_last_step_still_reaches_its_summary(command):
+    assert command("train", "recipe.yaml")[0] == 0
+    summary = Path("runs/recipe/summary.json")
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    assert command("train", "recipe.yaml", "--resume")[0] == 0
+    after = json.loads(summary.read_text())
+    assert after | {"peak_memory_bytes": 0} == before | {"peak_memory_bytes": 0}
 
 
 def test_run_that_failed_before_it_began_is_simply_started_again(command):
@@ -230,3 +241,42 @@ def test_student_from_scratch_without_any_teacher_trains_on_text(command):
     assert code == 0
     assert "teacher" not in json.loads(Path("runs/scratch/summary.json").read_text())
     assert "student after" in out
+
+
+STAND_INS = {
+    "quickstart": ["teacher.sha256=null", "data.sha256=null", "data.text_field=text"],
+    "wiki-zh": ["student.config.hidden_size=32", "student.config.vocab_size=400",
+                "student.config.num_layers=2", "data.subset=null", "train.precision=fp32"],
+    "qwen3-chat": ["student.path=teacher", "data.format=text"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", sorted(shipped_recipes()))
+def test_every_shipped_recipe_runs_with_small_local_parts(command, recipe):
+    overrides = ["teacher.path=teacher", "data.source=text.jsonl", "data.max_seq_len=16",
+                 "train.max_steps=2", "train.warmup_steps=1", "evaluate.max_new_tokens=4",
+                 *STAND_INS[recipe]]  # fmt: skip
+    if recipe == "quickstart":
+        overrides.append("student.init.layers=2")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    code, _, err = command("train", recipe, *arguments)
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_the_real_quickstart_already_help(
+    command, package_cache, smollm2_dir, wiki_json, monkeypatch
+):
+    monkeypatch.setenv("DISTILLAB_CACHE", str(package_cache))
+    overrides = ["train.max_steps=12", "train.warmup_steps=4", "evaluate.max_sequences=4",
+                 "evaluate.max_new_tokens=8"]  # fmt: skip
+    arguments = [part for override in overrides for part in ("--set", override)]
+    code, _, err = command("train", "quickstart", *arguments)
+    assert code == 0, err
+    summary = json.loads(Path("runs/quickstart/summary.json").read_text())
+    assert summary["teacher"]["perplexity"] < 40
+    assert summary["student_before"]["perplexity"] > 100_000
+    assert summary["student_after"]["perplexity"] < 3_000
+    code, out, _ = command("generate", "quickstart", "--prompt", "The", "--max-new-tokens", "4")
+    assert code == 0
+    assert out.startswith("The")
