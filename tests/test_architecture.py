@@ -36,7 +36,9 @@ ORDER = [
     "run_dir",
     "checkpoint",
     "progress",
+    "engine",
     "trainer",
+    "build",
     "run",
     "cli",
 ]
@@ -65,7 +67,7 @@ def test_objectives_take_tensors_and_know_no_model(module):
     assert not imported(module) & {"language_model", "model", "pretrained", "teachers"}
 
 
-def test_only_run_and_cli_turn_recipes_into_objects():
+def test_recipe_files_are_read_by_the_run_directory_and_the_commands_alone():
     users = {module for module in ORDER if "recipes" in imported(module)}
     assert users == {"run_dir", "run", "cli"}
 

@@ -16,17 +16,13 @@ from torch.utils.data import Dataset
 from distillab.checkpoint import checkpoints, load_student, read_state
 from distillab.config import EvaluateConfig, LossConfig, ModelConfig, TrainingConfig
 from distillab.convert import from_hf
+from distillab.engine import learning_rate_factor, make_accelerator, make_optimizer
 from distillab.errors import DistillabError
 from distillab.language_model import PretrainedLM
 from distillab.metrics import read_metrics
 from distillab.model import StudentModel
 from distillab.teachers import LocalTeacher
-from distillab.trainer import (
-    DistillationTrainer,
-    learning_rate_factor,
-    make_accelerator,
-    make_optimizer,
-)
+from distillab.trainer import DistillationTrainer
 
 
 class Chunks(Dataset):

@@ -1,4 +1,4 @@
-"""配方里的字符串在这里、也只在这里变成对象：装配、训练、评测、导出。"""
+"""命令背后的流程：训练一份配方，评测、导出、续写它的结果。"""
 
 from __future__ import annotations
 
@@ -6,127 +6,30 @@ import json
 import logging
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase
 
+from .build import Parts, build_models, build_trainer
 from .card import model_card
 from .checkpoint import BEST, TrainerState, checkpoints, load_student
-from .config import ModelConfig, Recipe
-from .convert import export_student, student_from_teacher
-from .data import WikiDataset
+from .config import Recipe
+from .convert import export_student
 from .errors import DistillabError
 from .evaluate import Metrics
 from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .metrics import read_metrics
-from .model import StudentModel
 from .pretrained import load_pretrained
 from .recipes import dump_recipe
 from .report import plot_run
 from .run_dir import RUNS, RunDirectory
-from .teachers import LocalTeacher
-from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
+from .tokenizer import load_tokenizer
 from .trainer import DistillationTrainer
 
 logger = logging.getLogger("distillab")
-
-
-@dataclass
-class Parts:
-    """一份配方装配出来的对象。
-
-    Attributes:
-        tokenizer: 学生的 tokenizer。
-        teacher: 教师，或 ``None``。
-        student: 尚未训练的学生，float32。
-        vocab_limit: 教师与学生的 tokenizer 定义相同的 token 数。
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    teacher: PretrainedLM | None
-    student: StudentModel | PretrainedLM
-    vocab_limit: int
-
-
-def build_models(recipe: Recipe) -> Parts:
-    """装配 tokenizer、教师与学生，并在训练之前查出互相矛盾之处。
-
-    Args:
-        recipe: 配方。
-
-    Returns:
-        ``Parts``。
-
-    Raises:
-        DistillabError: 来源读不到；tokenizer 与模型不符；两个 tokenizer 对同一个 id 说法不一。
-    """
-    set_seed(recipe.train.seed)
-    tokenizer = _student_tokenizer(recipe)
-    teacher_tokenizer = _teacher_tokenizer(recipe)
-    vocab_limit = shared_vocab_size(tokenizer, teacher_tokenizer)
-    teacher = _teacher(recipe)
-    if teacher is not None:
-        check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
-    student = _student(recipe, teacher)
-    check_tokenizer_fits(tokenizer, student.vocab_size, "student")
-    if teacher is not None and recipe.teacher is not None:
-        teacher.to(getattr(torch, recipe.teacher.dtype))
-    return Parts(tokenizer, teacher, student, vocab_limit)
-
-
-def build_data(recipe: Recipe, parts: Parts) -> tuple[WikiDataset, WikiDataset]:
-    """装配训练与验证数据。
-
-    Raises:
-        DistillabError: 数据读不了，或序列长度超过模型的上限。
-    """
-    data = recipe.data
-    length = data.max_seq_len or parts.student.max_seq_len
-    for name, model in (("student", parts.student), ("teacher", parts.teacher)):
-        if model is not None and length > model.max_seq_len:
-            raise DistillabError(
-                f"data.max_seq_len={length} is above the {name}'s longest sequence "
-                f"{model.max_seq_len}"
-            )
-    return WikiDataset.build(
-        data.source,
-        parts.tokenizer,
-        max_seq_len=length,
-        size_mb=data.size_mb,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        subset=data.subset,
-        split=data.split,
-        seed=recipe.train.seed,
-        sha256=data.sha256,
-    )
-
-
-def build_trainer(recipe: Recipe, parts: Parts, run_dir: Path) -> DistillationTrainer:
-    """装配训练循环。"""
-    train_data, validation_data = build_data(recipe, parts)
-    teacher = LocalTeacher(parts.teacher) if parts.teacher is not None else None
-    logger.info(
-        "%s training tokens, %s for validation, in sequences of %d",
-        f"{train_data.num_tokens:,}", f"{validation_data.num_tokens:,}", train_data.max_seq_len,
-    )  # fmt: skip
-    return DistillationTrainer(
-        parts.student,
-        teacher,
-        train_data,
-        validation_data,
-        recipe.train,
-        run_dir,
-        loss=recipe.loss,
-        evaluate=recipe.evaluate,
-        vocab_limit=parts.vocab_limit,
-    )
 
 
 def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str, Any]]:
@@ -242,62 +145,6 @@ def load_generator(name: str) -> TextGenerator:
     if torch.cuda.is_available():
         model.to("cuda")
     return TextGenerator(model, tokenizer)
-
-
-def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    student = recipe.student
-    source = student.tokenizer or student.path
-    if source is None:
-        tokenizer = _teacher_tokenizer(recipe)
-        assert tokenizer is not None  # Recipe 已查过
-        return tokenizer
-    sha256 = student.sha256 if source == student.path else None
-    return load_tokenizer(source, sha256=sha256, trust_remote_code=student.trust_remote_code)
-
-
-def _teacher_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
-    sha256 = teacher.sha256 if teacher.tokenizer is None else None
-    return load_tokenizer(
-        teacher.tokenizer or teacher.path,
-        sha256=sha256,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-
-
-def _teacher(recipe: Recipe) -> PretrainedLM | None:
-    source = recipe.teacher
-    if source is None:
-        return None
-    dtype = torch.float32 if recipe.student.init else getattr(torch, source.dtype)
-    return PretrainedLM(
-        load_pretrained(
-            source.path,
-            dtype=dtype,
-            sha256=source.sha256,
-            trust_remote_code=source.trust_remote_code,
-        )
-    )
-
-
-def _student(recipe: Recipe, teacher: PretrainedLM | None) -> StudentModel | PretrainedLM:
-    section = recipe.student
-    if section.path is not None:
-        return PretrainedLM(
-            load_pretrained(
-                section.path,
-                dtype=torch.float32,
-                sha256=section.sha256,
-                trust_remote_code=section.trust_remote_code,
-            )
-        )
-    if section.init is not None:
-        assert teacher is not None  # Recipe 已查过
-        layers = section.init.layers or (section.config or ModelConfig()).num_layers
-        return student_from_teacher(teacher, layers, section.config)
-    return StudentModel(section.config or ModelConfig())
 
 
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
