@@ -46,7 +46,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 def shipped_recipes() -> dict[str, Path]:
     """随包发布的配方：名字到文件。"""
     package = Path(__file__).parent
-    for directory in (package / "recipes", package.parents[1] / "recipes"):  # wheel；源码树
+    for directory in (package / "shipped", package.parents[1] / "recipes"):  # wheel；源码树
         if directory.is_dir():
             return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
     return {}

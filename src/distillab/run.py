@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
         raise DistillabError(
             f"data.format={recipe.data.format} cannot be trained on yet, expected text"
         )
-    with RunDirectory(RUNS / recipe.name).open(recipe, resume) as run:
+    with RunDirectory(RUNS / recipe.name) as run:
+        if os.environ.get("RANK", "0") == "0":  # 多进程时只有主进程管理目录
+            run.open(recipe, resume)
         if (done := run.summary) is not None:
             logger.info("%s is complete already", run.path)
             return run, done

@@ -69,8 +69,8 @@ class RunDirectory:
         """检查点目录。"""
         return self.path / recipe.train.checkpoint_dir
 
-    def open(self, recipe: Recipe, resume: bool) -> RunDirectory:
-        """为训练打开目录：新建，或在 ``resume`` 时接着用。
+    def open(self, recipe: Recipe, resume: bool) -> None:
+        """为训练打开目录：新建，或在 ``resume`` 时接着用；加锁，直到退出 with。
 
         Raises:
             DistillabError: 已存在而没有 ``resume``；正被另一个进程使用；配方与上次不同。
@@ -92,7 +92,6 @@ class RunDirectory:
             self._check_same(recipe)
         self._write(self.recipe_file, dump_recipe(recipe))
         self._write(self.environment_file, json.dumps(environment(), indent=1))
-        return self
 
     def __enter__(self) -> RunDirectory:
         return self

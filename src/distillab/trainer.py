@@ -123,8 +123,7 @@ class DistillationTrainer:
         self.train_loader = self._train_loader(train_data)
         self.validation_loader = self._validation_loader(validation_data)
         window = config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(self.train_loader) / window)
-        total = config.num_epochs * self.steps_per_epoch
+        total = config.num_epochs * math.ceil(len(self.train_loader) / window)
         self.total_steps = min(config.max_steps or total, total)
 
         if config.activation_checkpointing:
@@ -364,6 +363,8 @@ class DistillationTrainer:
         )
 
     def _global_sum(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:  # 不必为此等 GPU
+            return value
         total = torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device)
         return float(self.accelerator.reduce(total, reduction="sum"))
 
