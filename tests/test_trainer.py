@@ -537,6 +537,11 @@ def test_epochs_end_the_run_when_max_steps_does_not(make):
     assert (state.current_epoch, state.tokens) == (2, 2 * 40 * 11)
 
 
+def test_warm_up_that_outlasts_the_data_is_pointed_out(make, caplog):
+    make(max_steps=None, num_epochs=1, warmup_steps=500)
+    assert "warmup_steps=500 is not below the 10 steps of this run" in caplog.text
+
+
 def test_tensorboard_receives_the_same_numbers(make):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"

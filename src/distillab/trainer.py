@@ -125,6 +125,12 @@ class DistillationTrainer:
         window = config.gradient_accumulation_steps
         total = config.num_epochs * math.ceil(len(self.train_loader) / window)
         self.total_steps = min(config.max_steps or total, total)
+        if config.warmup_steps >= self.total_steps:
+            logger.warning(
+                "train.warmup_steps=%d is not below the %d steps of this run: "
+                "the learning rate never reaches its peak",
+                config.warmup_steps, self.total_steps,
+            )  # fmt: skip
 
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()

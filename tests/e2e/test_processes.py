@@ -19,7 +19,9 @@ def train(*arguments: str) -> None:
 
 
 def rows(run: str, kind: str) -> list[dict]:
-    return [row for row in read_metrics(Path("runs") / run / "metrics.jsonl") if row["kind"] == kind]
+    return [
+        row for row in read_metrics(Path("runs") / run / "metrics.jsonl") if row["kind"] == kind
+    ]
 
 
 @pytest.mark.slow
