@@ -27,7 +27,7 @@ def rows(run: str, kind: str) -> list[dict]:
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(workdir):
     train("-m", "distillab", "train", "recipe.yaml", "--set", "name=one")
-    train("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29555",
+    train("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
           "-m", "distillab", "train", "recipe.yaml", "--set", "name=two",
           "--set", "train.batch_size=2")  # fmt: skip
     one, two = rows("one", "train"), rows("two", "train")
