@@ -40,6 +40,12 @@ class Parts:
     student: StudentModel | PretrainedLM
     vocab_limit: int
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """学生与教师（如果有）的参数个数。"""
+        models = {"student": self.student, "teacher": self.teacher}
+        return {name: model.num_parameters() for name, model in models.items() if model is not None}
+
 
 def build_models(recipe: Recipe) -> Parts:
     """装配 tokenizer、教师与学生，并在训练之前查出互相矛盾之处。
@@ -54,9 +60,12 @@ def build_models(recipe: Recipe) -> Parts:
         DistillabError: 来源读不到；tokenizer 与模型不符；两个 tokenizer 对同一个 id 说法不一。
     """
     set_seed(recipe.train.seed)
-    tokenizer = _student_tokenizer(recipe)
     teacher_tokenizer = _teacher_tokenizer(recipe)
-    vocab_limit = shared_vocab_size(tokenizer, teacher_tokenizer)
+    tokenizer = _student_tokenizer(recipe) or teacher_tokenizer
+    assert tokenizer is not None  # Recipe 已查过：没有教师时必有学生自己的
+    vocab_limit = shared_vocab_size(
+        tokenizer, None if tokenizer is teacher_tokenizer else teacher_tokenizer
+    )
     teacher = _teacher(recipe)
     if teacher is not None:
         check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
@@ -116,13 +125,12 @@ def build_trainer(recipe: Recipe, parts: Parts, run_dir: Path) -> DistillationTr
     )
 
 
-def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    """学生自己的 tokenizer；``None`` 表示沿用教师的。"""
     student = recipe.student
     source = student.tokenizer or student.path
     if source is None:
-        tokenizer = _teacher_tokenizer(recipe)
-        assert tokenizer is not None  # Recipe 已查过
-        return tokenizer
+        return None
     sha256 = student.sha256 if source == student.path else None
     return load_tokenizer(source, sha256=sha256, trust_remote_code=student.trust_remote_code)
 

@@ -58,18 +58,16 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
             logger.info("%s is complete already", run.path)
             return run, done
         parts = build_models(recipe)
-        sizes = {"student": parts.student.num_parameters()}
-        if parts.teacher is not None:
-            sizes["teacher"] = parts.teacher.num_parameters()
         logger.info(
-            "parameters: %s", ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in sizes.items())
+            "parameters: %s",
+            ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parts.parameters.items()),
         )
         trainer = build_trainer(recipe, parts, run.path)
         reference = _reference(run, trainer)
         state = trainer.train(resume=resume)
         if not trainer.accelerator.is_main_process:
             return run, {}
-        summary = _finish(recipe, run, parts, trainer, state, reference, sizes)
+        summary = _finish(recipe, run, parts, trainer, state, reference)
     return run, summary
 
 
@@ -90,15 +88,12 @@ def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
     state = load_student(parts.student, path)
     trainer = build_trainer(recipe, parts, run.path)
     student, teacher = trainer.evaluate()
-    sizes = {"student": parts.student.num_parameters()}
-    if parts.teacher is not None:
-        sizes["teacher"] = parts.teacher.num_parameters()
     return {
         "name": f"{run.path.name}, {path.name}",
         **({"teacher": teacher} if teacher else {}),
         "student_after": student,
         **_cost(state),
-        "parameters": sizes,
+        "parameters": parts.parameters,
     }
 
 
@@ -178,7 +173,6 @@ def _finish(
     trainer: DistillationTrainer,
     state: TrainerState,
     reference: dict[str, Metrics],
-    sizes: dict[str, int],
 ) -> dict[str, Any]:
     best = trainer.checkpoint_dir / BEST
     load_student(trainer.student, best)
@@ -198,7 +192,7 @@ def _finish(
         "steps": state.current_step,
         "skipped_steps": state.skipped_steps,
         **_cost(state),
-        "parameters": sizes,
+        "parameters": parts.parameters,
     }  # fmt: skip
     run.write_summary(summary)
     return summary
