@@ -114,17 +114,16 @@ def distillab_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
 
     objective: Any = cell.objective
     loss = LossConfig(divergence=objective, alpha=1.0, temperature=1.0)
-    head = Head(inputs.student_weight)
     targets = HiddenTargets(inputs.teacher_hidden, Head(inputs.teacher_weight))
-    return lambda: (
-        fused_distillation_loss(inputs.student_hidden, head, inputs.labels, targets, loss).total
-    )
+    hidden, weight = inputs.student_hidden, inputs.student_weight
+    return lambda: fused_distillation_loss(hidden, weight, None, targets, loss).total
 
 
 def dense_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
     """两份 ``[P, V]`` 都在：logits 是输入的 dtype，与模型的 ``lm_head`` 一样，之后转 float32。"""
     from distillab.config import LossConfig
     from distillab.losses import distillation_loss
+    from distillab.targets import DenseTargets
 
     objective: Any = cell.objective
     loss = LossConfig(divergence=objective, alpha=1.0, temperature=1.0)
@@ -132,7 +131,7 @@ def dense_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
     def call() -> Tensor:
         logits = inputs.student_hidden @ inputs.student_weight.T
         teacher_logits = inputs.teacher_hidden @ inputs.teacher_weight.T
-        return distillation_loss(logits, teacher_logits, inputs.labels, loss).total
+        return distillation_loss(logits, DenseTargets(teacher_logits), None, loss).total
 
     return call
 

@@ -18,6 +18,9 @@ ORDER = [
     "sources",
     "recipes",
     "losses",
+    "products",
+    "row_loss",
+    "sparse_rows",
     "fused",
     "language_model",
     "model",
@@ -62,7 +65,7 @@ def test_imports_point_one_way(module):
     assert imported(module) <= set(ORDER[: ORDER.index(module)])
 
 
-@pytest.mark.parametrize("module", ["losses", "fused"])
+@pytest.mark.parametrize("module", ["losses", "row_loss", "sparse_rows", "fused"])
 def test_objectives_take_tensors_and_know_no_model(module):
     assert not imported(module) & {"language_model", "model", "pretrained", "teachers"}
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillab.config import LossConfig
-from distillab.fused import CHUNK_BYTES, fused_distillation_loss
 from distillab.losses import distillation_loss, divergence
-from distillab.targets import Head, HiddenTargets
+from distillab.targets import DenseTargets, SparseTargets
 
 DIVERGENCES = {
     "forward_kl": {},
@@ -73,7 +72,7 @@ def test_loss_and_gradient_equal_the_float64_oracle(loss, near):
     expected = oracle(expected_input, teacher, labels, loss)
     expected.backward()
     student.requires_grad_()
-    found = distillation_loss(student, teacher, labels, loss).total
+    found = distillation_loss(student, DenseTargets(teacher), labels, loss).total
     found.backward()
     # log 概率自身的舍入约 1e-7：近似相等的两行之间 KL 很小，只能要求绝对误差
     rounding = 1e-7 * loss.temperature**2 * len(labels)
@@ -109,7 +108,7 @@ def test_divergences_are_not_negative_and_ignore_a_constant_added_to_logits(
         (teacher + constant).log_softmax(-1), (student - constant).log_softmax(-1), loss
     )
     torch.testing.assert_close(moved, value, atol=1e-8, rtol=1e-8)
-    assert distillation_loss(student, teacher, labels, loss).total.isfinite()
+    assert distillation_loss(student, DenseTargets(teacher), labels, loss).total.isfinite()
 
 
 @pytest.mark.parametrize(("name", "parameters"), DIVERGENCES.items())
@@ -117,7 +116,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(name, parameters):
     student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[-200.0, 200.0, 0.0]])
     loss = LossConfig(divergence=name, alpha=0.5, temperature=1.0, **parameters)
-    total = distillation_loss(student, teacher, torch.tensor([2]), loss).total
+    total = distillation_loss(student, DenseTargets(teacher), torch.tensor([2]), loss).total
     total.backward()
     assert total.isfinite()
     assert student.grad.isfinite().all()
@@ -129,7 +128,9 @@ def test_forward_kl_is_the_formula_that_the_seed_computes():
     expected = 4 * F.kl_div(
         (student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="sum"
     )
-    torch.testing.assert_close(distillation_loss(student, teacher, None, loss).total, expected)
+    torch.testing.assert_close(
+        distillation_loss(student, DenseTargets(teacher), None, loss).total, expected
+    )
 
 
 def test_alpha_zero_needs_no_teacher_and_equals_cross_entropy():
@@ -143,108 +144,103 @@ def test_alpha_above_zero_without_a_teacher_is_refused():
     student, _, labels = rows(near=False)
     with pytest.raises(ValueError, match=r"loss\.alpha=0\.5 needs teacher"):
         distillation_loss(student, None, labels, LossConfig())
-    with pytest.raises(ValueError, match=r"loss\.alpha=0\.5 needs teacher"):
-        fused_distillation_loss(student, Head(torch.zeros(3, 50)), labels, None, LossConfig())
 
 
-# ---------------------------------------------------------------- 分块版本
+def test_label_smoothing_spreads_part_of_the_label_over_the_vocabulary():
+    student, _, labels = rows(near=False)
+    loss = LossConfig(alpha=0.0, label_smoothing=0.3)
+    log_q = student.double().log_softmax(-1)
+    target = torch.full_like(log_q, 0.3 / 50)
+    target[range(7), labels] += 0.7
+    found = distillation_loss(student, None, labels, loss).total
+    assert found.item() == pytest.approx(-(target * log_q).sum().item(), rel=1e-6)
 
 
-class HeadCase:
-    """学生宽 6、教师宽 9，词表 50；``bias``、``scale``、``softcap`` 都用上。"""
-
-    def __init__(self, rows=33, dtype=torch.float32, near=False):
-        generator = torch.Generator().manual_seed(1)
-        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        self.hidden = draw(rows, 6).to(dtype)
-        self.weight, self.bias = draw(50, 6), draw(50)
-        self.teacher_hidden, self.teacher_weight = draw(rows, 9), draw(50, 9)
-        if near:
-            self.teacher_hidden = torch.cat([self.hidden.float(), draw(rows, 3) * 0.02], 1)
-            self.teacher_weight = torch.cat([self.weight, draw(50, 3)], 1)
-        self.labels = torch.randint(50, (rows,), generator=generator)
-
-    def loss_and_gradients(self, function, loss, rows=slice(None)):
-        inputs = [t.clone().requires_grad_() for t in (self.hidden, self.weight, self.bias)]
-        hidden, weight, bias = inputs
-        head = Head(weight, bias, scale=0.7, softcap=8.0)
-        targets = HiddenTargets(self.teacher_hidden[rows], Head(self.teacher_weight, softcap=20.0))
-        sums = function(hidden[rows], head, self.labels[rows], targets, loss)
-        (2.5 * sums.total).backward()
-        return [*sums, *(t.grad for t in inputs)]
-
-    @staticmethod
-    def dense(hidden, head, labels, targets, loss):
-        return distillation_loss(
-            head.logits(hidden), targets.head.logits(targets.hidden), labels, loss
-        )
+def test_metrics_are_the_teachers_entropy_and_the_share_of_equal_top_tokens():
+    student, teacher, labels = rows(near=False)
+    teacher[0] = student[0]
+    loss = LossConfig(alpha=0.5, temperature=2.0)
+    sums = distillation_loss(student, DenseTargets(teacher), labels, loss)
+    entropy = torch.distributions.Categorical(logits=teacher / 2).entropy().sum()
+    torch.testing.assert_close(sums.teacher_entropy, entropy)
+    assert sums.top1_agreement == (student.argmax(-1) == teacher.argmax(-1)).sum() >= 1
+    expected = F.cross_entropy(teacher, labels, reduction="sum")
+    torch.testing.assert_close(sums.teacher_cross_entropy, expected)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 8, 1000])
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.temperature == 2.0], ids=str)
-def test_chunked_loss_equals_the_dense_one_in_value_and_gradient(loss, chunk_rows, monkeypatch):
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk_rows * 50 * 4)
-    case = HeadCase()
-    found = case.loss_and_gradients(fused_distillation_loss, loss)
-    expected = case.loss_and_gradients(HeadCase.dense, loss)
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+# ---------------------------------------------------------------- 稀疏的教师
 
 
-def test_losses_over_parts_of_the_rows_add_up_to_the_loss_over_all():
-    case, loss = HeadCase(), LossConfig(divergence="jsd", temperature=1.0)
-    whole = case.loss_and_gradients(fused_distillation_loss, loss)
-    parts = [
-        case.loss_and_gradients(fused_distillation_loss, loss, rows)
-        for rows in (slice(0, 5), slice(5, 20), slice(20, None))
-    ]
-    for left, *right in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(left, sum(right), rtol=1e-5, atol=1e-5)
+def sparse(tail, keep=8):
+    student, teacher, labels = rows(near=False)
+    probs, ids = teacher.softmax(-1).topk(keep)
+    return student, SparseTargets(ids, probs, tail), labels
 
 
-@pytest.mark.parametrize("near", [False, True])
-def test_bf16_hidden_states_give_gradients_within_one_percent_of_float32(near):
-    case, loss = HeadCase(rows=200, near=near), LossConfig(alpha=1.0, temperature=1.0)
-    case.hidden = case.hidden.bfloat16().float()  # 两边输入相同，只比较算术
-    expected = case.loss_and_gradients(HeadCase.dense, loss)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = case.loss_and_gradients(fused_distillation_loss, loss)
-    for left, right in zip(found[3:], expected[3:], strict=True):
-        assert relative(left, right.double()) < 0.01
+def test_renormalised_tail_is_the_teacher_cut_to_its_tokens():
+    student, targets, labels = sparse("renormalise")
+    for name, parameters in DIVERGENCES.items():
+        if name == "reverse_kl":
+            continue
+        loss = LossConfig(divergence=name, alpha=0.5, temperature=2.0, **parameters)
+        cut = torch.full_like(student, -80.0).scatter(1, targets.ids, targets.probs.log())
+        found = distillation_loss(student, targets, labels, loss).total
+        expected = distillation_loss(student, DenseTargets(cut), labels, loss).total
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-def test_no_response_token_gives_zero_loss_with_a_graph():
-    case = HeadCase(rows=0)
-    total, *_, d_hidden, d_weight, _ = case.loss_and_gradients(
-        fused_distillation_loss, LossConfig()
+def test_bucket_is_a_distribution_over_the_tokens_and_one_more_outcome():
+    student, targets, labels = sparse("bucket")
+    for name, parameters in DIVERGENCES.items():
+        loss = LossConfig(divergence=name, alpha=1.0, temperature=1.0, **parameters)
+        q = student.double().softmax(-1).gather(1, targets.ids)
+        p = targets.probs.double()
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+        expected = oracle(q.log(), p.log(), labels[:0], loss)
+        found = distillation_loss(student, targets, None, loss).total
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_samples_give_the_full_divergence_and_gradient_on_average():
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 1, 12, generator=generator).double()
+    p = teacher.softmax(-1)
+    ids = torch.multinomial(p, 200_000, replacement=True, generator=generator)
+    targets = SparseTargets(
+        ids, torch.full(ids.shape, 1 / ids.shape[1]).double(), "sampled", -(p * p.log()).sum(-1)
     )
-    assert total == 0
-    assert d_hidden.shape == (0, 6)
-    assert not d_weight.any()
+    loss = LossConfig(alpha=1.0, temperature=1.0)
+    results = []
+    for teacher_targets in (targets, DenseTargets(teacher)):
+        logits = student.clone().requires_grad_()
+        total = distillation_loss(logits, teacher_targets, None, loss).total
+        total.backward()
+        results.append((total.detach(), logits.grad))
+    torch.testing.assert_close(results[0], results[1], atol=0.01, rtol=0)
 
 
-def test_frozen_head_gets_no_gradient_and_hidden_states_still_do():
-    case = HeadCase()
-    hidden, head = case.hidden.requires_grad_(), Head(case.weight)
-    targets = HiddenTargets(case.teacher_hidden, Head(case.teacher_weight))
-    fused_distillation_loss(hidden, head, case.labels, targets, LossConfig()).total.backward()
-    assert hidden.grad.any()
-    assert case.weight.grad is None
+@pytest.mark.parametrize(
+    ("tail", "values", "named"),
+    [
+        ("renormalise", {"divergence": "reverse_kl"}, ["renormalise", "reverse_kl"]),
+        ("bucket", {"temperature": 2.0}, ["bucket", "temperature 2"]),
+        ("sampled", {"divergence": "jsd"}, ["sampled", "jsd"]),
+        ("sampled", {"temperature": 0.5}, ["sampled", "temperature 0.5"]),
+    ],
+)
+def test_a_tail_that_cannot_serve_an_objective_is_refused_naming_both(tail, values, named):
+    student, targets, labels = sparse("renormalise")
+    targets = SparseTargets(targets.ids, targets.probs, tail, torch.zeros(7))
+    loss = LossConfig(**({"temperature": 1.0} | values))
+    with pytest.raises(ValueError, match=".*".join(named)):
+        distillation_loss(student, targets, labels, loss)
 
 
-def test_heads_over_different_vocabularies_are_refused():
-    case = HeadCase()
-    targets = HiddenTargets(case.teacher_hidden, Head(case.teacher_weight[:40]))
-    with pytest.raises(ValueError, match=r"40 rows.*50"):
-        fused_distillation_loss(case.hidden, Head(case.weight), case.labels, targets, LossConfig())
-
-
-def test_cut_head_gives_padding_rows_no_gradient():
-    case = HeadCase()
-    weight = case.weight.requires_grad_()
-    labels = case.labels % 40
-    targets = HiddenTargets(case.teacher_hidden, Head(case.teacher_weight).cut(40))
-    sums = fused_distillation_loss(case.hidden, Head(weight).cut(40), labels, targets, LossConfig())
-    sums.total.backward()
-    assert weight.grad[:40].any()
-    assert not weight.grad[40:].any()
+def test_sparse_targets_of_the_wrong_shape_are_refused():
+    ids, probs = torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"ids \[3, 2\] and probs \[3, 1\]"):
+        SparseTargets(ids, probs[:, :1], "bucket")
+    with pytest.raises(ValueError, match="sampled targets need entropy"):
+        SparseTargets(ids, probs, "sampled")
+    with pytest.raises(ValueError, match=r"entropy \[2\] must be \[P\] with P=3"):
+        SparseTargets(ids, probs, "sampled", torch.zeros(2))

@@ -194,6 +194,9 @@ class LossConfig(_Section):
     temperature: float = Field(2.0, gt=0, description="T that softens both distributions in D.")
     beta: float | None = Field(None, description="Weight of the teacher in jsd; default 0.5.")
     skew: float | None = Field(None, description="s of skew_forward_kl and skew_reverse_kl.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the hard label spread over the vocabulary."
+    )
 
     @model_validator(mode="after")
     def _parameter_fits(self) -> LossConfig:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from .config import LossConfig
+from .losses import LossSums
 
-from .fused import compute_dtype, products, row_chunks
-from .losses import forward_kl
-from .targets import Head, HiddenTargets
+WITH_TEACHER = LossConfig(divergence="forward_kl", alpha=0.5, temperature=1.0)
+"""验证用的目标函数：T = 1 的 KL(教师||学生)，外加交叉熵；它的 ``total`` 没有人看。"""
+
+WITHOUT_TEACHER = LossConfig(alpha=0.0, temperature=1.0)
 
 
 class Metrics(TypedDict):
@@ -23,77 +23,26 @@ class Metrics(TypedDict):
     top1_agreement: float | None
 
 
-class EvaluationSums(NamedTuple):
-    """对 token 求和的验证量，float64 标量；跨批次、跨进程直接相加。
-
-    Attributes:
-        tokens: token 数。
-        cross_entropy: 学生的 ΣCE。
-        kl: ΣKL(教师||学生)，T = 1。
-        agreement: 学生与教师 top-1 相同的 token 数。
-        teacher_cross_entropy: 教师的 ΣCE。
-    """
-
-    tokens: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    agreement: Tensor
-    teacher_cross_entropy: Tensor
-
-
-@torch.no_grad()
-def evaluation_sums(
-    hidden: Tensor, head: Head, labels: Tensor, targets: HiddenTargets | None
-) -> EvaluationSums:
-    """分块求和，``[P, V]`` 从不整个存在。
+def student_metrics(sums: LossSums, tokens: int, has_teacher: bool) -> Metrics:
+    """由总和得出学生的成绩；困惑度是 ``exp(总 nat / 总 token)``。
 
     Args:
-        hidden: 学生的 ``[P, H_s]``。
-        head: 学生的 head。
-        labels: ``[P]``，int64。
-        targets: 教师的目标；``None`` 时与教师有关的三项为 0。
-
-    Returns:
-        ``EvaluationSums``。
+        sums: 整个验证集的总和，目标函数是 ``WITH_TEACHER`` 或 ``WITHOUT_TEACHER``。
+        tokens: 整个验证集的 token 数。
+        has_teacher: 有没有教师。
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
-    sums[0] = len(labels)
-    compute = compute_dtype(hidden)
-    device = hidden.device.type
-    with torch.autocast(device, enabled=False), products(device, compute) as product:
-        weight = product.prepare(head.weight)
-        if targets is not None:
-            teacher, teacher_weight = targets.head, product.prepare(targets.head.weight)
-        for rows in row_chunks(len(hidden), len(head.weight), device):
-            log_q = _log_softmax(head, product(product.prepare(hidden[rows]), weight.T))
-            sums[1] += F.nll_loss(log_q, labels[rows], reduction="sum")
-            if targets is not None:
-                teacher_rows = product.prepare(targets.hidden[rows])
-                log_p = _log_softmax(teacher, product(teacher_rows, teacher_weight.T))
-                sums[2] += forward_kl(log_p, log_q).sum()
-                sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-                sums[4] += F.nll_loss(log_p, labels[rows], reduction="sum")
-    return EvaluationSums(*sums.unbind())
-
-
-def _log_softmax(head: Head, product: Tensor) -> Tensor:
-    return F.log_softmax(head.finish(product), dim=-1)
-
-
-def student_metrics(sums: EvaluationSums, has_teacher: bool) -> Metrics:
-    """由总和得出学生的成绩；困惑度是 ``exp(总 nat / 总 token)``。"""
-    tokens = sums.tokens.item()
+    cross_entropy = float(sums.cross_entropy) / tokens
     return Metrics(
-        perplexity=perplexity(sums.cross_entropy.item() / tokens),
-        cross_entropy=sums.cross_entropy.item() / tokens,
-        kl=sums.kl.item() / tokens if has_teacher else None,
-        top1_agreement=sums.agreement.item() / tokens if has_teacher else None,
+        perplexity=perplexity(cross_entropy),
+        cross_entropy=cross_entropy,
+        kl=float(sums.divergence) / tokens if has_teacher else None,
+        top1_agreement=float(sums.top1_agreement) / tokens if has_teacher else None,
     )
 
 
-def teacher_metrics(sums: EvaluationSums) -> Metrics:
+def teacher_metrics(sums: LossSums, tokens: int) -> Metrics:
     """由同一次总和得出教师自己的成绩：与自己的 KL 为 0，一致率为 1。"""
-    cross_entropy = sums.teacher_cross_entropy.item() / sums.tokens.item()
+    cross_entropy = float(sums.teacher_cross_entropy) / tokens
     return Metrics(
         perplexity=perplexity(cross_entropy),
         cross_entropy=cross_entropy,

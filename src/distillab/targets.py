@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import DistillabError
+
+Tail = Literal["renormalise", "bucket", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,67 @@ class HiddenTargets:
 
     hidden: Tensor
     head: Head
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """教师的完整 logits；只宜用于测试与小词表。
+
+    Attributes:
+        logits: ``[P, V]``，已经过教师 head 的 bias、scale 与 softcap。
+    """
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """教师分布的 K 个 token，其余的概率按 ``tail`` 处理。
+
+    ==============  ======================================  ==================  ============
+    ``tail``        其余 token                              能用的 divergence   温度
+    ==============  ======================================  ==================  ============
+    ``renormalise`` 概率为 0，K 个重新归一化                除 reverse_kl 外    任意
+    ``bucket``      合成一个结果，概率 ``1 - Σ probs``      全部                1
+    ``sampled``     不处理：``probs`` 是无偏的重要性权重    forward_kl          1
+    ==============  ======================================  ==================  ============
+
+    ``renormalise`` 之下 p 有零，KL(q||p) 无穷大；另两种只知道 T = 1 时的尾部。``sampled`` 见
+    Anshumann et al. 2025，*Sparse Logit Sampling*，arXiv:2503.16870。
+
+    Attributes:
+        ids: ``[P, K]``，int64；除 ``sampled`` 外一行之内互不相同。概率为 0 的位置是填充，
+            它的 id 也要与同行的其他 id 不同。
+        probs: ``[P, K]``，T = 1 的概率；``sampled`` 时是权重 w：``E[Σ_k w_k 1(id_k = v)] = p_v``。
+        tail: 尾部的处理方式。
+        entropy: ``[P]``，教师完整分布的熵，单位 nat。``sampled`` 必须有它，散度的值才无偏；
+            其他方式下只影响报告的熵。
+
+    Raises:
+        ValueError: 形状不合，或 ``sampled`` 没有 ``entropy``。
+    """
+
+    ids: Tensor
+    probs: Tensor
+    tail: Tail
+    entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.shape != self.probs.shape:
+            raise ValueError(
+                f"ids {list(self.ids.shape)} and probs {list(self.probs.shape)} must both be [P, K]"
+            )
+        if self.entropy is None:
+            if self.tail == "sampled":
+                raise ValueError(
+                    "sampled targets need entropy [P]: without it forward_kl is known only up "
+                    "to a constant"
+                )
+        elif self.entropy.shape != self.ids.shape[:1]:
+            raise ValueError(
+                f"entropy {list(self.entropy.shape)} must be [P] with P={len(self.ids)}"
+            )
+
+
+Targets = HiddenTargets | DenseTargets | SparseTargets
+"""教师目标的三种形式；第 i 行与学生的第 i 行预测同一个 token。"""

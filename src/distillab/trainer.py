@@ -33,13 +33,13 @@ from .checkpoint import (
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .engine import learning_rate_factor, make_accelerator, make_optimizer
 from .errors import DistillabError
-from .evaluate import EvaluationSums, Metrics, evaluation_sums, student_metrics, teacher_metrics
+from .evaluate import WITH_TEACHER, WITHOUT_TEACHER, Metrics, student_metrics, teacher_metrics
 from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
 from .metrics import MetricsLog
 from .progress import StopRequest, TrainingProgress
-from .targets import HiddenTargets
+from .targets import Targets
 from .teachers import LocalTeacher
 
 logger = logging.getLogger("distillab")
@@ -62,14 +62,25 @@ class DistillationModule(nn.Module):
         self.loss = loss
         self.vocab_limit = vocab_limit
 
-    def forward(self, batch: Batch, targets: HiddenTargets | None) -> LossSums | EvaluationSums:
-        """训练时返回 ``LossSums``，eval 时返回 ``EvaluationSums``；都是总和，从不做除法。"""
+    def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
+        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
         view = batch.student
         hidden = view.rows(self.student(view.input_ids, view.attention_mask))
-        head = self.student.head.cut(self.vocab_limit)
-        if self.training:
-            return fused_distillation_loss(hidden, head, batch.labels, targets, self.loss)
-        return evaluation_sums(hidden, head, batch.labels, targets)
+        loss = self.loss
+        if not self.training:
+            loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
+        head = self.student.head
+        return fused_distillation_loss(
+            hidden,
+            head.weight,
+            batch.labels,
+            targets,
+            loss,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            vocab_limit=self.vocab_limit,
+        )
 
 
 class DistillationTrainer:
@@ -205,7 +216,7 @@ class DistillationTrainer:
         module, accelerator = self.module.train(), self.accelerator
         tokens = self._global_sum(sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
@@ -215,7 +226,7 @@ class DistillationTrainer:
             sums += torch.stack([value.detach().double() for value in part])
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         sums = accelerator.reduce(sums, reduction="sum")
-        total, divergence, cross_entropy = (float(value) for value in sums)
+        total, divergence, cross_entropy = (float(value) for value in sums[:3])
         norm = float(norm)
 
         self.state.current_step += 1
@@ -240,7 +251,7 @@ class DistillationTrainer:
             "grad_norm": norm,
         }
 
-    def _targets(self, batch: Batch) -> HiddenTargets | None:
+    def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
             return None
         return self.teacher.targets(batch.teacher, self.vocab_limit)
@@ -319,18 +330,22 @@ class DistillationTrainer:
             ``(学生, 教师)``；没有教师时后者为 ``None``。
         """
         module = self.module.eval()
-        totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
+        totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
+        totals = totals.to(self.accelerator.device)
         batches: Iterable[Batch] = self.validation_loader
         if progress is not None:
             batches = progress.track(batches, "validating", len(self.validation_loader))
         with torch.no_grad():
             for batch in batches:
                 batch = batch.to(self.accelerator.device)
-                totals += torch.stack(module(batch, self._targets(batch)))
-        sums = EvaluationSums(*self.accelerator.reduce(totals, reduction="sum").unbind())
+                sums: LossSums = module(batch, self._targets(batch))
+                totals[0] += len(batch)
+                totals[1:] += torch.stack(sums)
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
         module.train()
-        has_teacher = self.teacher is not None
-        return student_metrics(sums, has_teacher), teacher_metrics(sums) if has_teacher else None
+        student = student_metrics(sums, tokens, self.teacher is not None)
+        return student, teacher_metrics(sums, tokens) if self.teacher is not None else None
 
     # ------------------------------------------------------------------ 数据
 
