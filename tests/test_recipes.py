@@ -119,7 +119,7 @@ def test_missing_file_is_named():
         ("train: {batch_size: 0}", "{}: train.batch_size: found 0, expected greater than 0"),
         ("train: {batch_size: true}", "{}: train.batch_size: found True, expected integer"),
         ("train: {learning_rate: .inf}", "{}: train.learning_rate: found inf, expected a finite number"),
-        ("train: {precision: fp8}", "{}: train.precision: found 'fp8'; choose from bf16, fp16, fp32"),
+        ("train: {precision: fp8}", "{}: train.precision: found 'fp8'; choose from auto, bf16, fp16, fp32"),
         ("loss: {divergence: forward-kl}", "{}: loss.divergence: found 'forward-kl'; did you mean 'forward_kl'?"),
         ("loss: {beta: 0.5}", "{}: loss: beta belongs to jsd, but divergence is forward_kl"),
         ("loss: 3", "{}: loss: found 3, expected a mapping with keys divergence, alpha, temperature, beta, skew"),

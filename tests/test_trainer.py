@@ -16,7 +16,12 @@ from torch.utils.data import Dataset
 from distillab.checkpoint import checkpoints, load_student, read_state
 from distillab.config import EvaluateConfig, LossConfig, ModelConfig, TrainingConfig
 from distillab.convert import from_hf
-from distillab.engine import learning_rate_factor, make_accelerator, make_optimizer
+from distillab.engine import (
+    learning_rate_factor,
+    make_accelerator,
+    make_optimizer,
+    resolve_precision,
+)
 from distillab.errors import DistillabError
 from distillab.language_model import PretrainedLM
 from distillab.metrics import read_metrics
@@ -238,6 +243,25 @@ def test_bf16_follows_float32(make):
     for (_, left), (_, right) in zip(losses(full), losses(half), strict=True):
         assert left == pytest.approx(right, rel=0.02)
         assert left != right
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "expected"), [(True, "bf16"), (False, "fp32")], ids=["units", "no units"]
+)
+def test_auto_precision_is_bf16_only_where_the_cpu_multiplies_it(bfloat16, expected, monkeypatch):
+    monkeypatch.setattr("distillab.engine.has_bfloat16_units", lambda: bfloat16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert resolve_precision("auto") == expected
+    assert resolve_precision("bf16") == "bf16"
+
+
+def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16")):
+        monkeypatch.setattr(
+            "torch.cuda.get_device_capability", lambda capability=capability: capability
+        )
+        assert resolve_precision("auto") == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")

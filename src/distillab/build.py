@@ -10,9 +10,10 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from .config import ModelConfig, Recipe
+from .config import ModelConfig, ModelSource, Recipe
 from .convert import student_from_teacher
 from .data import WikiDataset
+from .engine import DTYPES, resolve_precision
 from .errors import DistillabError
 from .language_model import PretrainedLM
 from .model import StudentModel
@@ -72,8 +73,16 @@ def build_models(recipe: Recipe) -> Parts:
     student = _student(recipe, teacher)
     check_tokenizer_fits(tokenizer, student.vocab_size, "student")
     if teacher is not None and recipe.teacher is not None:
-        teacher.to(getattr(torch, recipe.teacher.dtype))
+        teacher.to(teacher_dtype(recipe.teacher, recipe))
     return Parts(tokenizer, teacher, student, vocab_limit)
+
+
+def teacher_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
+    """教师权重的类型；``auto`` 跟随训练的计算精度。"""
+    if source.dtype == "auto":
+        return DTYPES[resolve_precision(recipe.train.precision)]
+    dtype: torch.dtype = getattr(torch, source.dtype)
+    return dtype
 
 
 def build_data(recipe: Recipe, parts: Parts) -> tuple[WikiDataset, WikiDataset]:
@@ -151,7 +160,7 @@ def _teacher(recipe: Recipe) -> PretrainedLM | None:
     source = recipe.teacher
     if source is None:
         return None
-    dtype = torch.float32 if recipe.student.init else getattr(torch, source.dtype)
+    dtype = torch.float32 if recipe.student.init else teacher_dtype(source, recipe)
     return PretrainedLM(
         load_pretrained(
             source.path,

