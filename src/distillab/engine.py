@@ -16,7 +16,6 @@ from .config import Precision, TrainingConfig
 from .errors import DistillabError
 from .products import has_bfloat16_units
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
