@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,66 @@ class View:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """一个视角的一条序列。
+
+    Attributes:
+        ids: 全部 token，prompt 在内。
+        response: response token 在 ``ids`` 里的位置，递增，都大于 0。
+
+    Raises:
+        ValueError: 位置不递增，或超出序列。
+    """
+
+    ids: list[int]
+    response: list[int]
+
+    def __post_init__(self) -> None:
+        bounds = [0, *self.response, len(self.ids)]
+        if any(left >= right for left, right in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(
+                f"response positions must increase within 1..{len(self.ids) - 1}, "
+                f"found {self.response[:8]}"
+            )
+
+    @property
+    def prompt(self) -> list[int]:
+        """最后一段连续的 response 之前的 token：从学生采样时由此开始。"""
+        start = len(self.response) - 1
+        while start > 0 and self.response[start - 1] == self.response[start] - 1:
+            start -= 1
+        return self.ids[: self.response[start]] if self.response else self.ids
+
+    @property
+    def labels(self) -> list[int]:
+        """Response token 本身。"""
+        return [self.ids[position] for position in self.response]
+
+
+@dataclass(frozen=True)
+class Example:
+    """一条训练数据：学生与教师各自读到的序列，response 相同。
+
+    Attributes:
+        student: 学生的视角。
+        teacher: 教师的视角；没有特权信息时就是 ``student``。
+
+    Raises:
+        ValueError: 两个视角的 response 不同。
+    """
+
+    student: Tokens
+    teacher: Tokens
+
+    def __post_init__(self) -> None:
+        if self.teacher is not self.student and self.student.labels != self.teacher.labels:
+            raise ValueError(
+                f"the two views of an example must share one response, found "
+                f"{len(self.student.response)} and {len(self.teacher.response)} tokens"
+            )
+
+
+@dataclass(frozen=True)
 class Batch:
     """学生与教师的两个视角，和它们共有的标签。
 
@@ -51,6 +112,7 @@ class Batch:
         student: 学生的视角。
         teacher: 教师的视角；prompt 与长度可以不同，``P`` 必须相同。
         labels: ``[P]``，int64，response token；不含 ``IGNORE_INDEX``。
+        examples: 这一批由哪些 ``Example`` 拼成，留在主机上；文本块没有。
 
     Raises:
         ValueError: 两个视角的 ``index`` 与 ``labels`` 长度不一。
@@ -59,6 +121,7 @@ class Batch:
     student: View
     teacher: View
     labels: Tensor
+    examples: tuple[Example, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.student.index), len(self.teacher.index), len(self.labels))
@@ -76,7 +139,7 @@ class Batch:
         """对每个张量施加 ``function``；两个视角是同一个对象时只做一次。"""
         student = self.student.map(function)
         teacher = student if self.teacher is self.student else self.teacher.map(function)
-        return Batch(student, teacher, function(self.labels))
+        return Batch(student, teacher, function(self.labels), self.examples)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """搬到 ``device``；Accelerate 的 DataLoader 会调用它。"""
@@ -105,3 +168,56 @@ def collate_text(items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None 
     index = trained.nonzero().squeeze(1)
     view = View(torch.stack([item["input_ids"] for item in items]), None, index)
     return Batch(view, view, labels[index])
+
+
+def collate_examples(
+    examples: Sequence[Example],
+    pad_id: int,
+    vocab_limit: int | None = None,
+    padding_side: Literal["left", "right"] = "right",
+) -> Batch:
+    """把 ``Example`` 拼成 ``Batch``，两个视角各自 padding。
+
+    Args:
+        examples: 至少一条。
+        pad_id: 填充用的 id；它从不被训练，也不被注意到。
+        vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的 response token 不训练。
+        padding_side: 哪一侧填充。
+
+    Returns:
+        ``Batch``；没有一条带特权信息时，两个视角是同一个对象。
+    """
+    keep = [
+        [vocab_limit is None or label < vocab_limit for label in example.student.labels]
+        for example in examples
+    ]
+
+    def view(sequences: Sequence[Tokens]) -> View:
+        length = max(len(tokens.ids) for tokens in sequences)
+        ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        index: list[int] = []
+        for row, (tokens, kept) in enumerate(zip(sequences, keep, strict=True)):
+            start = length - len(tokens.ids) if padding_side == "left" else 0
+            end = start + len(tokens.ids)
+            ids[row, start:end] = torch.tensor(tokens.ids)
+            mask[row, start:end] = 1
+            # 位置 t 的 token 由 t - 1 处的 hidden state 预测
+            index += [
+                row * length + start + position - 1
+                for position, wanted in zip(tokens.response, kept, strict=True)
+                if wanted
+            ]
+        full = bool(mask.all())
+        return View(ids, None if full else mask, torch.tensor(index, dtype=torch.long))
+
+    student = view([example.student for example in examples])
+    same = all(example.teacher is example.student for example in examples)
+    teacher = student if same else view([example.teacher for example in examples])
+    labels = [
+        label
+        for example, kept in zip(examples, keep, strict=True)
+        for label, wanted in zip(example.student.labels, kept, strict=True)
+        if wanted
+    ]
+    return Batch(student, teacher, torch.tensor(labels, dtype=torch.long), tuple(examples))

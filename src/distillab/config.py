@@ -188,6 +188,109 @@ class DataSection(_Section):
     max_seq_len: int | None = Field(
         None, ge=2, description="Tokens per training sequence; default: the student's."
     )
+    template_options: dict[str, Any] = Field(
+        {}, description="Options of the tokenizer's chat template, such as enable_thinking."
+    )
+    loss_on: Literal["all", "last"] = Field(
+        "all", description="Assistant turns that are trained on."
+    )
+    teacher_source: str | None = Field(
+        None, min_length=1, description="The same tasks with experience in the prompt."
+    )
+    experience: str | None = Field(
+        None, min_length=1, description="What only the teacher reads: a text, or a file of it."
+    )
+    experience_role: Literal["system", "user"] = Field(
+        "system", description="The message that the experience joins: system, or the last user's."
+    )
+    experience_template: str = Field(
+        "{experience}\n\n{message}", description="How experience and message are joined."
+    )
+    responses: str | None = Field(
+        None, min_length=1, description="Teacher responses written by `distillab synthesize`."
+    )
+
+    @model_validator(mode="after")
+    def _chat_keys(self) -> DataSection:
+        if self.format != "chat":
+            for key in ("teacher_source", "experience", "responses", "template_options"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
+        if self.teacher_source is not None and self.experience is not None:
+            raise ValueError(
+                "teacher_source and experience disagree: both give the teacher its experience; "
+                "drop one"
+            )
+        for field in ("{experience}", "{message}"):
+            if field not in self.experience_template:
+                raise ValueError(f"experience_template has no {field}")
+        return self
+
+
+class ResponsesConfig(_Section):
+    """训练谁的 response：数据集的，或以一定概率由当前的学生采样（on-policy）。"""
+
+    student_fraction: float = Field(
+        0.0, ge=0, le=1, description="Probability that a batch is sampled from the student."
+    )
+    final_student_fraction: float | None = Field(
+        None, ge=0, le=1, description="Reached linearly at the last step; default: constant."
+    )
+    reuse: int = Field(1, gt=0, description="Optimizer steps that train on one rollout.")
+
+    @property
+    def on_policy(self) -> bool:
+        """会不会从学生采样。"""
+        return max(self.student_fraction, self.final_student_fraction or 0.0) > 0
+
+
+class SamplingConfig(_Section):
+    """采样：rollout 与 ``distillab synthesize`` 共用的写法；与 ``loss.temperature`` 无关。"""
+
+    temperature: float = Field(1.0, ge=0, description="Of sampling; 0 is greedy.")
+    top_k: int | None = Field(None, gt=0, description="Keep the k likeliest tokens.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Keep this much probability.")
+    max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
+
+
+class ServerConfig(_Section):
+    """OpenAI 兼容的服务：vLLM、SGLang、DashScope、DeepSeek 等。"""
+
+    base_url: str = Field(pattern="^https?://", description="Up to and including /v1.")
+    model: str = Field(min_length=1, description="Model name that the server knows.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    concurrency: int = Field(8, gt=0, description="Requests in flight.")
+    max_retries: int = Field(6, ge=0, description="Per request, with exponential back-off.")
+    timeout: float = Field(120.0, gt=0, description="Seconds for one request.")
+
+
+class FilterConfig(_Section):
+    """留下哪些教师回答：三选一。"""
+
+    exact: bool = Field(False, description="Keep what equals the record's answer.")
+    regex: str | None = Field(
+        None, description="Keep what matches; {answer} is the record's answer."
+    )
+    function: str | None = Field(
+        None, pattern=r"^[\w.]+:\w+$", description="module:function(record, response) -> bool."
+    )
+
+    @model_validator(mode="after")
+    def _one_filter(self) -> FilterConfig:
+        if sum((self.exact, self.regex is not None, self.function is not None)) != 1:
+            raise ValueError("set exactly one of exact, regex and function")
+        return self
+
+
+class SynthesizeConfig(_Section):
+    """``distillab synthesize``：教师读着经验回答每个问题。"""
+
+    output: str = Field("responses.jsonl", min_length=1, description="File that is written.")
+    samples: int = Field(1, gt=0, description="Answers to each question.")
+    batch_size: int = Field(16, gt=0, description="Questions answered together by a local model.")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    filter: FilterConfig | None = None
+    server: ServerConfig | None = Field(None, description="Default: the local teacher.")
 
 
 class LossConfig(_Section):
@@ -249,6 +352,9 @@ class Recipe(_Section):
     student: StudentSection = StudentSection()
     teacher: ModelSource | None = None
     data: DataSection
+    responses: ResponsesConfig = ResponsesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
     loss: LossConfig = LossConfig()
     train: TrainingConfig = TrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -270,6 +376,26 @@ class Recipe(_Section):
             if given:
                 loss[key] = train[key] = given[0]
         return {**raw, "loss": loss, "train": train}
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Recipe:
+        """四个选择之间说不通的组合。"""
+        data, on_policy = self.data, self.responses.on_policy
+        if on_policy and data.format != "chat":
+            raise ValueError(
+                f"responses.student_fraction={self.responses.student_fraction:g} and "
+                f"data.format={data.format} disagree: only chat data has prompts to sample from"
+            )
+        if on_policy and self.loss.alpha < 1:
+            raise ValueError(
+                f"responses.student_fraction={self.responses.student_fraction:g} and "
+                f"loss.alpha={self.loss.alpha:g} disagree: a sampled response is no label; "
+                f"set loss.alpha to 1"
+            )
+        privileged = data.teacher_source is not None or data.experience is not None
+        if privileged and self.loss.alpha == 0 and data.responses is None and on_policy:
+            raise ValueError("data.experience and loss.alpha=0 disagree: nothing reads it")
+        return self
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
