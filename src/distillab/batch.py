@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +62,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         bounds = [0, *self.response, len(self.ids)]
-        if any(left >= right for left, right in zip(bounds, bounds[1:], strict=False)):
+        if any(left >= right for left, right in itertools.pairwise(bounds)):
             raise ValueError(
                 f"response positions must increase within 1..{len(self.ids) - 1}, "
                 f"found {self.response[:8]}"

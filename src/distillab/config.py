@@ -392,9 +392,6 @@ class Recipe(_Section):
                 f"loss.alpha={self.loss.alpha:g} disagree: a sampled response is no label; "
                 f"set loss.alpha to 1"
             )
-        privileged = data.teacher_source is not None or data.experience is not None
-        if privileged and self.loss.alpha == 0 and data.responses is None and on_policy:
-            raise ValueError("data.experience and loss.alpha=0 disagree: nothing reads it")
         return self
 
     @model_validator(mode="after")
