@@ -252,6 +252,12 @@ class SamplingConfig(_Section):
     top_p: float | None = Field(None, gt=0, le=1, description="Keep this much probability.")
     max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
 
+    @model_validator(mode="after")
+    def _one_filter(self) -> SamplingConfig:
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError("top_k and top_p disagree: set at most one of them")
+        return self
+
 
 class ServerConfig(_Section):
     """OpenAI 兼容的服务：vLLM、SGLang、DashScope、DeepSeek 等。"""

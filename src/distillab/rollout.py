@@ -1,0 +1,159 @@
+"""训练中从当前学生采样的 response（on-policy），以及盯着它们的指标。
+
+采样不留痕迹：不建计算图，用自己的随机数生成器，dropout 与 train/eval 状态在采样之后还原。
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .batch import Example, Tokens
+from .config import ResponsesConfig, SamplingConfig
+from .errors import DistillabError
+from .generate import Strategy, TextGenerator
+
+REPEATED_NGRAM = 4
+"""一条 response 里重复出现的 4-gram 的份额，就是它的重复程度。"""
+
+
+class RolloutSums(NamedTuple):
+    """对 response 求和的量；跨批次、跨进程直接相加。
+
+    Attributes:
+        responses: 条数。
+        tokens: token 数，停止 token 在内。
+        truncated: 没有停下来、因长度而止的条数。
+        empty: 一上来就停的条数。
+        repetition: 各条的重复程度之和，每条在 ``[0, 1]``。
+    """
+
+    responses: float = 0.0
+    tokens: float = 0.0
+    truncated: float = 0.0
+    empty: float = 0.0
+    repetition: float = 0.0
+
+
+class Rollout:
+    """给一批 ``Example`` 换上学生自己的 response。
+
+    Args:
+        generator: 当前的学生与它的 tokenizer；权重随训练而变，每次都用最新的。
+        sampling: 温度、过滤与最长的长度。
+        teacher_max_seq_len: 教师的上限；``None`` 为没有教师。
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        sampling: SamplingConfig,
+        teacher_max_seq_len: int | None = None,
+    ) -> None:
+        self.generator = generator
+        self.sampling = sampling
+        self.teacher_max_seq_len = teacher_max_seq_len
+
+    def sample(self, examples: Sequence[Example], seed: int) -> tuple[list[Example], RolloutSums]:
+        """从最后一段 response 的 prompt 开始采样，每条一个回答。
+
+        Args:
+            examples: 只用它们的 prompt。
+            seed: 这一批的种子。
+
+        Returns:
+            ``(换了 response 的 Example, RolloutSums)``；两个视角的 response 相同。
+
+        Raises:
+            DistillabError: prompt 占满了学生或教师的上下文。
+        """
+        prompts = [example.student.prompt for example in examples]
+        teacher_prompts = [example.teacher.prompt for example in examples]
+        length = self._room(teacher_prompts)
+        width = max(map(len, prompts))
+        pad = self.generator.pad_id
+        device = self.generator.model.head.weight.device
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        strategy, options = sampling_options(self.sampling)
+        rows = self.generator.generate_ids(
+            ids, mask, strategy=strategy, max_new_tokens=length, seed=seed, **options
+        ).tolist()
+        responses = [self._until_stop(row) for row in rows]
+        sampled = [
+            _with_response(example, prompt, teacher_prompt, response)
+            for example, prompt, teacher_prompt, response in zip(
+                examples, prompts, teacher_prompts, responses, strict=True
+            )
+        ]
+        stops = self.generator.stop_ids
+        sums = RolloutSums(
+            responses=len(responses),
+            tokens=sum(map(len, responses)),
+            truncated=sum(response[-1] not in stops for response in responses),
+            empty=sum(len(response) == 1 and response[0] in stops for response in responses),
+            repetition=sum(map(repetition, responses)),
+        )
+        return sampled, sums
+
+    def _room(self, teacher_prompts: list[list[int]]) -> int:
+        length = self.sampling.max_new_tokens
+        if self.teacher_max_seq_len is None:
+            return length
+        longest = max(map(len, teacher_prompts))
+        room = self.teacher_max_seq_len - longest
+        if room < 1:
+            raise DistillabError(
+                f"a teacher prompt has {longest} tokens, expected fewer than its longest sequence "
+                f"{self.teacher_max_seq_len}: shorten the experience or lower data.max_seq_len"
+            )
+        return min(length, room)
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        """到第一个停止 token 为止，含它：学会停下也是要学的。"""
+        for position, token in enumerate(row):
+            if token in self.generator.stop_ids:
+                return row[: position + 1]
+        return row
+
+
+def _with_response(
+    example: Example, prompt: list[int], teacher_prompt: list[int], response: list[int]
+) -> Example:
+    def view(before: list[int]) -> Tokens:
+        return Tokens(before + response, list(range(len(before), len(before) + len(response))))
+
+    student = view(prompt)
+    return Example(student, student if example.teacher is example.student else view(teacher_prompt))
+
+
+def sampling_options(sampling: SamplingConfig) -> tuple[Strategy, dict[str, float]]:
+    """``SamplingConfig`` 换成 ``TextGenerator`` 的参数。"""
+    if sampling.temperature == 0:
+        return "greedy", {}
+    options: dict[str, float] = {"temperature": sampling.temperature}
+    if sampling.top_k is not None:
+        return "top_k", options | {"top_k": sampling.top_k}
+    if sampling.top_p is not None:
+        return "top_p", options | {"top_p": sampling.top_p}
+    return "sample", options
+
+
+def student_fraction(config: ResponsesConfig, step: int, total_steps: int) -> float:
+    """第 ``step`` 步（从 0 起）从学生采样的概率：不变，或线性变到 ``final_student_fraction``。"""
+    if config.final_student_fraction is None:
+        return config.student_fraction
+    done = step / max(total_steps - 1, 1)
+    start, end = config.student_fraction, config.final_student_fraction
+    return start + (end - start) * min(done, 1.0)
+
+
+def repetition(ids: list[int]) -> float:
+    """重复出现的 4-gram 的份额，``[0, 1]``；陷入循环的回答接近 1。"""
+    grams = [tuple(ids[i : i + REPEATED_NGRAM]) for i in range(len(ids) - REPEATED_NGRAM + 1)]
+    if not grams:
+        return 0.0
+    return 1 - len(Counter(grams)) / len(grams)
