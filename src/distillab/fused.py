@@ -53,6 +53,7 @@ def fused_distillation_loss(
     vocab_limit: int | None = None,
     memory_budget: int | None = None,
     reduction: Literal["sum", "mean"] = "sum",
+    label_metrics: bool = False,
 ) -> LossSums:
     """``losses.distillation_loss`` 的分块版本，值与梯度相同。
 
@@ -63,7 +64,7 @@ def fused_distillation_loss(
     Args:
         student_hidden: ``[P, H_s]``。
         student_weight: ``[V, H_s]``，学生的 head。
-        labels: ``[P]``，int64；``alpha`` 为 1 时不看，可以是 ``None``。
+        labels: ``[P]``，int64；``alpha`` 为 1 时可以是 ``None``。
         targets: 教师目标；``alpha`` 为 0 时不看，可以是 ``None``。
         objective: 目标函数。
         bias: 学生 head 的 ``[V]``。
@@ -72,6 +73,7 @@ def fused_distillation_loss(
         vocab_limit: 两个 head 都只看前若干行；其余没有概率，梯度为 0。
         memory_budget: 块缓冲区的字节数；缺省为空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的。
         reduction: ``sum``，或除以 P 的 ``mean``。
+        label_metrics: ``alpha`` 为 1 时也给出两个交叉熵（不带梯度）；缺省不看标签。
 
     Returns:
         ``LossSums``；``total`` 对 ``student_hidden``、``student_weight`` 与 ``bias`` 可导一次。
@@ -90,7 +92,7 @@ def fused_distillation_loss(
         raise ValueError(
             f"vocab_limit is {vocab}, expected 1 to {len(student_weight)}, the rows of the head"
         )
-    if objective.alpha == 1:
+    if objective.alpha == 1 and not label_metrics:
         labels = None
     elif labels is None:
         raise ValueError(f"loss.alpha={objective.alpha:g} needs labels")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -130,11 +130,11 @@ def _with_response(
     return Example(student, student if example.teacher is example.student else view(teacher_prompt))
 
 
-def sampling_options(sampling: SamplingConfig) -> tuple[Strategy, dict[str, float]]:
+def sampling_options(sampling: SamplingConfig) -> tuple[Strategy, dict[str, Any]]:
     """``SamplingConfig`` 换成 ``TextGenerator`` 的参数。"""
     if sampling.temperature == 0:
         return "greedy", {}
-    options: dict[str, float] = {"temperature": sampling.temperature}
+    options: dict[str, Any] = {"temperature": sampling.temperature}
     if sampling.top_k is not None:
         return "top_k", options | {"top_k": sampling.top_k}
     if sampling.top_p is not None:

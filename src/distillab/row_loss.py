@@ -184,7 +184,8 @@ def dense_rows(
             logits, logits.log_sum(1.0), total, label_product, labels, bias, spec
         )
         values = values._replace(cross_entropy=cross_entropy)
-        gradient = gradient + uniform_rows(logits.shifted, logits.log_sum(1.0), spec)
+        if spec.alpha < 1:
+            gradient = gradient + uniform_rows(logits.shifted, logits.log_sum(1.0), spec)
     if spec.gradient:
         student.copy_(gradient * logits.slope)
     return values, label_gradient

@@ -108,8 +108,9 @@ def sparse_rows(
             logits, log_sum, total, label_product, labels, bias, spec
         )
         values = values._replace(cross_entropy=cross_entropy)
-        gradient = gradient + uniform_rows(logits.shifted, log_sum, spec)
-        if masked:
+        if spec.alpha < 1:
+            gradient = gradient + uniform_rows(logits.shifted, log_sum, spec)
+        if masked and spec.alpha < 1:
             id_gradient = id_gradient + uniform_rows(id_logits, log_sum, spec)
     if spec.gradient:
         student.copy_(gradient * logits.slope)

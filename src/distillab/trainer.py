@@ -10,8 +10,9 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .batch import Batch, collate_text
 from .checkpoint import (
@@ -43,7 +44,9 @@ from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
 from .metrics import MetricsLog
+from .on_policy import OnPolicy, Prepared, RolloutGuard
 from .progress import StopRequest, TrainingProgress
+from .rollout import RolloutSums
 from .targets import Targets
 from .teachers import LocalTeacher
 
@@ -59,13 +62,22 @@ class DistillationModule(nn.Module):
         student: 学生。
         loss: 目标函数。
         vocab_limit: head 只看前若干个 token；其余是填充行，没有概率也没有梯度。
+        label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
+            熵与教师的 log 概率的估计。
     """
 
-    def __init__(self, student: LanguageModel, loss: LossConfig, vocab_limit: int) -> None:
+    def __init__(
+        self,
+        student: LanguageModel,
+        loss: LossConfig,
+        vocab_limit: int,
+        label_metrics: bool = False,
+    ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.vocab_limit = vocab_limit
+        self.label_metrics = label_metrics
 
     def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
         """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
@@ -85,6 +97,7 @@ class DistillationModule(nn.Module):
             scale=head.scale,
             softcap=head.softcap,
             vocab_limit=self.vocab_limit,
+            label_metrics=self.label_metrics,
         )
 
 
@@ -94,13 +107,16 @@ class DistillationTrainer:
     Args:
         student: 学生，参数为 float32。
         teacher: 教师；``None`` 时 ``alpha`` 必须为 0，验证也没有 KL。
-        train_data: 每项有 ``input_ids [T]`` 与 ``labels [T]``。
+        train_data: 每项是 ``collate`` 认得的：``input_ids [T]`` 与 ``labels [T]``，或 ``Example``。
         validation_data: 同上。
         config: 训练超参数。
         run_dir: 运行目录；检查点在 ``run_dir/config.checkpoint_dir``，指标在 ``metrics.jsonl``。
         loss: 目标函数；缺省为 ``forward_kl``，``alpha`` 与 ``temperature`` 取自 ``config``。
         evaluate: 验证的批大小与条数。
         vocab_limit: 两个 tokenizer 定义相同的 token 数；缺省为整个词表。
+        collate: 把数据项拼成 ``Batch``；缺省用于文本块。
+        train_sampler: 给出训练数据的下标的批次（如按长度分组）；缺省为随机打乱。
+        on_policy: 从学生采样 response；缺省只用数据里的。
 
     Raises:
         DistillabError: 没有教师而 ``alpha > 0``；数据不足一批；设备不支持 ``precision``。
@@ -110,14 +126,17 @@ class DistillationTrainer:
         self,
         student: LanguageModel,
         teacher: LocalTeacher | None,
-        train_data: Dataset[dict[str, Tensor]],
-        validation_data: Dataset[dict[str, Tensor]],
+        train_data: Dataset[Any],
+        validation_data: Dataset[Any],
         config: TrainingConfig,
         run_dir: Path | str,
         *,
         loss: LossConfig | None = None,
         evaluate: EvaluateConfig | None = None,
         vocab_limit: int | None = None,
+        collate: Callable[[Sequence[Any]], Batch] | None = None,
+        train_sampler: Sampler[list[int]] | None = None,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         self.config = config
         self.loss = loss or LossConfig(alpha=config.alpha, temperature=config.temperature)
@@ -137,11 +156,13 @@ class DistillationTrainer:
             teacher.model.to(self.accelerator.device)
 
         self.vocab_limit = vocab_limit or student.vocab_size
-        self.collate = partial(collate_text, vocab_limit=self.vocab_limit)
-        self.train_loader = self._train_loader(train_data)
+        self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
+        self.on_policy, self.guard = on_policy, RolloutGuard()
+        self.train_loader = self._train_loader(train_data, train_sampler)
         self.validation_loader = self._validation_loader(validation_data)
         window = config.gradient_accumulation_steps
-        total = config.num_epochs * math.ceil(len(self.train_loader) / window)
+        reuse = 1 if on_policy is None else on_policy.config.reuse
+        total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
         self.total_steps = min(config.max_steps or total, total)
         if config.warmup_steps >= self.total_steps:
             logger.warning(
@@ -152,7 +173,7 @@ class DistillationTrainer:
 
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()
-        module = DistillationModule(student, self.loss, self.vocab_limit)
+        module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
         optimizer = make_optimizer(module, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.total_steps, config)
@@ -192,16 +213,33 @@ class DistillationTrainer:
         )
         with log, progress, StopRequest() as stop:
             for window in self._windows():
-                started = time.perf_counter()
-                sums = self._step(window)
-                sums["seconds"] = time.perf_counter() - started
-                self.state.seconds += sums["seconds"]
-                self._record(sums, log, progress)
-                self._validate_and_save(log, progress)
-                if stop.requested:
-                    path = self._save()
-                    raise KeyboardInterrupt(f"stopped at step {self.state.current_step}: {path}")
+                for prepared in self._prepared(window):
+                    started = time.perf_counter()
+                    sums = self._step(prepared)
+                    seconds = time.perf_counter() - started
+                    sums["seconds"] = seconds + prepared.seconds
+                    self.state.seconds += sums["seconds"]
+                    self._record(sums, log, progress)
+                    self._validate_and_save(log, progress)
+                    if stop.requested:
+                        path = self._save()
+                        raise KeyboardInterrupt(
+                            f"stopped at step {self.state.current_step}: {path}"
+                        )
         return self.state
+
+    def _prepared(self, window: list[Batch]) -> Iterator[Prepared]:
+        """定下一个窗口的 response；采样的可以按 ``reuse`` 训练不止一步。"""
+        if self.on_policy is None:
+            yield Prepared(window, [False] * len(window))
+            return
+        started = time.perf_counter()
+        step, rank = self.state.current_step, self.accelerator.process_index
+        prepared = self.on_policy.prepare(window, step, self.total_steps, rank)
+        yield replace(prepared, seconds=time.perf_counter() - started)
+        for _ in range(self.on_policy.config.reuse - 1):
+            if self.state.current_step < self.total_steps:
+                yield Prepared(prepared.batches, prepared.sampled)
 
     def _windows(self) -> Iterator[list[Batch]]:
         """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
@@ -218,19 +256,24 @@ class DistillationTrainer:
                 if state.current_step >= self.total_steps:
                     return
 
-    def _step(self, window: list[Batch]) -> dict[str, float]:
+    def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
         module, accelerator = self.module.train(), self.accelerator
+        window = prepared.batches
         tokens = self._global_sum(sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
-        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
+        zeros = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
+        sums, own = zeros, zeros.clone()  # own：学生自己采样的那些批次
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
             with _sync(accelerator, module, last):
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
-            sums += torch.stack([value.detach().double() for value in part])
+            values = torch.stack([value.detach().double() for value in part])
+            sums = sums + values
+            if prepared.sampled[position]:
+                own += values
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         sums = accelerator.reduce(sums, reduction="sum")
         total, divergence, cross_entropy = (float(value) for value in sums[:3])
@@ -249,7 +292,8 @@ class DistillationTrainer:
         if not finite:
             self._skipped("loss" if not math.isfinite(total) else "gradient norm", len(window))
             return {}
-        return {
+        rollout = self._rollout_sums(prepared, own) if self.on_policy is not None else {}
+        return rollout | {
             "steps": 1,
             "tokens": tokens,
             "loss": total,
@@ -257,6 +301,18 @@ class DistillationTrainer:
             "cross_entropy": cross_entropy,
             "grad_norm": norm,
         }
+
+    def _rollout_sums(self, prepared: Prepared, own: Tensor) -> dict[str, float]:
+        """所有进程上采样的总和，键以 ``rollout.`` 开头；``own`` 是这些批次的 ``LossSums``。"""
+        pairs = zip(prepared.batches, prepared.sampled, strict=True)
+        scored = sum(len(batch) for batch, sampled in pairs if sampled)
+        losses = LossSums(*own.unbind())
+        values = [*prepared.sums, scored, losses.cross_entropy, losses.teacher_cross_entropy]
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
+        total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
+        names = [*RolloutSums._fields, "scored", "student_nll", "teacher_nll"]
+        sums = {f"rollout.{name}": float(value) for name, value in zip(names, total, strict=True)}
+        return sums | {"rollout.seconds": prepared.seconds}
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
@@ -306,6 +362,9 @@ class DistillationTrainer:
             row |= {key: interval[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
             row["grad_norm"] = interval["grad_norm"] / interval["steps"]
             row["tokens_per_second"] = round(tokens / interval["seconds"], 1)
+            sampled = {key.removeprefix("rollout."): value for key, value in interval.items()
+                       if key.startswith("rollout.")}  # fmt: skip
+            row |= self.guard.row(sampled, state.current_step)
         state.interval = {}
         log.write(row)
         progress.log(row)
@@ -356,7 +415,7 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 数据
 
-    def _train_loader(self, data: Dataset[dict[str, Tensor]]) -> Any:
+    def _train_loader(self, data: Dataset[Any], sampler: Sampler[list[int]] | None) -> Any:
         size, processes = self.config.batch_size, self.accelerator.num_processes
         if len(data) < size * processes:  # type: ignore[arg-type]
             raise DistillabError(
@@ -364,11 +423,12 @@ class DistillationTrainer:
                 f"train.batch_size={size} on {processes} process(es)"
             )
         cuda = self.accelerator.device.type == "cuda"
+        batches: dict[str, Any] = {"batch_size": size, "shuffle": True, "drop_last": True}
+        if sampler is not None:
+            batches = {"batch_sampler": sampler}
         loader = DataLoader(
             data,
-            batch_size=size,
-            shuffle=True,
-            drop_last=True,
+            **batches,
             collate_fn=self.collate,
             num_workers=2 if cuda else 0,
             pin_memory=cuda,
@@ -376,7 +436,7 @@ class DistillationTrainer:
         )
         return self.accelerator.prepare(loader)
 
-    def _validation_loader(self, data: Dataset[dict[str, Tensor]]) -> DataLoader[Any]:
+    def _validation_loader(self, data: Dataset[Any]) -> DataLoader[Any]:
         """每个进程一份互不重叠的验证数据；从头到尾均匀地取，每次都是同样的若干条。"""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         total = len(data)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""On-policy：哪些批次从学生采样，以及采出来的东西是否还像样。"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .batch import Batch, Example
+from .config import ResponsesConfig
+from .rollout import Rollout, RolloutSums, student_fraction
+
+logger = logging.getLogger("distillab")
+
+TRUNCATED, REPEATED, EMPTY = 0.5, 0.5, 0.5
+"""超过这些份额就在日志里说：被截断的 response、重复的 4-gram、空的 response。"""
+
+LENGTH_CHANGE = 2.0
+"""平均长度变到最初的这么多倍（或几分之一）就在日志里说。"""
+
+LOW_ENTROPY = 0.05
+"""学生在自己的 response 上的熵低于它（单位 nat/token）：采样已经没有多样性。"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """一步的 micro-batch，response 已经定下来，可以数 token 了。
+
+    Attributes:
+        batches: 一个累积窗口。
+        sampled: 其中哪些是从学生采样的。
+        sums: 采样的总和。
+        seconds: 采样用的时间。
+    """
+
+    batches: list[Batch]
+    sampled: list[bool]
+    sums: RolloutSums = field(default_factory=RolloutSums)
+    seconds: float = 0.0
+
+
+class OnPolicy:
+    """以 ``student_fraction`` 的概率把一批的 response 换成当前学生采样的。
+
+    Args:
+        rollout: 采样。
+        config: 概率与它的日程。
+        collate: 把 ``Example`` 拼成 ``Batch``。
+        seed: 抛硬币与采样的种子；与步数、进程合起来，断点续训因而不变。
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        config: ResponsesConfig,
+        collate: Callable[[Sequence[Example]], Batch],
+        seed: int,
+    ) -> None:
+        self.rollout, self.config, self.collate, self.seed = rollout, config, collate, seed
+
+    def prepare(self, window: list[Batch], step: int, total_steps: int, rank: int) -> Prepared:
+        """决定一个窗口里每个 micro-batch 的 response。
+
+        同一个位置在所有进程上要么都采样、要么都不采样：分片的模型采样时要一起前向。
+
+        Args:
+            window: 一个 optimizer 步的 micro-batch。
+            step: 从 0 起的步数。
+            total_steps: 总步数。
+            rank: 本进程的编号。
+        """
+        fraction = student_fraction(self.config, step, total_steps)
+        batches, sampled, sums = [], [], RolloutSums()
+        for position, batch in enumerate(window):
+            chosen = random.Random(f"{self.seed}/{step}/{position}").random() < fraction
+            sampled.append(chosen)
+            if chosen:
+                assert batch.examples is not None  # 配方已查过：on-policy 只用于对话数据
+                noise = random.Random(f"{self.seed}/{step}/{position}/{rank}").getrandbits(63)
+                examples, part = self.rollout.sample(batch.examples, noise)
+                batch = self.collate(examples).to(batch.labels.device)
+                sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
+            batches.append(batch)
+        return Prepared(batches, sampled, sums)
+
+
+class RolloutGuard:
+    """把 rollout 的总和变成一行指标；不像样时在日志里说一次。"""
+
+    def __init__(self) -> None:
+        self.first_length: float | None = None
+        self.warned: set[str] = set()
+
+    def row(self, sums: dict[str, float], step: int) -> dict[str, Any]:
+        """一个记录间隔的指标，并检查它们。
+
+        Args:
+            sums: ``RolloutSums`` 各项，外加 ``student_nll`` 与 ``teacher_nll``：学生与教师在采样的
+                token 上的 Σ -log 概率，以及 ``scored``：这样的 token 数。
+            step: 当前步数，用于日志。
+
+        Returns:
+            ``rollout_*`` 各项；没有采样时为空。
+        """
+        count = sums.get("responses", 0.0)
+        if not count:
+            return {}
+        scored = max(sums["scored"], 1.0)
+        row = {
+            "rollout_responses": int(count),
+            "rollout_length": sums["tokens"] / count,
+            "rollout_truncated": sums["truncated"] / count,
+            "rollout_empty": sums["empty"] / count,
+            "rollout_repetition": sums["repetition"] / count,
+            "rollout_student_entropy": sums["student_nll"] / scored,
+            "rollout_teacher_logprob": -sums["teacher_nll"] / scored,
+        }
+        self.first_length = self.first_length or row["rollout_length"]
+        change = row["rollout_length"] / self.first_length
+        checks = {
+            "truncated": (
+                row["rollout_truncated"] > TRUNCATED,
+                f"{row['rollout_truncated']:.0%} of the sampled responses end at "
+                f"sampling.max_new_tokens: raise it, or the student has lost its end token",
+            ),
+            "empty": (
+                row["rollout_empty"] > EMPTY,
+                f"{row['rollout_empty']:.0%} of the sampled responses are empty",
+            ),
+            "repetition": (
+                row["rollout_repetition"] > REPEATED,
+                f"{row['rollout_repetition']:.0%} of the 4-grams in sampled responses repeat",
+            ),
+            "length": (
+                not 1 / LENGTH_CHANGE <= change <= LENGTH_CHANGE,
+                f"sampled responses are {change:.1f} times as long as at the start "
+                f"({row['rollout_length']:.0f} tokens)",
+            ),
+            "entropy": (
+                row["rollout_student_entropy"] < LOW_ENTROPY,
+                f"the student's entropy on its own responses is "
+                f"{row['rollout_student_entropy']:.3f} nat per token: sampling explores nothing",
+            ),
+        }
+        for kind, (wrong, message) in checks.items():
+            if not wrong:
+                self.warned.discard(kind)
+            elif kind not in self.warned:
+                self.warned.add(kind)
+                logger.warning("step %d: %s", step, message)
+        return row
