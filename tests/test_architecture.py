@@ -29,6 +29,7 @@ ORDER = [
     "tokenizer",
     "articles",
     "data",
+    "lora",
     "convert",
     "card",
     "teachers",

@@ -10,15 +10,16 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from .config import ModelConfig, ModelSource, Recipe
+from .config import LoraConfig, ModelConfig, ModelSource, Recipe
 from .convert import student_from_teacher
 from .data import WikiDataset
 from .engine import DTYPES, resolve_precision
 from .errors import DistillabError
 from .language_model import PretrainedLM
+from .lora import adapter_parameters, add_lora, base_parameters
 from .model import StudentModel
-from .pretrained import load_pretrained
-from .teachers import LocalTeacher
+from .pretrained import load_pretrained, resolve_model
+from .teachers import AdapterOffTeacher, LocalTeacher
 from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
 from .trainer import DistillationTrainer
 
@@ -31,8 +32,8 @@ class Parts:
 
     Attributes:
         tokenizer: 学生的 tokenizer。
-        teacher: 教师，或 ``None``。
-        student: 尚未训练的学生，float32。
+        teacher: 教师，或 ``None``；关掉 adapter 的学生就是教师时，它就是 ``student`` 那个对象。
+        student: 尚未训练的学生；训练的参数是 float32。
         vocab_limit: 教师与学生的 tokenizer 定义相同的 token 数。
     """
 
@@ -43,9 +44,19 @@ class Parts:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """学生与教师（如果有）的参数个数。"""
-        models = {"student": self.student, "teacher": self.teacher}
-        return {name: model.num_parameters() for name, model in models.items() if model is not None}
+        """学生与教师（如果有）的参数个数；adapter 只算在学生里。"""
+        counts = {"student": self.student.num_parameters()}
+        if self.teacher is not None:
+            counts["teacher"] = sum(p.numel() for p in base_parameters(self.teacher))
+        return counts
+
+    def local_teacher(self) -> LocalTeacher | None:
+        """给出教师目标的对象。"""
+        if self.teacher is None:
+            return None
+        if self.teacher is self.student:
+            return AdapterOffTeacher(self.teacher)
+        return LocalTeacher(self.teacher)
 
 
 def build_models(recipe: Recipe) -> Parts:
@@ -67,18 +78,28 @@ def build_models(recipe: Recipe) -> Parts:
     vocab_limit = shared_vocab_size(
         tokenizer, None if tokenizer is teacher_tokenizer else teacher_tokenizer
     )
-    teacher = _teacher(recipe)
+    shared = _teacher_is_base_of_student(recipe)
+    teacher = None if shared else _teacher(recipe)
     if teacher is not None:
         check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
     student = _student(recipe, teacher)
     check_tokenizer_fits(tokenizer, student.vocab_size, "student")
     if teacher is not None and recipe.teacher is not None:
-        teacher.to(teacher_dtype(recipe.teacher, recipe))
+        teacher.to(frozen_dtype(recipe.teacher, recipe))
+    if shared:
+        assert isinstance(student, PretrainedLM)  # 有 LoRA 就是预训练的
+        teacher = student
+        check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
+        saved = sum(p.numel() * p.element_size() for p in base_parameters(student))
+        logger.info(
+            "the teacher is the student without its adapters: no second copy, %s bytes saved",
+            f"{saved:,}",
+        )
     return Parts(tokenizer, teacher, student, vocab_limit)
 
 
-def teacher_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
-    """教师权重的类型；``auto`` 跟随训练的计算精度。"""
+def frozen_dtype(source: ModelSource | LoraConfig, recipe: Recipe) -> torch.dtype:
+    """冻结的权重的类型；``auto`` 跟随训练的计算精度。"""
     if source.dtype == "auto":
         return DTYPES[resolve_precision(recipe.train.precision)]
     dtype: torch.dtype = getattr(torch, source.dtype)
@@ -116,14 +137,13 @@ def build_data(recipe: Recipe, parts: Parts) -> tuple[WikiDataset, WikiDataset]:
 def build_trainer(recipe: Recipe, parts: Parts, run_dir: Path) -> DistillationTrainer:
     """装配训练循环。"""
     train_data, validation_data = build_data(recipe, parts)
-    teacher = LocalTeacher(parts.teacher) if parts.teacher is not None else None
     logger.info(
         "%s training tokens, %s for validation, in sequences of %d",
         f"{train_data.num_tokens:,}", f"{validation_data.num_tokens:,}", train_data.max_seq_len,
     )  # fmt: skip
     return DistillationTrainer(
         parts.student,
-        teacher,
+        parts.local_teacher(),
         train_data,
         validation_data,
         recipe.train,
@@ -156,11 +176,32 @@ def _teacher_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     )
 
 
+def _teacher_is_base_of_student(recipe: Recipe) -> bool:
+    """教师是否就是学生冻结的基座：同一个来源，同样的类型。"""
+    student, teacher = recipe.student, recipe.teacher
+    if student.lora is None or student.path is None or teacher is None:
+        return False
+    if teacher.trust_remote_code != student.trust_remote_code:
+        return False  # 运行的可能不是同一份代码
+    found = resolve_model(teacher.path, sha256=teacher.sha256)
+    base = resolve_model(student.path, sha256=student.sha256)
+    if Path(found).resolve() != Path(base).resolve():
+        return False
+    dtypes = [frozen_dtype(source, recipe) for source in (teacher, student.lora)]
+    if dtypes[0] != dtypes[1]:
+        logger.warning(
+            "the teacher is the student's base, in %s and %s: two copies; "
+            "give teacher.dtype and student.lora.dtype the same value to keep one",
+            *(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        )
+    return dtypes[0] == dtypes[1]
+
+
 def _teacher(recipe: Recipe) -> PretrainedLM | None:
     source = recipe.teacher
     if source is None:
         return None
-    dtype = torch.float32 if recipe.student.init else teacher_dtype(source, recipe)
+    dtype = torch.float32 if recipe.student.init else frozen_dtype(source, recipe)
     return PretrainedLM(
         load_pretrained(
             source.path,
@@ -174,14 +215,23 @@ def _teacher(recipe: Recipe) -> PretrainedLM | None:
 def _student(recipe: Recipe, teacher: PretrainedLM | None) -> StudentModel | PretrainedLM:
     section = recipe.student
     if section.path is not None:
-        return PretrainedLM(
+        student = PretrainedLM(
             load_pretrained(
                 section.path,
-                dtype=torch.float32,
+                dtype=torch.float32 if section.lora is None else frozen_dtype(section.lora, recipe),
                 sha256=section.sha256,
                 trust_remote_code=section.trust_remote_code,
             )
         )
+        if section.lora is not None:
+            add_lora(student, section.lora)
+            logger.info(
+                "LoRA: %s trained parameters over a frozen base of %s in %s",
+                *(f"{sum(p.numel() for p in part):,}"
+                  for part in (adapter_parameters(student), base_parameters(student))),
+                str(frozen_dtype(section.lora, recipe)).removeprefix("torch."),
+            )  # fmt: skip
+        return student
     if section.init is not None:
         assert teacher is not None  # Recipe 已查过
         layers = section.init.layers or (section.config or ModelConfig()).num_layers

@@ -1,7 +1,8 @@
 """一次训练能从什么地方接着来：完整的检查点、``best``、写到一半被杀也不留下坏文件。
 
 ``checkpoints/step-00000100/`` 是 Accelerate 保存的状态（学生、optimizer、scheduler、随机数）
-加上 ``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。
+加上 ``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。冻结的参数（LoRA 的基座）不存：
+它们从未变过，配方说了从哪里读。
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import clean_state_dict_for_safetensors
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import DistillabError
@@ -75,8 +77,15 @@ def save_checkpoint(
     """
     target = directory / f"step-{state.current_step:08d}"
 
+    def keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+        for model, state_dict in zip(models, weights, strict=False):  # FSDP 与 DeepSpeed 自己写
+            kept = _trainable(accelerator.unwrap_model(model), state_dict)
+            state_dict.clear()
+            state_dict.update(kept)
+
     def write(temporary: Path) -> None:
-        accelerator.save_state(str(temporary), safe_serialization=True)
+        with accelerator.register_save_state_pre_hook(keep_trainable):
+            accelerator.save_state(str(temporary), safe_serialization=True)
         _write_state(temporary, state, config, accelerator.is_main_process)
 
     _write_then_rename(accelerator, target, write)
@@ -96,7 +105,10 @@ def save_best(
     """把学生的权重写进 ``directory/best``，替换原来的。所有进程都要调用。"""
 
     def write(temporary: Path) -> None:
-        accelerator.save_model(module, str(temporary), max_shard_size="1TB")
+        state_dict = accelerator.get_state_dict(module) or {}  # ZeRO-3 只在主进程上收齐
+        kept = _trainable(accelerator.unwrap_model(module), state_dict)
+        kept = clean_state_dict_for_safetensors(kept)
+        accelerator.save(kept, temporary / WEIGHTS_FILE, safe_serialization=True)
         _write_state(temporary, state, config, accelerator.is_main_process)
 
     _write_then_rename(accelerator, directory / BEST, write)
@@ -121,7 +133,13 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> TrainerState:
             raise DistillabError(f"{path}: damaged checkpoint: {name} is missing")
         if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
             raise DistillabError(f"{path}: damaged checkpoint: {name} is not readable")
-    _load(path, lambda: accelerator.load_state(str(path)))
+
+    def load_trainable(models: list[nn.Module], _: str) -> None:
+        while models:  # 取走的 Accelerate 不再读：它要求一个也不缺
+            _load_weights(accelerator.unwrap_model(models.pop()), path)
+
+    with accelerator.register_load_state_pre_hook(load_trainable):
+        _load(path, lambda: accelerator.load_state(str(path)))
     return state
 
 
@@ -139,13 +157,25 @@ def load_student(student: nn.Module, path: Path) -> TrainerState:
         DistillabError: 没有检查点、文件损坏，或形状与 ``student`` 不符。
     """
     state = read_state(path)
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
+    if not (path / WEIGHTS_FILE).is_file():
         raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
     holder = nn.Module()
     holder.student = student  # 检查点存的是 DistillationModule，权重名带 student. 前缀
-    _load(path, lambda: load_model(holder, weights))
+    _load(path, lambda: _load_weights(holder, path))
     return state
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """不训练的参数的名字，绑定的参数的每个名字都在内。"""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def _trainable(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """去掉冻结的参数与 DDP 的前缀：几个进程存的，一个进程也能读。"""
+    names = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    frozen = _frozen(module)
+    return {name: value for name, value in names.items() if name not in frozen}
 
 
 def read_state(path: Path) -> TrainerState:
@@ -161,6 +191,15 @@ def read_state(path: Path) -> TrainerState:
         raise DistillabError(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError):
         raise DistillabError(f"{path}: damaged checkpoint: {STATE_FILE} is not readable") from None
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    """读入除冻结的参数以外的一切，不多也不少。"""
+    missing, unexpected = load_model(module, path / WEIGHTS_FILE, strict=False)
+    if absent := set(missing) - _frozen(module):
+        raise DistillabError(f"{path}: holds another model: {min(absent)} is missing")
+    if unexpected:
+        raise DistillabError(f"{path}: holds another model: {min(unexpected)} has no place in it")
 
 
 def _load(path: Path, load: Callable[[], Any]) -> None:

@@ -136,6 +136,29 @@ class InitConfig(_Section):
     layers: int | None = Field(None, gt=0, description="Layers kept, evenly spaced.")
 
 
+class LoraConfig(_Section):
+    """LoRA（Hu et al. 2021，arXiv:2106.09685）：冻结基座，只训练低秩的 adapter。
+
+    层的输出加上 ``alpha / rank * B @ A @ x``；B 从 0 开始，所以训练前与基座相同。
+    """
+
+    rank: int = Field(16, gt=0, description="Rank of the update, r.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Names of the layers that get adapters; never the output layer."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description="Of the frozen base weights; auto follows train.precision."
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> LoraConfig:
+        if not (self.target_modules and all(self.target_modules)):
+            raise ValueError("target_modules names no layer: list names, or use all-linear")
+        return self
+
+
 class StudentSection(_Section):
     """学生：从零（``config``）、由教师裁剪（``init``）或任意预训练模型（``path``），三选一。"""
 
@@ -145,6 +168,7 @@ class StudentSection(_Section):
     tokenizer: str | None = Field(None, description="Tokenizer source; default: path or teacher.")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Digest of path.")
     trust_remote_code: bool = Field(False, description="Run model code from path.")
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters of path only.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
@@ -158,6 +182,8 @@ class StudentSection(_Section):
             raise ValueError(
                 "sha256 and trust_remote_code belong to student.path, which is not set"
             )
+        elif self.lora is not None:
+            raise ValueError("lora needs student.path: only a pretrained base can be frozen")
         if self.init is not None and self.init.layers is None and self.config is None:
             raise ValueError("init needs layers, or config.num_layers")
         if (

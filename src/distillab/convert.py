@@ -21,6 +21,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import DistillabError
 from .language_model import PretrainedLM
+from .lora import has_lora, merged_copy
 from .model import StudentModel
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def export_student(
     先写到同级的临时目录再改名，所以目标目录要么不存在，要么是完整的。
 
     Args:
-        model: 学生；``PretrainedLM`` 用它自己的 ``save_pretrained``。
+        model: 学生；``PretrainedLM`` 用它自己的 ``save_pretrained``，LoRA 先并进一份 float32 拷贝。
         tokenizer: Hugging Face tokenizer，连同 chat template 一起写出。
         directory: 目标目录，必须不存在或为空。
         vocab_limit: 见 ``to_hf_state_dict``，只用于 ``StudentModel``。
@@ -320,7 +321,7 @@ def export_student(
     partial.mkdir(parents=True)
     try:
         if isinstance(model, PretrainedLM):
-            model.model.save_pretrained(partial)
+            (merged_copy(model) if has_lora(model) else model.model).save_pretrained(partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
         _write_tokenizer(tokenizer, partial)

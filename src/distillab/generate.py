@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import DistillabError, nearest
-from .language_model import LanguageModel
+from .language_model import LanguageModel, evaluating
 
 __all__ = ["Strategy", "TextGenerator", "filter_top_k", "filter_top_p"]
 
@@ -192,7 +191,7 @@ class TextGenerator:
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
         new_ids: list[Tensor] = []
         step_ids, cache = input_ids, self.model.new_cache()
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for _ in range(min(max_new_tokens, room)):
                 hidden = self.model(step_ids, attention_mask, cache)
                 logits = head.logits(hidden[:, -1])  # (B, V)
@@ -283,18 +282,6 @@ class _Streamer:
         self._emitted = text
         if piece:
             self._emit(piece)
-
-
-@contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
-    """暂时切到 eval，退出时逐个模块还原：有的子模块（如冻结的）可能本来就在 eval。"""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_options(

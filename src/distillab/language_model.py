@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -63,6 +65,18 @@ class LanguageModel(nn.Module, ABC):
     def num_parameters(self) -> int:
         """参数个数，绑定的参数只数一次。"""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """暂时切到 eval，退出时逐个模块还原：有的子模块（如冻结的）可能本来就在 eval。"""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class PretrainedLM(LanguageModel):

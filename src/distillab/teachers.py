@@ -1,11 +1,12 @@
-"""教师分布从哪里来。目前一种来源：本机上的模型，每步现算。"""
+"""教师分布从哪里来：本机上的模型，每步现算；可以是另一个模型，也可以是关掉 adapter 的学生。"""
 
 from __future__ import annotations
 
 import torch
 
 from .batch import View
-from .language_model import LanguageModel
+from .language_model import LanguageModel, evaluating
+from .lora import adapters_off
 from .targets import HiddenTargets
 
 
@@ -35,3 +36,21 @@ class LocalTeacher:
         with torch.autocast(view.input_ids.device.type, enabled=False):
             hidden = view.rows(self.model(view.input_ids, view.attention_mask))
         return HiddenTargets(hidden, self.model.head.cut(vocab_limit))
+
+
+class AdapterOffTeacher(LocalTeacher):
+    """关掉 adapter 的学生：它就是自己的基座，不占第二份内存。
+
+    只在取目标的那一刻切到 eval、关掉 adapter，之后（出错时也）还原；从不冻结任何参数。
+
+    Args:
+        model: 装了 LoRA 的学生，与训练的是同一个对象。
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def targets(self, view: View, vocab_limit: int) -> HiddenTargets:
+        """基座在 ``view`` 上的目标；见 ``LocalTeacher.targets``。"""
+        with evaluating(self.model), adapters_off(self.model):
+            return super().targets(view, vocab_limit)

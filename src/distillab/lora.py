@@ -1,0 +1,160 @@
+"""LoRA：给预训练的学生就地装上低秩的 adapter（经 peft），关掉它们，或把它们并进权重。
+
+基座冻结、adapter 是 float32；关掉 adapter 的学生就是原来的基座，所以教师与学生是同一个模型时
+不需要第二份权重。输出层从不加 adapter：损失直接读 ``head.weight``，不经过那一层的 ``forward``。
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import LoraConfig
+from .errors import DistillabError, nearest
+from .language_model import PretrainedLM
+
+_KEY = "student.lora.target_modules"
+
+
+def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
+    """就地装上 adapter：基座冻结，adapter 是 float32，B 为 0，输出因而不变。
+
+    不用 transformers 的 ``add_adapter``：它对 peft 的版本另有要求，之后的 ``save_pretrained``
+    也只写 adapter。
+
+    Args:
+        model: 预训练的模型，参数的类型不变。
+        config: 秩、倍数与目标层；``dtype`` 由读入权重的一方负责。
+
+    Returns:
+        同一个 ``model``，处于 eval。
+
+    Raises:
+        DistillabError: 没有安装 peft；目标不是线性层，或者是输出层。
+    """
+    peft = _peft()
+    _check_targets(model, config)
+    options = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+    )
+    peft.inject_adapter_in_model(options, model.model)
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.float()  # peft 跟随基座的类型，半精度的更新会被舍掉
+    model.eval()  # peft 新建的模块处于 train，其余的在 eval
+    return model
+
+
+def has_lora(model: nn.Module) -> bool:
+    """``model`` 里有没有 adapter。"""
+    return bool(_lora_layers(model))
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """全部 adapter 的参数。"""
+    return [
+        parameter
+        for layer in _lora_layers(model).values()
+        for name in layer.adapter_layer_names
+        for parameter in getattr(layer, name).parameters()
+    ]
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Adapter 之外的参数，绑定的只列一次；没有 adapter 时就是全部。"""
+    adapters = set(map(id, adapter_parameters(model)))
+    return [parameter for parameter in model.parameters() if id(parameter) not in adapters]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """暂时关掉 adapter：``model`` 就是它的基座；退出时还原，``requires_grad`` 从不改动。
+
+    peft 的 ``enable_adapters(False)`` 会顺手冻结 adapter，而 DDP 与 FSDP2 在第一次前向时就记下
+    哪些参数要梯度；所以只拨动它的开关。
+    """
+    layers = [layer for layer in _lora_layers(model).values() if not layer.disable_adapters]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged_copy(model: PretrainedLM) -> Any:
+    """把 adapter 并进权重的一份拷贝，不再含 peft 的任何东西；``model`` 不变。
+
+    拷贝总是 float32：半精度的基座恰好落在半精度的格点上，小于半格的更新加上去会被整个舍掉。
+
+    Args:
+        model: ``add_lora`` 的返回值。
+
+    Returns:
+        CPU 上的 ``transformers.PreTrainedModel``。
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(
+            parameter.detach().to("cpu", torch.float32, copy=True), requires_grad=False
+        )
+        for parameter in model.parameters()
+    }
+    plain = copy.deepcopy(model.model, memo)  # 经 memo，参数不在 GPU 上复制第二份
+    for name, layer in _lora_layers(plain).items():
+        layer.merge()
+        plain.set_submodule(name, layer.get_base_layer())
+    del plain.peft_config
+    return plain.to("cpu", torch.float32).eval()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        reason = next(iter(str(error).splitlines()), "not installed")
+        raise DistillabError(
+            f"student.lora needs peft ({reason}): pip install 'distillab[peft]'"
+        ) from None
+    return peft
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """名字 → 装了 adapter 的层。"""
+    if sys.modules.get("peft") is None:  # 没有导入过 peft，就不会有 adapter
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+
+
+def _check_targets(model: PretrainedLM, config: LoraConfig) -> None:
+    """逐个核对写下的名字：peft 只要有一个对得上就不作声。"""
+    if isinstance(config.target_modules, str):
+        return  # peft 的 all-linear 已排除输出层
+    head = model.model.get_output_embeddings()
+    linear = {
+        f".{name}": part
+        for name, part in model.model.named_modules()
+        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"  # 后者是 GPT-2 的
+    }
+    for target in config.target_modules:
+        matches = [part for name, part in linear.items() if name.endswith(f".{target}")]
+        if not matches:
+            names = {name.rpartition(".")[2] for name, part in linear.items() if part is not head}
+            raise DistillabError(
+                f"{_KEY}: no linear layer is named '{target}', {nearest(target, names)}"
+            )
+        if any(part is head for part in matches):
+            raise DistillabError(
+                f"{_KEY}: '{target}' is the output layer, which cannot be adapted: "
+                f"the loss reads its weight directly"
+            )
