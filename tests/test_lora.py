@@ -137,6 +137,7 @@ def test_adapters_off_is_exactly_the_base_model(base):
     with adapters_off(base):
         assert torch.equal(base(IDS), original(IDS))
         assert torch.equal(base.head.weight, original.head.weight)
+        assert all(parameter.requires_grad for parameter in adapter_parameters(base))
     assert not torch.equal(base(IDS), original(IDS))
 
 
@@ -153,11 +154,11 @@ def test_only_adapters_are_trained_and_the_output_layer_has_none(base):
 
 
 def test_rank_alpha_dropout_and_targets_are_the_ones_asked_for(tiny_qwen2):
-    config = LoraConfig(rank=3, alpha=6.0, dropout=0.25, target_modules=["q_proj", "1.mlp.up_proj"])
+    config = LoraConfig(rank=3, alpha=9.0, dropout=0.25, target_modules=["q_proj", "1.mlp.up_proj"])
     model = add_lora(PretrainedLM(tiny_qwen2), config)
     layer = tiny_qwen2.model.layers[1].mlp.up_proj
     assert layer.lora_A["default"].weight.shape == (3, 32)
-    assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (2.0, 0.25)
+    assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (3.0, 0.25)
     assert len(adapter_parameters(model)) == (3 + 1) * 2
 
 
@@ -241,6 +242,8 @@ def test_recipes_that_make_no_sense_are_refused(student, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_targets_are_those_of_a_separate_copy(tiny_qwen2, dtype, autocast):
     tiny_qwen2.to(dtype)
+    for layer in tiny_qwen2.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # 教师从不 dropout，学生在 train 也一样
     separate = LocalTeacher(PretrainedLM(copy.deepcopy(tiny_qwen2)))
     student = shake(add_lora(PretrainedLM(tiny_qwen2), LoraConfig(rank=4, dropout=0.5)))
     student.train()
@@ -500,7 +503,9 @@ def test_export_is_a_plain_model_with_the_same_logits(base, tiny_tokenizer, tmp_
         assert torch.equal(value, before[name])
     assert has_lora(base)
     assert not (target / "adapter_config.json").exists()
-    names = set(load_file(target / "model.safetensors"))
+    weights = target / "model.safetensors"
+    assert weights.stat().st_mode == (target / "config.json").stat().st_mode
+    names = set(load_file(weights))
     assert not any("lora" in name or "base_layer" in name for name in names)
     loaded, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"]
@@ -533,6 +538,7 @@ def test_the_merged_copy_shares_nothing_with_the_student(student):
     assert not own & {p.data_ptr() for p in plain.parameters()}
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     assert not has_lora(plain)
+    assert not hasattr(plain, "peft_config")
 
 
 # ---------------------------------------------------------------- 配方
@@ -597,6 +603,11 @@ def test_in_two_types_it_is_loaded_twice_and_the_log_says_why(recipe, caplog):
     assert type(parts.local_teacher()) is LocalTeacher
     assert parts.teacher.head.weight.dtype == torch.bfloat16
     assert "in bfloat16 and float32: two copies" in caplog.text
+
+
+def test_code_of_its_own_makes_it_another_model(recipe):
+    parts = build_models(recipe({"trust_remote_code": True}))
+    assert type(parts.local_teacher()) is LocalTeacher
 
 
 def test_another_model_is_an_ordinary_teacher(recipe, tiny_llama, tiny_tokenizer):

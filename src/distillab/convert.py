@@ -324,6 +324,9 @@ def export_student(
             (merged_copy(model) if has_lora(model) else model.model).save_pretrained(partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
+        for weights in partial.glob("*.safetensors"):
+            # safetensors 建的文件只有属主可读，导出的目录常要给别的用户或服务用。
+            weights.chmod((partial / "config.json").stat().st_mode)
         _write_tokenizer(tokenizer, partial)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -369,10 +372,7 @@ def _write_model(
     # transformers 5 之前的读者（包括不少推理引擎）只认顶层的 rope_theta，缺了就默默用 10000。
     _update_json(directory / "config.json", rope_theta=config.rope_theta)
     GenerationConfig(**special).save_pretrained(directory)
-    weights = directory / "model.safetensors"
-    save_file(state, weights, metadata={"format": "pt"})
-    # safetensors 建的文件只有属主可读，导出的目录常要给别的用户或服务用。
-    weights.chmod((directory / "config.json").stat().st_mode)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _splits_like_qwen2(tokenizer: Any) -> bool:
