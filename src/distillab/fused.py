@@ -33,7 +33,7 @@ BUDGET_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
 CPU 上 128 行的块已经与不分块的矩阵乘一样快；GPU 上每块都要读写一遍整个 weight 的梯度，块宜大。
 """
 
-CPU_TILE = 16
+CPU_TILE = 8
 """CPU 上逐行算术一次做这么多行：中间结果留在缓存里。"""
 
 COMPILE_ELEMENTS = 2**24
@@ -330,11 +330,15 @@ def default_budget(device: torch.device) -> int:
 
 
 def chunk_rows(rows: int, limit: int, device: str) -> int:
-    """一块的行数，不超过 ``limit``；取值只有少数几种，编译过的代码才不必为每批重来。"""
+    """一块的行数，不超过 ``limit``。
+
+    CPU 上各块一样大：剩下几行也要把两个 head 读一遍。GPU 上只取 2 的幂：逐行算术一次做一块，编译过
+    的代码不必为每批的行数重来。
+    """
     if device == "cpu":
         if limit > CPU_TILE:
             limit -= limit % CPU_TILE
-        return min(limit, max(rows, 1))
+        return -(-rows // max(1, -(-rows // limit))) or 1
     size = 1 << (limit.bit_length() - 1)
     while size > 64 and size // 2 >= rows:
         size //= 2

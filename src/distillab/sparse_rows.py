@@ -19,6 +19,7 @@ from .row_loss import (
     finish,
     label_rows,
     shifted,
+    total,
     uniform_rows,
 )
 from .targets import Tail
@@ -70,7 +71,7 @@ def sparse_rows(
 
     def normaliser(temperature: float) -> tuple[Tensor, Tensor]:
         """``(log Σ exp(logits / T), K 个 token 之外的概率之和)``，都是 ``[R, 1]``。"""
-        rest = (logits.shifted * (1 / temperature)).exp().sum(-1, keepdim=True)
+        rest = total((logits.shifted * (1 / temperature)).exp())
         inside = (id_logits * (1 / temperature)).exp().sum(-1, keepdim=True) if masked else 0.0
         return (rest + inside).log(), rest / (rest + inside)
 
@@ -100,12 +101,12 @@ def sparse_rows(
     label_gradient = zero
     if labels is not None and label_product is not None:
         log_sum, _ = normaliser(1.0)
-        total = zero
+        shifted_sum = zero
         if spec.smoothing:
             finite = torch.where(logits.shifted == -math.inf, 0, logits.shifted)
-            total = finite.sum(-1) + (id_logits.sum(-1) if masked else 0)
+            shifted_sum = total(finite)[:, 0] + (id_logits.sum(-1) if masked else 0)
         cross_entropy, label_gradient = label_rows(
-            logits, log_sum, total, label_product, labels, bias, spec
+            logits, log_sum, shifted_sum, label_product, labels, bias, spec
         )
         values = values._replace(cross_entropy=cross_entropy)
         if spec.alpha < 1:
@@ -151,13 +152,15 @@ def outcomes(
     if tail == "renormalise":
         divergence = divergence + zero_h * rest[:, 0]
     forward = spec.divergence == "forward_kl"
-    mean = (h if forward else q * h).sum(-1, keepdim=True)
+    g = h if forward else q * h
+    total_g, total_q = total(g), total(q)
     if tail == "renormalise":
-        mean, rest_h = mean + zero_h * rest, torch.full_like(rest, zero_h)
+        total_g, total_q = total_g + zero_h * rest, total_q + rest
+        rest_h = torch.full_like(rest, zero_h)
     else:
         rest_h = h[:, -1:] / rest.clamp(min=TINY) if forward else h[:, -1:]
-    gradient = h - q * mean if forward else q * (h - mean)
-    rest_gradient = rest_h - mean
+    middle = total_g / total_q
+    gradient, rest_gradient = g - q * middle, rest_h - middle
     if tail == "bucket":
         gradient = gradient[:, :-1]
     return divergence, gradient, rest_gradient, entropy

@@ -1,0 +1,78 @@
+"""把 ``results/*.json`` 里的记录印成 Markdown 表，贴进 ``README.md``。
+
+python benchmarks/tables.py benchmarks/results/loss_head-cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str]]
+
+
+def number(key: str, form: str, scale: float = 1.0) -> Callable[[Record], str]:
+    """一列数；没有测的印 ``-``。"""
+
+    def text(record: Record) -> str:
+        value = record.get(key)
+        return "-" if value is None else format(value / scale, form)
+
+    return text
+
+
+LOSS_HEAD: list[Column] = [
+    ("implementation", lambda record: record["implementation"]),
+    ("seconds", number("seconds", ".2f")),
+    ("/ floor", number("ratio_to_floor", ".2f")),
+    ("/ distillab", number("ratio_to_distillab", ".2f")),
+    ("extra GiB", number("extra_bytes", ".2f", 2**30)),
+    ("gradient error", number("gradient_error", ".1e")),
+    ("value error", number("value_error", ".1e")),
+]
+TRAIN_STEP: list[Column] = [
+    ("implementation", lambda record: record["implementation"]),
+    ("seconds", number("seconds", ".2f")),
+    ("tokens/s", number("tokens_per_second", ".0f")),
+    ("peak GiB", number("peak_bytes", ".2f", 2**30)),
+    ("step's extra GiB", number("extra_bytes", ".2f", 2**30)),
+]
+
+
+def title(record: Record) -> str:
+    """一格的标题。"""
+    if "case" in record:
+        return (
+            f"case {record['case']}, {record['batch_size']} x {record['seq_len']} tokens, "
+            f"{record['precision']}"
+        )
+    near = ", rows that nearly agree" if record["near"] else ""
+    return f"{record['dtype']}, {record['objective']}, {record['rows']:,} rows{near}"
+
+
+def markdown(records: Iterable[Record], columns: list[Column]) -> str:
+    """一张表，首列左对齐，其余右对齐。"""
+    names = [name for name, _ in columns]
+    lines = [names, ["---", *["--:"] * (len(names) - 1)]]
+    lines += [[text(record) for _, text in columns] for record in records]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(paths: list[str]) -> None:
+    """按格分组，逐格印出。"""
+    for path in paths:
+        records = json.loads(Path(path).read_text())
+        records.sort(key=title)  # 稳定：同一格之内保持测量时的顺序
+        for name, group in groupby(records, key=title):
+            cell = list(group)
+            columns = TRAIN_STEP if "case" in cell[0] else LOSS_HEAD
+            print(f"#### {name}\n\n{markdown(cell, columns)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,294 @@
+"""蒸馏的一整步，从教师前向到参数更新：distillab 的训练循环与同类并排测量。
+
+同样的模型、同一批 token、在线的完整分布、forward KL、T = 1。每个实现算的是：
+
+* ``distillab``：``alpha * KL + (1 - alpha) * CE``，``DistillationTrainer._step``；
+* ``trl``：只有 ``KL``，``GKDTrainer``，``lmbda=0``，关掉激活重算，与其余的一样；
+* ``trl-defaults``：同上，但按 ``GKDConfig`` 的缺省重算激活；
+* ``plain``：与 ``distillab`` 相同，一个手写的循环，两份完整的 logits。
+
+每个实现一个进程，热身之后逐轮交替计时，取中位数。被测的东西在 ``train_step_implementations.py``。
+
+    python benchmarks/train_step.py --case a --json out.json
+    python benchmarks/train_step.py --case b --implementations distillab plain --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss_head import Worker, WorkerFailed, environment, ratio
+from rich.console import Console
+from rich.table import Table
+from train_step_clock import Clock
+from train_step_implementations import (
+    IMPLEMENTATIONS,
+    LOOPS,
+    PEERS,
+    SHAPES,
+    STAGES,
+    Cell,
+    factor_to_mean,
+)
+
+TOLERANCE = 1e-3
+"""fp32 时第一步的损失与散度至多差这么多，相对误差；少除或多除一个位置差 ``1 / T``，会被发现。"""
+
+LIBRARIES = ["distillab", "torch", "transformers", "accelerate", "trl"]
+
+
+class StepWorker(Worker):
+    """一个实现的子进程；启动的命令与设备和 ``Worker`` 不同，一行请求换一行 JSON 则相同。"""
+
+    def __init__(self, implementation: str, cell: Cell, profiling: bool = False) -> None:
+        spec = json.dumps([implementation, asdict(cell), profiling])
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cell.device == "cpu" else {}  # 引擎有 GPU 就用
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - 与子进程同寿命
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--role", spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **hidden},
+        )
+
+    def step(self) -> dict[str, Any]:
+        """请它计时一步。"""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        return self.receive()
+
+
+def measure(cell: Cell, implementations: list[str], repeats: int) -> list[dict[str, Any]]:
+    """每个实现一条记录；没能给出结果的说明原因后略过。"""
+    print(cell, flush=True)
+    workers: dict[str, StepWorker] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        for name in implementations:  # 一次只热身一个
+            print(f"  {name}: first steps, losses, memory", flush=True)
+            process = StepWorker(name, cell)
+            stack.callback(process.close)
+            try:
+                reports[name], workers[name] = process.receive(), process
+            except WorkerFailed as error:
+                print(f"  {name}: failed: {error}", flush=True)
+        seconds = {name: [] for name in workers}
+        for repeat in range(repeats + 1):
+            for name, process in workers.items():
+                seconds[name].append(process.time_once())
+            print(f"  round {repeat} of {repeats}{' (warm-up)' * (not repeat)}", flush=True)
+    seconds = {name: times[1:] for name, times in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest = min((median[name] for name in median if name in PEERS), default=None)
+    return [
+        {
+            "implementation": name,
+            **asdict(cell),
+            "seconds": median[name],
+            "seconds_all": times,
+            "trained_tokens": cell.trained_tokens,
+            "tokens_per_second": cell.trained_tokens / median[name],
+            "ratio_to_fastest_peer": ratio(median[name], fastest),
+            **reports[name],
+            "loss_factor": factor_to_mean(name),
+            "versions": versions(),
+            **environment(cell.device),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def profile(cell: Cell, repeats: int) -> dict[str, float]:
+    """``distillab`` 一步里各段的秒数，各取中位数；另一个进程，因为每段前后的等待会拖慢 GPU。"""
+    print("  distillab: profile", flush=True)
+    process = StepWorker("distillab", cell, profiling=True)
+    with contextlib.closing(process):
+        process.receive()
+        rounds = [process.step() for _ in range(repeats + 1)][1:]
+    stages = {
+        stage: statistics.median(one["stages"].get(stage, 0.0) for one in rounds)
+        for stage in STAGES
+    }
+    return {**stages, "step": statistics.median(one["seconds"] for one in rounds)}
+
+
+def disagreements(records: list[dict[str, Any]]) -> list[str]:
+    """与 ``distillab`` 算同一个量、第一步却不同的，每个一句话；``trl`` 只比散度。"""
+    by_name = {record["implementation"]: record for record in records}
+    own = by_name.pop("distillab", None)
+    found: list[str] = []
+    if own is None:
+        return found
+    for name, record in by_name.items():
+        for quantity in ("divergence", "loss") if name == "plain" else ("divergence",):
+            got, want = record[quantity] * record["loss_factor"], own[quantity]
+            if not abs(got - want) <= TOLERANCE * abs(want):
+                found.append(f"first {quantity} of {name} is {got:.6g}, of distillab {want:.6g}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """结果依赖的各个库的版本，只列装了的。"""
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
+
+
+def show(cell: Cell, records: list[dict[str, Any]]) -> None:
+    """把记录印成表；测了 ``--profile`` 就再印一张。"""
+    table = Table(title=f"one optimizer step, {cell}, on {cell.device}")
+    columns = ["seconds", "tokens/s", "/ fastest peer", "extra GiB", "peak GiB"]
+    table.add_column("implementation", no_wrap=True)
+    for column in [*columns, "first loss", "first KL", "factor"]:
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def text(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else format(value / scale, form)
+
+    for record in records:
+        table.add_row(
+            record["implementation"],
+            text(record["seconds"], ".4f"),
+            text(record["tokens_per_second"], ".0f"),
+            text(record["ratio_to_fastest_peer"], ".2f"),
+            text(record["extra_bytes"], ".2f", 2**30),
+            text(record["peak_bytes"], ".2f", 2**30),
+            text(record["loss"], ".5f"),
+            text(record["divergence"], ".5f"),
+            text(record["loss_factor"], "g"),
+        )
+    console = Console(width=max(120, Console().width))
+    console.print(table)
+    for stages in (record["profile"] for record in records if "profile" in record):
+        table = Table(title=f"where the step of distillab goes, {cell}, on {cell.device}")
+        table.add_column("stage")
+        table.add_column("seconds", justify="right")
+        table.add_column("share", justify="right")
+        for stage, value in stages.items():
+            table.add_row(stage, f"{value:.4f}", f"{value / stages['step']:.1%}")
+        console.print(table)
+
+
+def save(path: Path, records: list[dict[str, Any]]) -> None:
+    """并入 ``path`` 里已有的记录：同一格、同一实现的换成新的。"""
+    keys = ["implementation", *Cell.__dataclass_fields__]
+
+    def key(record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record.get(name) for name in keys)
+
+    kept = json.loads(path.read_text()) if path.exists() else []
+    fresh = {key(record) for record in records}
+    kept = [record for record in kept if key(record) not in fresh]
+    path.write_text(json.dumps(kept + records, indent=1) + "\n")
+
+
+def installed(implementations: list[str]) -> list[str]:
+    """去掉没有安装的，每个说一行怎样安装。"""
+    found, libraries = [], versions()
+    for name in implementations:
+        package = PEERS.get(name, "torch")
+        if package in libraries:
+            found.append(name)
+        else:
+            print(f"skipping {name}: {package} is not installed; pip install 'distillab[bench]'")
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """命令行。"""
+    parser = argparse.ArgumentParser(
+        description="Time and memory of one whole step of online logit distillation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    case_help = "a: SmolLM2-135M shapes to half its layers; b: Qwen2.5-0.5B shapes to 123M"
+    add("--case", choices=["a", "b"], required="--role" not in arguments, help=case_help)
+    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    add("--batch-size", type=int, help="sequences per step; the case has its own")
+    add("--seq-len", type=int, help="tokens per sequence; the case has its own")
+    add("--precision", choices=["fp32", "bf16"], help="default: bf16 on cuda, else fp32")
+    add("--alpha", type=float, default=0.5, help="share of the divergence; TRL has no other part")
+    add("--repeats", type=int, default=5, help="timed rounds; the median is reported")
+    add("--profile", action="store_true", help="also split the step of distillab into stages")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--seed", type=int, default=0, help="seeds the weights and the tokens")
+    add("--scale", choices=["full", "tiny"], default="full", help="tiny: only to try the script")
+    add("--json", type=Path, metavar="FILE", help="merge the records into this file")
+    add("--role", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name, least in (("batch_size", 1), ("seq_len", 2), ("repeats", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {value}, expected at least {least}")
+    if not 0 <= options.alpha <= 1:
+        parser.error(f"--alpha is {options.alpha:g}, expected 0 to 1")
+    return options
+
+
+def worker(spec: str) -> None:
+    """一个实现的进程：它自己的循环，每步由 ``Clock`` 定怎样量。"""
+    implementation, fields, profiling = json.loads(spec)
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # 库打印的东西不能混进 channel
+    cell = Cell(**fields)
+    LOOPS[implementation](cell, Clock(cell.device, channel, profiling))
+
+
+def main(arguments: list[str]) -> int:
+    """测一格；返回退出码。"""
+    options = parse(arguments)
+    if options.role:
+        worker(options.role)
+        return 0
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    implementations = installed(list(dict.fromkeys(options.implementations)))
+    if not implementations:
+        print("nothing left to measure", file=sys.stderr)
+        return 2
+    batch_size, seq_len = SHAPES[options.case, options.scale]["size"][device]
+    cell = Cell(
+        case=options.case,
+        scale=options.scale,
+        batch_size=options.batch_size or batch_size,
+        seq_len=options.seq_len or seq_len,
+        precision=options.precision or ("bf16" if device == "cuda" else "fp32"),
+        alpha=options.alpha,
+        device=device,
+        seed=options.seed,
+    )
+    records = measure(cell, implementations, options.repeats)
+    for record in records:
+        if options.profile and record["implementation"] == "distillab":
+            record["profile"] = profile(cell, options.repeats)
+    show(cell, records)
+    if cell.precision == "fp32":
+        for line in disagreements(records):
+            print(f"warning: {line}")
+    if options.json:
+        save(options.json, records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
