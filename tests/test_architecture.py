@@ -32,6 +32,7 @@ ORDER = [
     "tokenizer",
     "articles",
     "data",
+    "conversations",
     "lora",
     "convert",
     "card",

@@ -1,4 +1,4 @@
-"""从各种来源逐篇读出文章：hub 数据集、jsonl、json、parquet 与 txt。
+"""从各种来源逐篇读出文章，或逐条读出记录：hub 数据集、jsonl、json、parquet 与 txt。
 
 都是生成器：够了 ``size_mb`` 就停，不读完整个来源，也不下载用不到的分片。
 """
@@ -78,14 +78,30 @@ def read_files(files: list[Path], text_field: str) -> Iterator[str]:
     Raises:
         DistillabError: 文件为空、读不懂、没有这个字段，或正文不是字符串。
     """
+    for where, record in read_records(files, text_field):
+        text = _text_of(record, text_field, where)
+        if text.strip():
+            yield text
+
+
+def read_records(files: list[Path], column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """逐条读出本地文件里的记录，不问里面有什么。
+
+    Args:
+        files: :func:`text_files` 的结果。
+        column: 只用得到这一列；``parquet`` 便不读其余的列。
+
+    Yields:
+        ``(出处, 记录)``；出处是 ``文件:行号`` 或 ``文件: row 序号``，写进错误信息。
+
+    Raises:
+        DistillabError: 文件为空，或读不懂。
+    """
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
     for file in files:
         if not file.stat().st_size:
             raise DistillabError(f"{str(file)!r} is empty")
-        for where, record in readers[file.suffix](file, text_field):
-            text = _text_of(record, text_field, where)
-            if text.strip():
-                yield text
+        yield from readers[file.suffix](file, column)
 
 
 def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iterator[str]:
@@ -103,6 +119,26 @@ def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iter
     Raises:
         DistillabError: hub 连不上、没有这个数据集，或没有这一列。
     """
+    for where, record in hub_records(name, subset, split):
+        text = _text_of(record, text_field, where)
+        if text.strip():
+            yield text
+
+
+def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """以流的方式逐条读出 hub 上的数据集。
+
+    Args:
+        name: 同 :func:`read_hub`，``subset`` 与 ``split`` 亦然。
+        subset: 见 :func:`read_hub`。
+        split: 见 :func:`read_hub`。
+
+    Yields:
+        ``(出处, 记录)``。
+
+    Raises:
+        DistillabError: hub 连不上，或没有这个数据集。
+    """
     if not Path(name).exists() and not hub_is_reachable():
         raise DistillabError(
             f"cannot load data {name!r}: not on this machine and the hub is unreachable; "
@@ -113,9 +149,7 @@ def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iter
     with one_line_errors("data", name):
         stream = datasets.load_dataset(name, subset, split=split, streaming=True)
         for number, record in enumerate(stream):
-            text = _text_of(record, text_field, f"{name}: row {number}")
-            if text.strip():
-                yield text
+            yield f"{name}: row {number}", record
 
 
 def take_megabytes(articles: Iterator[str], size_mb: float | None) -> tuple[list[str], int]:
@@ -160,13 +194,13 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     return record
 
 
-def _jsonl(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+def _jsonl(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             yield f"{file}:{number}", _parse_json(line.strip(), f"{file}:{number}")
 
 
-def _json(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+def _json(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     content = _parse_json("".join(_lines(file)), str(file))
     if isinstance(content, dict):
         content = list(content.values())
@@ -178,7 +212,7 @@ def _json(file: Path, _: str) -> Iterator[tuple[str, Any]]:
         yield f"{file}: row {number}", record
 
 
-def _txt(file: Path, _: str) -> Iterator[tuple[str, Any]]:
+def _txt(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     paragraphs: list[str] = []
     for line in itertools.chain(_lines(file), [""]):
         if line.strip():
@@ -188,7 +222,7 @@ def _txt(file: Path, _: str) -> Iterator[tuple[str, Any]]:
             paragraphs = []
 
 
-def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+def _parquet(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,7 +230,7 @@ def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         # 没有这一列时交给 _text_of 报错，那里会列出有哪些列。
-        columns = [text_field] if text_field in names else names
+        columns = [column] if column in names else names
         rows = (
             row for part in table.iter_batches(1000, columns=columns) for row in part.to_pylist()
         )
