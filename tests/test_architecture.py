@@ -33,6 +33,8 @@ ORDER = [
     "articles",
     "data",
     "conversations",
+    "chat",
+    "truncate",
     "lora",
     "convert",
     "card",

@@ -1,0 +1,122 @@
+"""太长的对话怎样截断：response 最要紧，其次是 system 与最近的几轮。"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from .batch import Tokens
+from .chat import generation_prompt_length, render, render_prompt
+from .conversations import Message
+from .errors import DistillabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """截断到 ``max_seq_len`` 的一条数据。
+
+    Attributes:
+        views: 学生的视角；教师的 prompt 不同时还有教师的。
+        prompt_cut: 去掉了最早的若干轮，或 prompt 的开头。
+        response_cut: 去掉了 response 的结尾。
+    """
+
+    views: tuple[Tokens, ...]
+    prompt_cut: bool
+    response_cut: bool
+
+
+def fit(
+    views: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    *,
+    template_options: Mapping[str, Any],
+    loss_on: Literal["all", "last"],
+) -> Fitted | None:
+    """渲染并截断；两个视角的 response 截得一样多。
+
+    先整轮去掉最早的对话（system 与最后一个问题总留着），再去掉学生 prompt 的开头，只留 generation
+    prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，截掉经验的教师
+    不再值得学，宁可少学一截 response。
+
+    Args:
+        views: 学生的各轮，以及（不同时）教师的各轮；不以 assistant 结尾时只有 prompt。
+        tokenizer: 有 chat template 的快速分词器。
+        max_seq_len: 每个视角最多的 token 数；只有 prompt 时要给 response 留出至少一个。
+        template_options: 见 :func:`distillab.chat.render`。
+        loss_on: 见 :func:`distillab.chat.render`。
+
+    Returns:
+        截断的结果；连一个 response token 也留不下时为 ``None``。
+
+    Raises:
+        DistillabError: 见 :func:`distillab.chat.render`；或两个视角把 response 渲染得不同。
+    """
+    has_response = views[0][-1]["role"] == "assistant"
+    limit = max_seq_len if has_response else max_seq_len - 1
+
+    @cache
+    def without(turns: int) -> list[Tokens]:
+        shorter = [_without_oldest(view, turns) for view in views]
+        return [_view(view, tokenizer, template_options, loss_on) for view in shorter]
+
+    def fits(turns: int) -> bool:
+        return all(len(tokens.ids) <= limit for tokens in without(turns))
+
+    most = min(len(_turn_starts(view)) for view in views) - 1
+    turns = min(bisect.bisect_left(range(most + 1), True, key=fits), most)
+    tokens = without(turns)
+    if any(view.labels != tokens[0].labels for view in tokens):
+        raise DistillabError("the chat template renders the response differently in the two views")
+    if fits(turns):
+        return Fitted(tuple(tokens), turns > 0, False)
+    header = generation_prompt_length(views[0], tokenizer, template_options=template_options)
+    shortest = [header, *(len(view.prompt) for view in tokens[1:])]
+    response = len(tokens[0].ids) - len(tokens[0].prompt)
+    kept = min(response, limit - max(shortest))
+    if kept < int(has_response):
+        return None
+    cut = [_cut(view, kept, limit) for view in tokens]
+    common = min(len(view.response) for view in cut)
+    cut = [Tokens(view.ids, view.response[len(view.response) - common :]) for view in cut]
+    prompt_cut = turns > 0 or len(tokens[0].prompt) + kept > limit
+    return Fitted(tuple(cut), prompt_cut, kept < response)
+
+
+def _view(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+    loss_on: Literal["all", "last"],
+) -> Tokens:
+    """最后一个 response token 之后的换行没有人要预测，也没有人要读。"""
+    if messages[-1]["role"] != "assistant":
+        return Tokens(render_prompt(messages, tokenizer, template_options=template_options), [])
+    tokens = render(messages, tokenizer, template_options=template_options, loss_on=loss_on)
+    return Tokens(tokens.ids[: tokens.response[-1] + 1], tokens.response)
+
+
+def _turn_starts(messages: Sequence[Message]) -> list[int]:
+    """可以从哪里开始而不丢掉半轮：开头的 system 之后，以及其后每条 user 消息。"""
+    first = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    users = [i for i, message in enumerate(messages) if message["role"] == "user" and i > first]
+    return [first, *users]
+
+
+def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
+    starts = _turn_starts(messages)
+    return [*messages[: starts[0]], *messages[starts[turns] :]]
+
+
+def _cut(tokens: Tokens, kept: int, limit: int) -> Tokens:
+    end = len(tokens.prompt) + kept
+    start = max(0, end - limit)
+    response = [position - start for position in tokens.response if start < position < end]
+    return Tokens(tokens.ids[start:end], response)
