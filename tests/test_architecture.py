@@ -35,6 +35,8 @@ ORDER = [
     "conversations",
     "chat",
     "truncate",
+    "paired",
+    "chat_data",
     "lora",
     "convert",
     "card",

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from distillab.batch import IGNORE_INDEX, Batch, View, collate_text
+from distillab.batch import (
+    IGNORE_INDEX,
+    Batch,
+    Example,
+    Tokens,
+    View,
+    collate_examples,
+    collate_text,
+)
 
 
 def item(ids, labels):
@@ -51,3 +61,108 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_shared_views_shared():
     paired = Batch(view, other, torch.tensor([1])).to("meta")
     assert paired.teacher.input_ids.shape == (1, 9)
     assert paired.teacher.input_ids.is_meta
+
+
+# ---------------------------------------------------------------------- 有两个视角的数据
+
+
+@pytest.mark.parametrize("response", [[0], [2, 1], [1, 1], [3], [-1]])
+def test_response_positions_must_increase_within_the_sequence(response):
+    with pytest.raises(ValueError, match=r"must increase within 1\.\.2"):
+        Tokens([5, 6, 7], response)
+
+
+def test_the_prompt_ends_where_the_last_response_begins():
+    assert Tokens([1, 2, 3, 4, 5, 6], [1, 3, 4]).prompt == [1, 2, 3]
+    assert Tokens([1, 2, 3], [1, 2]).prompt == [1]
+    assert Tokens([1, 2, 3], []).prompt == [1, 2, 3]
+
+
+def test_views_with_different_responses_are_no_example():
+    with pytest.raises(ValueError, match="must share one response, found 1 and 1 tokens"):
+        Example(Tokens([1, 2], [1]), Tokens([1, 3], [1]))
+
+
+def test_examples_are_padded_each_view_on_its_own():
+    examples = [
+        Example(Tokens([1, 7, 8], [1, 2]), Tokens([1, 2, 3, 7, 8], [3, 4])),
+        Example(Tokens([4, 5, 6, 9], [3]), Tokens([4, 9], [1])),
+    ]
+    batch = collate_examples(examples, pad_id=0)
+    assert batch.labels.tolist() == [7, 8, 9]
+    assert batch.student.input_ids.tolist() == [[1, 7, 8, 0], [4, 5, 6, 9]]
+    assert batch.student.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.student.index.tolist() == [0, 1, 6]
+    assert batch.teacher.input_ids.tolist() == [[1, 2, 3, 7, 8], [4, 9, 0, 0, 0]]
+    assert batch.teacher.index.tolist() == [2, 3, 5]
+    assert batch.examples == tuple(examples)
+    left = collate_examples(examples, pad_id=0, padding_side="left")
+    assert left.teacher.input_ids.tolist() == [[1, 2, 3, 7, 8], [0, 0, 0, 4, 9]]
+    assert left.teacher.index.tolist() == [2, 3, 8]
+
+
+def test_examples_without_a_response_make_a_batch_without_rows():
+    tokens = Tokens([1, 2], [])
+    batch = collate_examples([Example(tokens, tokens)], pad_id=0)
+    assert len(batch) == 0
+    assert batch.teacher is batch.student
+
+
+@st.composite
+def an_example(draw):
+    """任意的 prompt 与 response；response 可以分成几段、截断过，也可以没有。"""
+    token = st.integers(1, 40)
+
+    def view(response):
+        ids, positions = draw(st.lists(token, min_size=1, max_size=6)), []
+        for label in response:
+            ids += draw(st.lists(token, max_size=2))
+            positions.append(len(ids))
+            ids.append(label)
+        return Tokens(ids + draw(st.lists(token, max_size=2)), positions)
+
+    response = draw(st.lists(token, max_size=6))
+    student = view(response)
+    teacher = view(response) if draw(st.booleans()) else student
+    return Example(student, teacher)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    examples=st.lists(an_example(), min_size=1, max_size=5),
+    padding_side=st.sampled_from(["left", "right"]),
+    vocab_limit=st.none() | st.integers(0, 41),
+)
+def test_each_row_of_both_views_predicts_its_label(examples, padding_side, vocab_limit):
+    batch = collate_examples(examples, 0, vocab_limit, padding_side)
+    expected = [
+        label
+        for example in examples
+        for label in example.student.labels
+        if vocab_limit is None or label < vocab_limit
+    ]
+    assert batch.labels.tolist() == expected
+    same = all(example.teacher is example.student for example in examples)
+    assert (batch.teacher is batch.student) == same
+    for view, sequences in (
+        (batch.student, [example.student for example in examples]),
+        (batch.teacher, [example.teacher for example in examples]),
+    ):
+        assert len(view.index) == len(batch)
+        rows, length = view.input_ids.shape
+        assert (rows, length) == (len(examples), max(len(tokens.ids) for tokens in sequences))
+        mask = (
+            torch.ones_like(view.input_ids) if view.attention_mask is None else view.attention_mask
+        )
+        assert mask.sum(1).tolist() == [len(tokens.ids) for tokens in sequences]
+        kept = [
+            row[wanted.bool()].tolist() for row, wanted in zip(view.input_ids, mask, strict=True)
+        ]
+        assert kept == [tokens.ids for tokens in sequences]
+        assert not view.input_ids[mask == 0].any()
+        # 不仅下一个位置是标签，而且预测它的位置与它在同一行、都不是 padding
+        assert torch.equal(view.input_ids.flatten()[view.index + 1], batch.labels)
+        assert ((view.index + 1) % length != 0).all()
+        assert mask.flatten()[view.index].all()
+        assert mask.flatten()[view.index + 1].all()
+        assert torch.equal(view.index, view.index.sort().values)

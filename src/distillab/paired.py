@@ -1,0 +1,401 @@
+"""成对的数据：学生读没有经验的 prompt，教师读有经验的，两边是同一个 response。
+
+经验有两种来法：另一个文件里同样的任务（``data.teacher_source``），或者一段文字拼进教师的 system
+或最后一条 user 消息（``data.experience``）。对不上的地方一次查清、一起报告，而不是每次只说一处。
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .articles import read_records, text_files
+from .config import DataSection
+from .conversations import Conversation, Message, read_conversations
+from .errors import DistillabError
+from .sources import fetch, require_file
+
+SHORTEST_LEAK = 16
+"""教师多读到的一行少于这么多字符时不算泄漏：一个数字、一个词也会碰巧出现在问题里。"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """一段对话的两个视角。
+
+    Attributes:
+        student: 没有经验的。
+        teacher: 有经验的，response 与学生的相同；没有特权信息时就是 ``student``。
+    """
+
+    student: Conversation
+    teacher: Conversation
+
+    @property
+    def key(self) -> str:
+        """这个任务的键，``responses`` 文件里的 ``id``。"""
+        return self.student.key
+
+    def answered(self, response: str) -> Pair:
+        """换一个 response，两个视角一起换。"""
+        student = self.student.answered(response)
+        same = self.teacher is self.student
+        return Pair(student, student if same else self.teacher.answered(response))
+
+
+def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[Pair], list[str]]:
+    """按配方读出全部对话，配好两个视角，并查对它们。
+
+    Args:
+        data: 配方的 ``data``；合成时先把 ``responses`` 设为 ``None``。
+        need_response: 每段对话都要有 response；合成与 on-policy 只要 prompt。
+
+    Returns:
+        ``(各对, 说明)``：说明是英文的日志行，讲配上了多少、略过了什么。
+
+    Raises:
+        DistillabError: 来源读不了；或两个视角对不上：键重复、一个也配不上、问题不同、没有
+            response、学生的 prompt 里有经验、教师的 prompt 里没有经验。
+    """
+    notes: list[str] = []
+    problems = _Problems()
+    alone = data.teacher_source is None and data.responses is None
+    students = _read(data, data.source, data.sha256, need_response and alone)
+    students = _within(students, data.size_mb, notes)
+    unanswered = sum(conversation.unanswered for conversation in students)
+    if unanswered:
+        notes.append(f"{data.source}: cut {unanswered} final questions that have no answer")
+    if data.teacher_source is not None:
+        teachers = list(_read(data, data.teacher_source, None, False))
+        pairs = _merged(students, teachers, data, notes, problems)
+    elif data.experience is not None:
+        pairs = _with_experience(students, data, problems)
+    else:
+        pairs = [Pair(student, student) for student in students]
+    if data.responses is not None:
+        pairs = _with_responses(pairs, data.responses, notes, problems)
+    if need_response:
+        for pair in pairs:
+            if pair.student.response is None:
+                problems.add("no response in either file", pair.student)
+    problems.raise_any(" and ".join(filter(None, (data.source, data.teacher_source))))
+    return pairs, notes
+
+
+def read_experience(text: str) -> str:
+    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径。
+
+    Args:
+        text: 没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的
+            文件也是；其余是经验本身。
+
+    Returns:
+        去掉首尾空白的经验。
+
+    Raises:
+        DistillabError: 没有这个文件、不是 UTF-8 文本，或经验是空的。
+    """
+    content = text
+    if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):
+        path = Path(text).expanduser()
+        if not path.exists():
+            raise DistillabError(f"data.experience: {text!r} does not exist; expected a text file")
+        try:
+            content = require_file(path, "a text file").read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DistillabError(
+                f"data.experience: {text!r} is not UTF-8 text ({error.reason})"
+            ) from error
+    if not content.strip():
+        raise DistillabError(f"data.experience: {text!r} is empty; expected what the teacher reads")
+    return content.strip()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # 太长，或有不能出现在路径里的字符
+        return False
+
+
+def _read(
+    data: DataSection, source: str, sha256: str | None, need_response: bool
+) -> Iterable[Conversation]:
+    return read_conversations(
+        source,
+        subset=data.subset,
+        split=data.split,
+        sha256=sha256,
+        text_field=data.text_field,
+        need_response=need_response,
+    )
+
+
+def _within(
+    conversations: Iterable[Conversation], size_mb: float | None, notes: list[str]
+) -> list[Conversation]:
+    """最前面的若干段，正文合计不超过 ``size_mb``。"""
+    taken: list[Conversation] = []
+    total = 0
+    for conversation in conversations:
+        total += sum(len(message["content"].encode()) for message in conversation.messages)
+        if size_mb is not None and total > size_mb * 1e6:
+            notes.append(f"stopped reading after {len(taken)} conversations: size_mb={size_mb:g}")
+            break
+        taken.append(conversation)
+    return taken
+
+
+# ---------------------------------------------------------------------- 两个文件
+
+
+def _merged(
+    students: list[Conversation],
+    teachers: list[Conversation],
+    data: DataSection,
+    notes: list[str],
+    problems: _Problems,
+) -> list[Pair]:
+    by_id = _all_have_ids(students) and _all_have_ids(teachers)
+    name = "id" if by_id else "last question"
+    left, right = (_unique(part, by_id, name, problems) for part in (students, teachers))
+    common = [key for key in left if key in right]
+    if not common:
+        raise DistillabError(
+            f"{data.source} and {data.teacher_source} share no {name}: found {_some(left)} in the "
+            f"first and {_some(right)} in the second"
+        )
+    notes.append(f"paired {len(common)} tasks by their {name}")
+    for source, only in (
+        (data.source, [key for key in left if key not in right]),
+        (data.teacher_source, [key for key in right if key not in left]),
+    ):
+        if only:
+            notes.append(f"left out {len(only)} tasks that are only in {source}: {_some(only)}")
+    pairs = [Pair(left[key], right[key]) for key in common]
+    for pair in pairs:
+        _check_pair(pair, data.loss_on, problems)
+    replaced = sum(_responses_differ(pair) for pair in pairs)
+    if replaced:
+        notes.append(
+            f"{replaced} responses differ between the two files; used those of "
+            f"{data.teacher_source}, which were written with experience"
+        )
+    return [_one_response(pair) for pair in pairs]
+
+
+def _all_have_ids(conversations: list[Conversation]) -> bool:
+    """全有或全无才能用；一部分有 ``id`` 时，没有的那些不知该怎样配。"""
+    without = [conversation for conversation in conversations if conversation.id is None]
+    if without and len(without) < len(conversations):
+        raise DistillabError(
+            f"{without[0].where}: {len(without)} of {len(conversations)} conversations have no id; "
+            f"give all of them one, or none"
+        )
+    return not without
+
+
+def _unique(
+    conversations: list[Conversation], by_id: bool, name: str, problems: _Problems
+) -> dict[str, Conversation]:
+    found: dict[str, Conversation] = {}
+    for conversation in conversations:
+        key = conversation.key if by_id else conversation.question.strip()
+        if key in found:
+            problems.add(f"duplicate {name}", conversation)
+        found.setdefault(key, conversation)
+    return found
+
+
+def _check_pair(pair: Pair, loss_on: str, problems: _Problems) -> None:
+    student, teacher = pair.student, pair.teacher
+    if student.question.strip() not in teacher.question:
+        problems.add("the last user messages differ", student)
+        return
+    if loss_on == "all" and _assistant_turns(student) != _assistant_turns(teacher):
+        problems.add("earlier assistant turns differ (set data.loss_on to last)", student)
+    added = _added(student.prompt, teacher.prompt)
+    if not added:
+        problems.add("the teacher's prompt holds nothing that the student's lacks", teacher)
+    text = _squeezed(message["content"] for message in student.prompt)
+    leaked = sum(len(line) for line in added if len(line) >= SHORTEST_LEAK and line in text)
+    if leaked and leaked >= sum(map(len, added)) / 2:
+        problems.add("the student's prompt holds the experience", student)
+
+
+def _assistant_turns(conversation: Conversation) -> list[str]:
+    turns = conversation.prompt
+    return [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+
+
+def _added(student: Sequence[Message], teacher: Sequence[Message]) -> list[str]:
+    """教师的 prompt 比学生的多了哪几行：从最后一条起逐条对照，去掉首尾相同的部分。"""
+    lines: list[str] = []
+    for ours, theirs in itertools.zip_longest(reversed(student), reversed(teacher)):
+        if theirs is None:
+            break
+        same_role = ours is not None and ours["role"] == theirs["role"]
+        before = ours["content"] if same_role else ""
+        if _squeezed([before]) != _squeezed([theirs["content"]]):
+            lines += _middle(before, theirs["content"]).splitlines()
+    return [line for line in (_squeezed([line]) for line in lines) if line]
+
+
+def _middle(before: str, after: str) -> str:
+    shorter = min(len(before), len(after))
+    start = next((i for i in range(shorter) if before[i] != after[i]), shorter)
+    rest = range(shorter - start)
+    end = next((i for i in rest if before[-1 - i] != after[-1 - i]), shorter - start)
+    return after[start : len(after) - end]
+
+
+def _squeezed(texts: Iterable[str]) -> str:
+    """换行与缩进不同的两段话是同一段话。"""
+    return " ".join(" ".join(texts).split())
+
+
+def _responses_differ(pair: Pair) -> bool:
+    student, teacher = pair.student.response, pair.teacher.response
+    return None not in (student, teacher) and str(student).strip() != str(teacher).strip()
+
+
+def _one_response(pair: Pair) -> Pair:
+    """有经验时写下的 response 优先。"""
+    student, teacher = pair.student, pair.teacher
+    if student.answer is None:
+        pair = Pair(replace(student, answer=teacher.answer), teacher)
+    response = student.response if teacher.response is None else teacher.response
+    return pair if response is None else pair.answered(response)
+
+
+# ---------------------------------------------------------------------- 一段经验
+
+
+def _with_experience(
+    students: list[Conversation], data: DataSection, problems: _Problems
+) -> list[Pair]:
+    assert data.experience is not None
+    experience = read_experience(data.experience)
+    squeezed = _squeezed([experience])
+    pairs = []
+    for student in students:
+        if squeezed in _squeezed(message["content"] for message in student.prompt):
+            problems.add("the student's prompt holds the experience", student)
+        messages = _joined(student.messages, experience, data)
+        pairs.append(Pair(student, replace(student, messages=messages)))
+    return pairs
+
+
+def _joined(messages: list[Message], experience: str, data: DataSection) -> list[Message]:
+    role = data.experience_role
+    if role == "system":
+        at = 0
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+    else:
+        at = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    values = {"{experience}": experience, "{message}": messages[at]["content"]}
+    # 一次替换完：经验里若有字面上的 "{message}"，它只是文字。
+    content = re.sub(r"\{experience\}|\{message\}", lambda found: values[found[0]],
+                     data.experience_template)  # fmt: skip
+    return [*messages[:at], {"role": role, "content": content.strip()}, *messages[at + 1 :]]
+
+
+# ---------------------------------------------------------------------- 教师写好的 response
+
+
+def _with_responses(
+    pairs: list[Pair], source: str, notes: list[str], problems: _Problems
+) -> list[Pair]:
+    """每个键有几行就有几条；没有一行的任务不训练，它们的回答没有通过过滤。"""
+    by_key: dict[str, Pair] = {}
+    for pair in pairs:
+        if pair.key in by_key:
+            problems.add(
+                "duplicate id or question, so responses cannot be told apart", pair.student
+            )
+        by_key[pair.key] = pair
+    answered: dict[str, list[Pair]] = {}
+    unknown: list[str] = []
+    rejected = unfinished = blank = 0
+    for where, row in _response_rows(source):
+        key, response = str(row["id"]), row["response"]
+        if not isinstance(response, str):
+            raise DistillabError(
+                f"{where}: expected text in response, found {type(response).__name__}"
+            )
+        if row.get("kept", True) is not True:
+            rejected += 1
+        elif row.get("finish_reason") == "length":
+            unfinished += 1  # 模板会在没说完的话后面加上「说完了」
+        elif not response.strip():
+            blank += 1
+        elif key not in by_key:
+            unknown.append(key)
+        else:
+            answered.setdefault(key, []).append(by_key[key].answered(response))
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (rejected, "rows that the filter rejected"),
+            (unfinished, "responses that were cut off while being generated"),
+            (blank, "empty responses"),
+            (len(unknown), f"responses to unknown ids: {_some(unknown)}"),
+        )
+        if count
+    ]
+    if not answered:
+        reasons = "; ".join(left_out) or "it is empty"
+        raise DistillabError(
+            f"{source} answers none of the {len(by_key)} tasks, such as {_some(by_key)}; found "
+            f"{reasons}"
+        )
+    if missing := [key for key in by_key if key not in answered]:
+        left_out.append(f"{len(missing)} tasks that it does not answer: {_some(missing)}")
+    notes += [f"{source}: left out {what}" for what in left_out]
+    return [pair for key in by_key for pair in answered.get(key, [])]
+
+
+def _response_rows(source: str) -> Iterable[tuple[str, Mapping[str, object]]]:
+    path = fetch(source)
+    if isinstance(path, str):
+        raise DistillabError(f"data.responses: {source!r} does not exist; expected a .jsonl file")
+    for where, row in read_records(text_files(require_file(path, "a .jsonl file of responses"))):
+        if not isinstance(row, Mapping) or not row.keys() >= {"id", "response"}:
+            found = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+            raise DistillabError(f"{where}: expected id and response, found {found}")
+        yield where, row
+
+
+# ---------------------------------------------------------------------- 报告
+
+
+class _Problems:
+    """收集致命的问题，最后一起报：数目与最多三个例子。"""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, what: str, conversation: Conversation) -> None:
+        name = conversation.id or conversation.question
+        self._found.setdefault(what, []).append(f"{_short(name)} at {conversation.where}")
+
+    def raise_any(self, where: str) -> None:
+        if self._found:
+            parts = (
+                f"{what} ({len(tasks)}: {', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)})"
+                for what, tasks in self._found.items()
+            )
+            raise DistillabError(f"{where}: {'; '.join(parts)}")
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = [_short(key) for key in keys]
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "none"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
