@@ -42,6 +42,8 @@ ORDER = [
     "card",
     "teachers",
     "generate",
+    "rollout",
+    "on_policy",
     "evaluate",
     "metrics",
     "report",
