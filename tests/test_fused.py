@@ -438,9 +438,6 @@ def test_second_and_double_backward_are_refused():
 # ---------------------------------------------------------------- 编译，以及 GPU 的那条路
 
 
-ignore_warnings_of_torch = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
 @pytest.fixture
 def compiling(monkeypatch):
     """小的例子也编译；最后一片有填充。"""
@@ -451,7 +448,6 @@ def compiling(monkeypatch):
     torch.compiler.reset()
 
 
-@ignore_warnings_of_torch
 @pytest.mark.parametrize("kind", ["hidden", "bucket"])
 def test_compiled_rows_give_the_numbers_of_eager_ones(kind, compiling, monkeypatch):
     case = Case(rows=21, near=True)
@@ -466,7 +462,6 @@ def test_compiled_rows_give_the_numbers_of_eager_ones(kind, compiling, monkeypat
         assert relative(left, right.double()) < 1e-5
 
 
-@ignore_warnings_of_torch
 def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so(compiling, monkeypatch, caplog):
     def broken(*_):
         raise torch._inductor.exc.InductorError(RuntimeError("no compiler"), None)

@@ -65,7 +65,6 @@ def test_jsd_equals_trls_generalized_jsd_loss(beta, temperature):
     assert relative(d_weight / scale, weight.grad) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("hard", [0.0, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_loss_equals_ligers_fused_jsd(beta, hard):
