@@ -77,7 +77,7 @@ def make(student, rollout, tiny_qwen2, tmp_path):
                     "alpha": 1.0,
                 }
                 | config
-            ),  # fmt: skip
+            ),
             tmp_path / name,
             loss=LossConfig(divergence="jsd", alpha=1.0, temperature=1.0),
             evaluate=EvaluateConfig(batch_size=2),
