@@ -1,6 +1,7 @@
 """过滤：三种写法各留下什么，写错了在提问之前就说。"""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from distillab.filters import make_filter, needs_answer, normalise
 
 
 @pytest.fixture
-def checks(tmp_path, monkeypatch) -> Path:
+def checks(tmp_path, monkeypatch) -> Iterator[Path]:
     """当前目录里使用者的模块；导入留下的痕迹在测试之后清掉。"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path / "my_checks.py"
+    yield tmp_path / "my_checks.py"
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,11 @@ def test_function_comes_from_the_current_directory_and_sees_record_and_response(
     assert keep({"ok": False}, None, "ab") is False
 
 
-def test_a_file_in_the_current_directory_does_not_shadow_libraries_afterwards(checks):
+def test_a_file_in_the_current_directory_does_not_shadow_libraries_afterwards(checks, monkeypatch):
     checks.write_text("def good(record, response): return True\n")
     (checks.parent / "colorsys.py").write_text("raise RuntimeError('shadowed')\n")
     make_filter(FilterConfig(function="my_checks:good"))
-    sys.modules.pop("colorsys", None)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     import colorsys
 
     assert colorsys.rgb_to_hsv

@@ -147,6 +147,23 @@ def test_prompt_beyond_the_context_is_reported_and_the_others_are_answered(backe
     assert found == answers(backend(), questions)
 
 
+@pytest.mark.parametrize(("length", "reason", "tokens"), [(64, TOO_LONG, 0), (63, "length", 1)])
+def test_one_free_place_in_the_context_is_enough(model, tiny_tokenizer, length, reason, tokens):
+    local = LocalBackend(
+        model, tiny_tokenizer, lambda _: [5] * length, SamplingConfig(temperature=0), 1, name="tiny"
+    )
+    ((answer,),) = local.answer([Question(Task("t", [], None, {}), 0, 0)], lambda: False)
+    assert (answer.finish_reason, answer.tokens) == (reason, tokens)
+
+
+def test_stop_token_that_is_ordinary_text_is_left_out_of_the_answer(backend, questions):
+    local = backend(temperature=1.0)
+    local._generator.stop_ids = frozenset(range(200, 400))
+    found = answers(local, questions).values()
+    assert any(answer.tokens == 1 for answer in found)
+    assert all(answer.response == "" for answer in found if answer.tokens == 1)
+
+
 def test_stopping_ends_after_the_current_batch(backend, questions):
     stopped = iter([False, False, True])
     batches = list(backend(batch_size=2).answer(questions, lambda: next(stopped)))

@@ -397,7 +397,7 @@ def served(smollm2_dir, tmp_path_factory):
             stdout=output, stderr=output, env=environment,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
