@@ -188,6 +188,7 @@ def distillab_loop(cell: Cell, clock: Clock) -> None:
     from distillab.batch import collate_text
     from distillab.config import LossConfig, TrainingConfig
     from distillab.language_model import PretrainedLM
+    from distillab.on_policy import Prepared
     from distillab.teachers import LocalTeacher
     from distillab.trainer import DistillationTrainer
 
@@ -215,7 +216,7 @@ def distillab_loop(cell: Cell, clock: Clock) -> None:
         clock.watch(trainer.accelerator, "backward", "student body backward")
         clock.watch(trainer.accelerator, "clip_grad_norm_", "gradient clip")
         clock.watch(trainer.optimizer, "step", "optimizer step")
-        window = [collate_text(data).to(cell.device)]
+        window = Prepared([collate_text(data).to(cell.device)], [False])
         more = True
         while more:
             clock.start()
