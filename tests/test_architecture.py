@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "data_config",
     "config",
     "filters",
     "responses",
@@ -53,9 +54,11 @@ ORDER = [
     "synthesize",
     "local",
     "server",
+    "tasks",
     "engine",
     "trainer",
     "build",
+    "checks",
     "run",
     "cli",
 ]

@@ -441,8 +441,9 @@ def test_paired_files_become_examples_with_two_views(write, tiny_tokenizer):
         teacher_source=write("exp.jsonl", TEACHER),
         format="chat",
     )
-    train, validation, report = ChatDataset.build(data, tiny_tokenizer, max_seq_len=128)
-    assert report.notes == ["paired 3 tasks by their id"]
+    pairs, notes = load_pairs(data)
+    assert notes == ["paired 3 tasks by their id"]
+    train, validation, _ = ChatDataset.build(pairs, data, tiny_tokenizer, max_seq_len=128)
     for part in (train, validation):
         for i in range(len(part)):
             example = part[i]

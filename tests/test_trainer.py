@@ -199,7 +199,7 @@ def test_validation_equals_a_plain_computation(make, teacher):
 def test_validation_uses_sequences_spread_over_the_whole_set(make):
     trainer = make()
     trainer.evaluate_config = EvaluateConfig(max_sequences=3)
-    loader = trainer._validation_loader(Chunks(9, seed=1))
+    loader = trainer.evaluation_loader(Chunks(9, seed=1))
     used = [row for batch in loader for row in batch.student.input_ids.tolist()]
     assert used == Chunks(9, seed=1).ids[[0, 3, 6]].tolist()
 

@@ -16,7 +16,7 @@ from .articles import read_records, text_files
 from .config import DataSection
 from .conversations import Conversation, Message, read_conversations
 from .errors import DistillabError
-from .sources import fetch, require_file
+from .sources import SHIPPED, fetch, parse_source, require_file
 
 SHORTEST_LEAK = 16
 """教师多读到的一行少于这么多字符时不算泄漏：一个数字、一个词也会碰巧出现在问题里。"""
@@ -90,7 +90,7 @@ def read_experience(text: str) -> str:
 
     Args:
         text: 没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的
-            文件也是；其余是经验本身。
+            文件与 ``shipped:`` 也是；其余是经验本身。
 
     Returns:
         去掉首尾空白的经验。
@@ -100,7 +100,7 @@ def read_experience(text: str) -> str:
     """
     content = text
     if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):
-        path = Path(text).expanduser()
+        path = Path(fetch(text) if text.startswith(SHIPPED) else text).expanduser()
         if not path.exists():
             raise DistillabError(f"data.experience: {text!r} does not exist; expected a text file")
         try:
@@ -360,9 +360,13 @@ def _with_responses(
 
 
 def _response_rows(source: str) -> Iterable[tuple[str, Mapping[str, object]]]:
+    if parse_source(source).kind == "path" and not Path(source).expanduser().exists():
+        raise DistillabError(
+            f"data.responses: {source!r} does not exist; write it with: distillab synthesize RECIPE"
+        )
     path = fetch(source)
     if isinstance(path, str):
-        raise DistillabError(f"data.responses: {source!r} does not exist; expected a .jsonl file")
+        raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
     for where, row in read_records(text_files(require_file(path, "a .jsonl file of responses"))):
         if not isinstance(row, Mapping) or not row.keys() >= {"id", "response"}:
             found = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__

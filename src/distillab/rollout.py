@@ -57,12 +57,14 @@ class Rollout:
         self.sampling = sampling
         self.teacher_max_seq_len = teacher_max_seq_len
 
-    def sample(self, examples: Sequence[Example], seed: int) -> tuple[list[Example], RolloutSums]:
+    def sample(
+        self, examples: Sequence[Example], seeds: Sequence[int]
+    ) -> tuple[list[Example], RolloutSums]:
         """从最后一段 response 的 prompt 开始采样，每条一个回答。
 
         Args:
             examples: 只用它们的 prompt。
-            seed: 这一批的种子。
+            seeds: 每条的种子。
 
         Returns:
             ``(换了 response 的 Example, RolloutSums)``；两个视角的 response 相同。
@@ -80,7 +82,7 @@ class Rollout:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         strategy, options = sampling_options(self.sampling)
         rows = self.generator.generate_ids(
-            ids, mask, strategy=strategy, max_new_tokens=length, seed=seed, **options
+            ids, mask, strategy=strategy, max_new_tokens=length, seed=seeds[0], **options
         ).tolist()
         responses = [self._until_stop(row) for row in rows]
         sampled = [
