@@ -526,6 +526,14 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine_to_the_floor():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_warm_up_may_be_a_share_of_all_steps():
+    config = TrainingConfig(learning_rate=1e-3, warmup_steps=500, warmup_ratio=0.1)
+    rates = [learning_rate_factor(step, 55, config) for step in range(55)]
+    assert rates[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])  # 5.5 向上取整
+    assert max(rates[6:]) <= 1
+    assert learning_rate_factor(0, 55, TrainingConfig(warmup_ratio=0.0)) == 1
+
+
 @pytest.mark.parametrize(
     ("scheduler", "middle", "end"), [("linear", 0.55, 0.1), ("constant", 1, 1)]
 )

@@ -204,8 +204,11 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
         collate_examples,
         pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
         vocab_limit=parts.vocab_limit,
+        padding_side=parts.tokenizer.padding_side,
     )
-    sampler = LengthGroupedSampler(train.lengths, window, config.seed)
+    # 数据里的 response 不用，就不能影响次序。
+    lengths = train.prompt_lengths if recipe.responses.only_sampled else train.lengths
+    sampler = LengthGroupedSampler(lengths, window, config.seed)
     return Data(train, validation, collate, sampler)
 
 

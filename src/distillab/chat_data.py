@@ -109,6 +109,7 @@ class ChatDataset(Dataset[Example]):
         max_seq_len: 每个视角最多的 token 数。
         num_tokens: 训练的 token 数，即 response token。
         lengths: 每条两个视角一共要算多少 token，供按长度分批。
+        prompt_lengths: 其中 prompt 有多少；response 由学生采样时，按它分批。
         fingerprint: 内容的指纹：有一个 token 不同，指纹就不同。
     """
 
@@ -116,6 +117,7 @@ class ChatDataset(Dataset[Example]):
         self.max_seq_len = max_seq_len
         self.num_tokens = 0
         self.lengths: list[int] = []
+        self.prompt_lengths: list[int] = []
         # 每个 token 4 字节；Python 的 list 要 36 字节。
         self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
         digest = hashlib.sha256(str(max_seq_len).encode())
@@ -126,6 +128,7 @@ class ChatDataset(Dataset[Example]):
             self._views.append(packed)
             self.num_tokens += len(example.student.response)
             self.lengths.append(sum(len(view.ids) for view in views))
+            self.prompt_lengths.append(sum(len(view.prompt) for view in views))
             for part in (part for view in packed for part in view):
                 digest.update(len(part).to_bytes(8, "little") + part.tobytes())
         self.fingerprint = f"{digest.hexdigest()[:16]}-{name}"
@@ -197,12 +200,13 @@ class LengthGroupedSampler(Sampler[int]):
     """随机的顺序，但每 ``window`` 个一组的长度相近，组内由短到长，padding 才少。
 
     先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部
-    数据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。顺序只由 ``seed`` 与轮次
-    决定，恢复训练时跳过前几批就回到原处。
+    数据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮
+    不训练；剩下谁是随机的，不会总是最长的。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几批就
+    回到原处。
 
     Args:
         lengths: 每条的长度，单位 token。
-        window: 一组几条；最后不足一组的几条也是随机的，不会总是最长的被丢掉。
+        window: 一组几条；数据还不足一组时，全部算一组。
         seed: 与轮次一起决定顺序。
     """
 
@@ -210,7 +214,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], window: int, seed: int = 0) -> None:
         self.lengths = lengths
-        self.window = window
+        self.window = max(1, min(window, len(lengths)))
         self.seed = seed
         self.epoch = 0
 
@@ -219,7 +223,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) // self.window * self.window
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -233,7 +237,6 @@ class LengthGroupedSampler(Sampler[int]):
             groups += [part[i : i + size] for i in range(0, len(part), size)]
         for position in torch.randperm(len(groups), generator=generator).tolist():
             yield from groups[position]
-        yield from order[full * size :]
 
     def _length(self, index: int) -> int:
         return self.lengths[index]
