@@ -258,7 +258,17 @@ def _finish(
 def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
     generator = TextGenerator(parts.student, parts.tokenizer)
     prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-    completions = generator.generate(prompts, strategy="greedy", max_new_tokens=length)
+    asked: list[str] | list[list[int]] = prompts
+    if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
+        asked = [
+            render_prompt(
+                [{"role": "user", "content": prompt}],
+                parts.tokenizer,
+                template_options=recipe.data.template_options,
+            )
+            for prompt in prompts
+        ]
+    completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
     rows = [
         {"prompt": prompt, "student": text}
         for prompt, text in zip(prompts, completions, strict=True)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,55 @@ def test_lora_student_is_its_own_teacher(paired, command):
     assert summary["texts"]["words"]["teacher"] == summary["texts"]["words"]["student_before"]
     before, after = summary["student_before"]["kl"], summary["student_after"]["kl"]
     assert 0 < after < before
+
+
+def test_synthesis_that_was_killed_goes_on_without_repeating_or_losing_a_row(paired, start):
+    arguments = [
+        "synthesize", "recipe.yaml", "--set", "synthesize.samples=30", "--set",
+        "synthesize.sampling.temperature=1.0",
+    ]  # fmt: skip
+    output = Path("responses.jsonl")
+
+    def written():
+        return output.read_bytes().count(b"\n") if output.exists() else 0
+
+    process = start(*arguments)
+    deadline = time.monotonic() + 120
+    while written() < 40 and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = output.read_bytes()
+    kept = before[: before.rfind(b"\n") + 1]
+    assert 40 <= kept.count(b"\n") < 1200
+
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert output.read_bytes().startswith(kept)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {(row["id"], row["sample"]) for row in rows} == {
+        (f"t{number}", sample) for number in range(40) for sample in range(30)
+    }
+    assert len(rows) == 1200
+    assert "asked 1,200, kept 1,200" in out
+
+
+def test_interrupted_synthesis_says_how_to_go_on(paired, start):
+    process = start(
+        "synthesize", "recipe.yaml", "--set", "synthesize.samples=200", "--set",
+        "synthesize.sampling.temperature=1.0",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not Path("responses.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = err.splitlines()[-1]
+    assert re.fullmatch(
+        r"stopped: [\d,]+ of 8,000 answers are in responses\.jsonl; run the same command again to "
+        r"continue", last
+    )  # fmt: skip
+    assert "Traceback" not in err
