@@ -43,6 +43,7 @@ ORDER = [
     "card",
     "teachers",
     "sampling",
+    "sampling_weights",
     "generate",
     "rollout",
     "on_policy",
