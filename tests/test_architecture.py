@@ -46,6 +46,7 @@ ORDER = [
     "card",
     "teachers",
     "sampling",
+    "sampling_weights",
     "generate",
     "rollout",
     "on_policy",

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import DistillabError
 from .language_model import LanguageModel, evaluating
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
+from .sampling_weights import sampling_weights
 
 __all__ = ["TextGenerator", "left_pad", "until_stop"]
 
@@ -189,8 +190,6 @@ class TextGenerator:
             seeds = row_seeds(None, batch) if seeds is None else seeds
             uniform = uniform_draws(seeds, max_new_tokens).to(device)  # (B, N)
         limit = min(max_new_tokens, room)
-        # 词表末尾的填充行没有对应的文字，不能采到。
-        head = self.model.head.cut(len(self.tokenizer))
         stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
         new_ids = input_ids.new_full((batch, limit), self.pad_id)
         rows = torch.arange(batch, device=device)  # 还在算的行
@@ -198,7 +197,9 @@ class TextGenerator:
         step_ids, cache, mask = input_ids, self.model.new_cache(), attention_mask
         if mask is not None:
             mask = F.pad(mask, (0, limit), value=1)
-        with evaluating(self.model):
+        with evaluating(self.model), sampling_weights(self.model, batch, limit):
+            # 词表末尾的填充行没有对应的文字，不能采到。
+            head = self.model.head.cut(len(self.tokenizer))
             for step in range(limit):
                 seen = None if mask is None else mask[:, : width + step]
                 hidden = self.model(step_ids, seen, cache)
