@@ -63,6 +63,7 @@ ORDER = [
     "engine",
     "trainer",
     "build",
+    "build_training",
     "checks",
     "run",
     "cli",

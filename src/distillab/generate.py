@@ -87,7 +87,7 @@ class TextGenerator:
 
     def generate(
         self,
-        prompts: str | list[str],
+        prompts: str | Sequence[str] | Sequence[list[int]],
         *,
         strategy: Strategy = "greedy",
         max_new_tokens: int = 256,
@@ -100,7 +100,7 @@ class TextGenerator:
         """续写一批提示。
 
         Args:
-            prompts: 一条或多条提示；空串从 bos（没有就从 ``<|endoftext|>``）开始。
+            prompts: 一条或多条提示，文字或已编码的；空串从 bos（没有就从 ``<|endoftext|>``）开始。
             strategy: ``greedy``、``top_k``、``top_p`` 或 ``sample``（不过滤）。
             max_new_tokens: 每条最多生成的 token 数；到 ``max_seq_len`` 也会停。
             temperature: 采样温度，``greedy`` 不用。
@@ -115,10 +115,10 @@ class TextGenerator:
         Raises:
             DistillabError: 参数越界，没有提示，或提示太长。
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if stream is not None and len(prompts) != 1:
-            raise DistillabError(f"stream needs exactly one prompt, found {len(prompts)}")
-        input_ids, attention_mask = self._encode(prompts)
+        rows: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if stream is not None and len(rows) != 1:
+            raise DistillabError(f"stream needs exactly one prompt, found {len(rows)}")
+        input_ids, attention_mask = self._encode(rows)
         streamer = None if stream is None else _Streamer(self, stream)
         new_ids = self.generate_ids(
             input_ids,
@@ -128,7 +128,7 @@ class TextGenerator:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seeds=row_seeds(seed, len(prompts)),
+            seeds=row_seeds(seed, len(rows)),
             on_token=None if streamer is None else lambda ids: streamer.put(int(ids[0])),
         )
         if streamer is not None:
@@ -227,12 +227,12 @@ class TextGenerator:
                 step_ids = chosen[:, None]
         return new_ids
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, prompts: Sequence[str | list[int]]) -> tuple[Tensor, Tensor | None]:
         if not prompts:
             raise DistillabError("prompts is empty, expected at least one prompt")
         rows: list[list[int]] = []
         for prompt in prompts:
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             if not ids:
                 if self._start_id is None:
                     raise DistillabError(

@@ -117,6 +117,36 @@ class Rollout:
         return min(length, room)
 
 
+def answered(
+    examples: Sequence[Example], teacher: TextGenerator, max_new_tokens: int
+) -> list[Example]:
+    """没有 response 的 ``Example``，由教师读着自己的视角贪心地回答；有的不变。
+
+    Args:
+        examples: 一批。
+        teacher: 教师与两个视角共用的 tokenizer。
+        max_new_tokens: 最长的 response。
+    """
+    asked = [example for example in examples if not example.student.response]
+    if not asked:
+        return list(examples)
+    rollout = Rollout(
+        teacher,
+        SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens),
+        teacher.model.max_seq_len,
+    )
+    views = [Example(example.teacher, example.teacher) for example in asked]
+    answers = iter(rollout.sample(views, [0] * len(views))[0])
+    return [
+        example
+        if example.student.response
+        else _with_response(
+            example, example.student.ids, example.teacher.ids, next(answers).student.labels
+        )
+        for example in examples
+    ]
+
+
 def _with_response(
     example: Example, prompt: list[int], teacher_prompt: list[int], response: list[int]
 ) -> Example:

@@ -227,3 +227,36 @@ def test_interrupted_synthesis_says_how_to_go_on(paired, start):
         r"continue", last
     )  # fmt: skip
     assert "Traceback" not in err
+
+
+def test_prompts_alone_are_enough_when_every_response_is_sampled(paired, command):
+    for name in ("plain.jsonl", "knowing.jsonl"):
+        records = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        for record in records:
+            del record["messages"][-1]
+        Path(name).write_text(lines(records))
+    changes = ["--set", "loss.alpha=1", "--set", "loss.divergence=jsd", "--set"]
+    code, _, err = command("train", "recipe.yaml", *changes, "responses.student_fraction=0.5")
+    assert code == 2  # 有的步要数据里的 response
+    assert "no response" in err
+    code, _, err = command("train", "recipe.yaml", *changes, "responses.student_fraction=1.0")
+    assert code == 0, err
+    assert "the teacher answers the 4 validation prompts that have no response" in err
+    summary = json.loads(Path("runs/recipe/summary.json").read_text())
+    # 教师贪心写的 response，教师自己的困惑度接近 1。
+    assert summary["teacher"]["perplexity"] < 1.5 < summary["student_before"]["perplexity"]
+
+
+def test_a_chat_run_answers_questions(paired, command):
+    code, out, err = command(
+        "train", "recipe.yaml", "--set", "evaluate.prompts=['colour of item 3?']", "--set",
+        "train.max_steps=1", "--set", "evaluate.max_new_tokens=8",
+    )  # fmt: skip
+    assert code == 0, err
+    sample = json.loads(Path("runs/recipe/samples.jsonl").read_text())
+    assert sample["student"] in COLOURS  # 经了模板，学生知道这是要它回答
+    arguments = ["recipe", "--prompt", "colour of item 3?", "--max-new-tokens", "8"]
+    code, out, _ = command("generate", *arguments, "--chat")
+    assert code == 0
+    assert out == f"colour of item 3?\n{sample['student']}\n"
+    assert command("generate", *arguments)[1] != out
