@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "data_config",
     "config",
     "filters",
     "responses",
@@ -36,9 +37,11 @@ ORDER = [
     "conversations",
     "chat",
     "truncate",
+    "usable_responses",
     "paired",
     "chat_data",
     "lora",
+    "hf_layout",
     "convert",
     "card",
     "teachers",
@@ -56,9 +59,11 @@ ORDER = [
     "synthesize",
     "local",
     "server",
+    "tasks",
     "engine",
     "trainer",
     "build",
+    "checks",
     "run",
     "cli",
 ]

@@ -14,6 +14,7 @@ from distillab.chat import render
 from distillab.chat_data import TOO_LONG, ChatDataset, DataReport, LengthGroupedSampler
 from distillab.config import DataSection
 from distillab.errors import DistillabError
+from distillab.paired import load_pairs
 
 RECORDS = [
     {"id": str(i), "prompt": f"What follows {i}?", "completion": f"{i + 1}."} for i in range(40)
@@ -26,9 +27,8 @@ def build(tmp_path, tiny_tokenizer):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(json.dumps(record) for record in records))
         data = DataSection(source=str(path), format="chat", **options)
-        return ChatDataset.build(
-            data, tiny_tokenizer, max_seq_len=length, seed=seed, need_response=need_response
-        )
+        pairs, _ = load_pairs(data, need_response=need_response)
+        return ChatDataset.build(pairs, data, tiny_tokenizer, max_seq_len=length, seed=seed)
 
     return call
 
@@ -190,9 +190,8 @@ def test_where_the_response_begins_is_part_of_the_fingerprint():
 
 def test_the_report_mentions_only_what_happened():
     report = DataReport(read=3, train=2, validation=1, tokens=30, response_tokens=15, longest=12)
-    report = replace(report, longest_teacher=20, notes=["paired 3 tasks by their id"])
+    report = replace(report, longest_teacher=20)
     assert report.lines() == [
-        "paired 3 tasks by their id",
         "3 conversations: 2 for training, 1 for validation",
         "10 tokens on average, at most 12, at most 20 with what only the teacher reads; "
         "50% of them in responses",
@@ -216,22 +215,32 @@ def padding(lengths: list[int], order: list[int], size: int) -> float:
 
 def test_padding_stays_below_a_tenth():
     lengths = realistic_lengths(4000)
-    sampler = LengthGroupedSampler(lengths, batch_size=8)
+    sampler = LengthGroupedSampler(lengths, window=8)
     assert padding(lengths, list(sampler), 8) < 0.1
     shuffled = random.Random(0).sample(range(4000), 4000)
     assert padding(lengths, shuffled, 8) > 0.4
 
 
-def test_every_example_comes_once_in_each_epoch():
-    for count in (0, 1, 7, 8, 9, 63, 1003):
-        sampler = LengthGroupedSampler(realistic_lengths(count), batch_size=8)
-        assert sorted(sampler) == list(range(count))
-        assert len(sampler) == count
+@pytest.mark.parametrize(
+    ("count", "whole"), [(0, 0), (1, 1), (7, 7), (8, 8), (9, 8), (63, 56), (1003, 1000)]
+)
+def test_an_epoch_is_whole_windows_without_repetition(count, whole):
+    sampler = LengthGroupedSampler(realistic_lengths(count), window=8)
+    order = list(sampler)
+    assert len(sampler) == len(order) == len(set(order)) == whole
+    assert set(order) <= set(range(count))
+
+
+def test_a_window_runs_from_short_to_long():
+    lengths = realistic_lengths(64)
+    order = [lengths[i] for i in LengthGroupedSampler(lengths, window=8)]
+    for at in range(0, 64, 8):
+        assert order[at : at + 8] == sorted(order[at : at + 8])
 
 
 def test_the_order_is_decided_by_seed_and_epoch():
     def order(seed, epoch):
-        sampler = LengthGroupedSampler(realistic_lengths(100), batch_size=4, seed=seed)
+        sampler = LengthGroupedSampler(realistic_lengths(100), window=4, seed=seed)
         sampler.set_epoch(epoch)
         torch.rand(3)  # 全局的随机状态不该有影响
         return list(sampler)
@@ -242,7 +251,7 @@ def test_the_order_is_decided_by_seed_and_epoch():
 
 def test_batches_are_mixed_anew_in_each_epoch_and_come_in_no_order_of_length():
     lengths = realistic_lengths(400)
-    sampler = LengthGroupedSampler(lengths, batch_size=8)
+    sampler = LengthGroupedSampler(lengths, window=8)
 
     def batches(epoch):
         sampler.set_epoch(epoch)
@@ -256,14 +265,13 @@ def test_batches_are_mixed_anew_in_each_epoch_and_come_in_no_order_of_length():
     assert 10 < rising < 40
 
 
-def test_the_incomplete_batch_at_the_end_is_not_always_the_longest():
-    lengths = list(range(33))
-    ends = set()
+def test_what_an_epoch_leaves_out_is_not_always_the_longest():
+    left_out = set()
     for epoch in range(20):
-        sampler = LengthGroupedSampler(lengths, batch_size=8)
+        sampler = LengthGroupedSampler(list(range(33)), window=8)
         sampler.set_epoch(epoch)
-        ends.add(list(sampler)[-1])
-    assert len(ends) > 8
+        left_out |= set(range(33)) - set(sampler)
+    assert len(left_out) > 8
 
 
 def test_accelerate_shards_whole_batches_and_sets_the_epoch():
@@ -271,8 +279,8 @@ def test_accelerate_shards_whole_batches_and_sets_the_epoch():
     from accelerate.data_loader import prepare_data_loader
 
     lengths = realistic_lengths(64)
-    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
-    expected = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    sampler = LengthGroupedSampler(lengths, window=8, seed=3)
+    expected = LengthGroupedSampler(lengths, window=8, seed=3)
     expected.set_epoch(2)
     wanted = list(expected)
     Accelerator(cpu=True)

@@ -6,7 +6,14 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from distillab.config import LossConfig, ModelConfig, Recipe, TrainingConfig
+from distillab.config import (
+    DataSection,
+    LossConfig,
+    ModelConfig,
+    Recipe,
+    SynthesizeConfig,
+    TrainingConfig,
+)
 
 
 def test_model_config_has_exactly_the_documented_fields_and_defaults():
@@ -139,11 +146,50 @@ def recipe(**sections):
             r"loss\.alpha=0\.3 and train\.alpha=0\.4 disagree",
         ),
         ({"name": "../x"}, "pattern"),
+        ({"evaluate": {"tasks": {"a/b": {"source": "x", "match": {"exact": True}}}}}, "pattern"),
+        ({"evaluate": {"tasks": {"a": {"source": "x", "match": {}}}}}, "exactly one of"),
+        ({"train": {"warmup_ratio": 1.0}}, "less than 1"),
     ],
 )
 def test_contradictions_between_keys_are_refused(sections, message):
     with pytest.raises(ValidationError, match=message):
         recipe(**sections)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher_source": "b.jsonl"}, "teacher_source and format=text disagree"),
+        ({"loss_on": "last"}, "loss_on and format=text disagree"),
+        ({"format": "chat", "experience": "x", "teacher_source": "y"}, "drop one"),
+        ({"format": "chat", "experience_role": "user"}, "experience_role says how .* there is none"),
+        ({"format": "chat", "experience_template": "{message} {experience}"}, "there is none"),
+        ({"format": "chat", "experience": "x", "experience_template": "{experience}"},
+         r"has no \{message\}"),
+    ],
+)  # fmt: skip
+def test_keys_of_data_that_have_no_meaning_together_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        DataSection(source="a.jsonl", **values)
+
+
+def test_all_chat_data_is_read_unless_a_size_is_given():
+    assert DataSection(source="a.jsonl").size_mb == 50
+    assert DataSection(source="a.jsonl", format="chat").size_mb is None
+    assert DataSection(source="a.jsonl", format="chat", size_mb=2.0).size_mb == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples": 2}, "samples=2 and sampling.temperature=0 disagree"),
+        ({"server": {"base_url": "https://me:key@host/v1", "model": "m"}}, "set api_key_env"),
+        ({"server": {"base_url": "host/v1", "model": "m"}}, "pattern"),
+    ],
+)
+def test_synthesis_that_cannot_be_meant_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        SynthesizeConfig(**values)
 
 
 @pytest.mark.parametrize("section", ["loss", "train"])

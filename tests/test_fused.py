@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import DIVERGENCES, LOSSES, relative
 
 from distillab import fused
 from distillab.config import LossConfig
@@ -13,19 +14,6 @@ from distillab.fused import default_budget, fused_distillation_loss
 from distillab.losses import LossSums, distillation_loss
 from distillab.targets import DenseTargets, Head, HiddenTargets, SparseTargets
 
-DIVERGENCES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jsd": {"beta": 0.3},
-    "skew_forward_kl": {"skew": 0.2},
-    "skew_reverse_kl": {"skew": 0.2},
-}
-LOSSES = [
-    LossConfig(divergence=name, alpha=alpha, temperature=temperature, **parameters)
-    for (name, parameters), alpha, temperature in itertools.product(
-        DIVERGENCES.items(), (0.0, 0.5, 1.0), (0.5, 1.0, 2.0, 5.0)
-    )
-]
 VOCAB = 500
 
 
@@ -101,10 +89,6 @@ class Case:
         sums = distillation_loss(logits, targets, self.labels, loss)
         (2.5 * sums.total).backward()
         return sums, [x.grad for x in inputs]
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 def cases():

@@ -39,10 +39,14 @@ def message(*arguments):
 
 def test_every_shipped_recipe_loads_is_short_and_names_the_schema():
     recipes = shipped_recipes()
-    assert set(recipes) == {"quickstart", "wiki-zh", "qwen3-chat"}
+    assert set(recipes) == {
+        "quickstart", "wiki-zh", "qwen3-chat", "experience/seqkd", "experience/skd",
+        "experience/gkd", "experience/demo-seqkd", "experience/demo-skd", "experience/demo-gkd",
+    }  # fmt: skip
     for name, path in recipes.items():
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert lines[0] == "# yaml-language-server: $schema=schema.json"
+        up = "../" * name.count("/")
+        assert lines[0] == f"# yaml-language-server: $schema={up}schema.json"
         assert len(lines) <= 35
         assert load_recipe(name).description
 
@@ -58,6 +62,27 @@ def test_wiki_zh_is_the_documented_experiment():
     }  # fmt: skip
     assert (recipe.loss.alpha, recipe.loss.temperature) == (0.5, 2.0)
     assert (recipe.data.subset, recipe.data.size_mb) == ("20231101.zh", 50)
+
+
+@pytest.mark.parametrize("method", ["seqkd", "skd", "gkd"])
+def test_experience_recipes_are_the_documented_experiments(method):
+    recipe = load_recipe(f"experience/{method}")
+    train = recipe.train
+    assert recipe.teacher.path == recipe.student.path == "Qwen/Qwen3-8B"
+    assert recipe.data.template_options == {"enable_thinking": False}
+    assert (train.batch_size, train.gradient_accumulation_steps) == (2, 8)
+    assert (train.learning_rate, train.num_epochs, train.warmup_ratio) == (2e-5, 3, 0.1)
+    assert train.precision == "bf16"
+    fraction, loss = recipe.responses.student_fraction, recipe.loss
+    assert (loss.divergence, loss.alpha, fraction) == {
+        "seqkd": ("forward_kl", 0.0, 0.0),
+        "skd": ("forward_kl", 1.0, 0.0),
+        "gkd": ("jsd", 1.0, 0.5),
+    }[method]
+    if method == "gkd":
+        assert (loss.beta, recipe.sampling.temperature, recipe.sampling.max_new_tokens) == (
+            0.5, 0.9, 256,
+        )  # fmt: skip
 
 
 def test_child_states_only_its_difference_and_mappings_merge(write):

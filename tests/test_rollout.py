@@ -96,7 +96,7 @@ def training_rows(trainer):
 
 def test_sampled_response_replaces_the_old_one_in_both_views(rollout):
     old = [example(3, prompt=4, seed=1), example(9, prompt=8, seed=2)]
-    new, sums = rollout.sample(old, seed=3)
+    new, sums = rollout.sample(old, seeds=[3, 4])
     for before, after in zip(old, new, strict=True):
         assert after.student.prompt == before.student.prompt
         assert after.teacher.prompt == before.teacher.prompt
@@ -110,8 +110,8 @@ def test_sampled_response_replaces_the_old_one_in_both_views(rollout):
 def test_same_seed_gives_the_same_responses_and_padding_does_not_show(rollout):
     rollout = Rollout(rollout.generator, SamplingConfig(temperature=0, max_new_tokens=12), LENGTH)
     short, long = example(3, prompt=4, seed=1), example(3, prompt=20, seed=2)
-    together, _ = rollout.sample([short, long], seed=1)
-    alone, _ = rollout.sample([short], seed=2)
+    together, _ = rollout.sample([short, long], seeds=[1, 2])
+    alone, _ = rollout.sample([short], seeds=[2])
     assert together[0].student.ids == alone[0].student.ids
 
 
@@ -120,11 +120,11 @@ def test_sampling_leaves_modes_gradients_and_random_state_alone(rollout, student
     next(iter(student.children())).eval()  # 有的子模块本来就在 eval
     modes = [module.training for module in student.modules()]
     state = torch.get_rng_state()
-    new, _ = rollout.sample([example(3)], seed=1)
+    new, _ = rollout.sample([example(3)], seeds=[1])
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in student.modules()] == modes
     assert all(parameter.grad is None for parameter in student.parameters())
-    again, _ = rollout.sample([example(3)], seed=1)
+    again, _ = rollout.sample([example(3)], seeds=[1])
     assert new[0].student.ids == again[0].student.ids  # dropout 关着
 
 
@@ -132,14 +132,14 @@ def test_response_keeps_its_stop_token_and_nothing_after_it(rollout, monkeypatch
     stop = min(rollout.generator.stop_ids)
     rows = torch.tensor([[20, stop, 397, 397], [30, 31, 32, 33], [stop, 397, 397, 397]])
     monkeypatch.setattr(rollout.generator, "generate_ids", lambda *_, **__: rows)
-    new, sums = rollout.sample([example(2, seed=i) for i in range(3)], seed=0)
+    new, sums = rollout.sample([example(2, seed=i) for i in range(3)], seeds=[0, 1, 2])
     assert [x.student.labels for x in new] == [[20, stop], [30, 31, 32, 33], [stop]]
     assert (sums.truncated, sums.empty) == (1, 1)
 
 
 def test_a_teacher_prompt_that_leaves_no_room_is_refused(rollout):
     with pytest.raises(DistillabError, match=r"teacher prompt has 70 tokens.*64"):
-        rollout.sample([example(2, prompt=5, experience=65)], seed=0)
+        rollout.sample([example(2, prompt=5, experience=65)], seeds=[0])
 
 
 def test_tokens_are_those_of_the_sampled_responses_whatever_the_data_says(make):
@@ -190,16 +190,18 @@ def test_fraction_follows_its_schedule():
     assert [student_fraction(linear, step, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1.0]
 
 
-def test_about_the_fraction_of_batches_is_sampled_and_a_resumed_run_repeats_it(rollout):
+def test_about_the_fraction_of_steps_is_sampled_and_a_resumed_run_repeats_it(rollout):
     collate = partial(collate_examples, pad_id=397)
     policy = OnPolicy(rollout, ResponsesConfig(student_fraction=0.3), collate, seed=5)
     policy.rollout = type(
-        "Fake", (), {"sample": staticmethod(lambda examples, seed: (list(examples), RolloutSums()))}
+        "Fake",
+        (),
+        {"sample": staticmethod(lambda examples, seeds: (list(examples), RolloutSums()))},
     )
     batch = collate([example(3)])
-    flags = [policy.prepare([batch] * 4, step, 100, rank=0).sampled for step in range(100)]
-    assert 0.25 < sum(map(sum, flags)) / 400 < 0.35
-    assert policy.prepare([batch] * 4, 50, 100, rank=1).sampled == flags[50]
+    flags = [policy.prepare([batch] * 4, step, 400, rank=0).sampled for step in range(400)]
+    assert 0.25 < sum(flags) / 400 < 0.35
+    assert policy.prepare([batch], 50, 400, rank=1, processes=2).sampled == flags[50]
 
 
 def test_repetition_is_the_share_of_repeated_4_grams():

@@ -98,6 +98,15 @@ def test_an_incomplete_pypi_source_is_refused(text):
 def test_a_path_that_leaves_the_wheel_is_refused(inner):
     with pytest.raises(DistillabError, match=r"without '\.\.'"):
         parse_source(f"pypi:x==1.0/{inner}")
+    with pytest.raises(DistillabError, match="comes with the recipes"):
+        parse_source(f"shipped:{inner}")
+
+
+def test_a_shipped_file_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fetch("shipped:quickstart.yaml").read_text().startswith("# yaml-language-server")
+    with pytest.raises(DistillabError, match=r"'shipped:quickstat\.yaml' .*'quickstart\.yaml'"):
+        fetch("shipped:quickstat.yaml")
 
 
 def test_importing_sources_loads_no_heavy_library():

@@ -199,7 +199,7 @@ def test_validation_equals_a_plain_computation(make, teacher):
 def test_validation_uses_sequences_spread_over_the_whole_set(make):
     trainer = make()
     trainer.evaluate_config = EvaluateConfig(max_sequences=3)
-    loader = trainer._validation_loader(Chunks(9, seed=1))
+    loader = trainer.evaluation_loader(Chunks(9, seed=1))
     used = [row for batch in loader for row in batch.student.input_ids.tolist()]
     assert used == Chunks(9, seed=1).ids[[0, 3, 6]].tolist()
 
@@ -524,6 +524,14 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine_to_the_floor():
     assert rates[60] == pytest.approx((1e-3 + 1e-5) / 2)
     assert rates[110] == pytest.approx(1e-5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_warm_up_may_be_a_share_of_all_steps():
+    config = TrainingConfig(learning_rate=1e-3, warmup_steps=500, warmup_ratio=0.1)
+    rates = [learning_rate_factor(step, 55, config) for step in range(55)]
+    assert rates[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])  # 5.5 向上取整
+    assert max(rates[6:]) <= 1
+    assert learning_rate_factor(0, 55, TrainingConfig(warmup_ratio=0.0)) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from .batch import Example, Tokens
 from .config import DataSection
 from .errors import DistillabError
-from .paired import Pair, load_pairs
+from .paired import Pair
 from .truncate import Fitted, fit
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class DataReport:
         response_tokens: 其中训练的。
         longest: 学生视角最长的一条，单位 token。
         longest_teacher: 教师视角最长的一条；没有特权信息时与 ``longest`` 相同。
-        notes: 配对时的说明。
     """
 
     read: int = 0
@@ -58,7 +57,6 @@ class DataReport:
     response_tokens: int = 0
     longest: int = 0
     longest_teacher: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
@@ -77,11 +75,10 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """给日志的几行英文；没有发生的事不提。"""
-        lines = list(self.notes)
-        lines.append(
+        lines = [
             f"{self.read:,} conversations: {self.train:,} for training, "
             f"{self.validation:,} for validation"
-        )
+        ]
         lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         for count, what in (
             (self.truncated_prompts, "prompts were cut to fit data.max_seq_len"),
@@ -112,6 +109,7 @@ class ChatDataset(Dataset[Example]):
         max_seq_len: 每个视角最多的 token 数。
         num_tokens: 训练的 token 数，即 response token。
         lengths: 每条两个视角一共要算多少 token，供按长度分批。
+        prompt_lengths: 其中 prompt 有多少；response 由学生采样时，按它分批。
         fingerprint: 内容的指纹：有一个 token 不同，指纹就不同。
     """
 
@@ -119,6 +117,7 @@ class ChatDataset(Dataset[Example]):
         self.max_seq_len = max_seq_len
         self.num_tokens = 0
         self.lengths: list[int] = []
+        self.prompt_lengths: list[int] = []
         # 每个 token 4 字节；Python 的 list 要 36 字节。
         self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
         digest = hashlib.sha256(str(max_seq_len).encode())
@@ -129,6 +128,7 @@ class ChatDataset(Dataset[Example]):
             self._views.append(packed)
             self.num_tokens += len(example.student.response)
             self.lengths.append(sum(len(view.ids) for view in views))
+            self.prompt_lengths.append(sum(len(view.prompt) for view in views))
             for part in (part for view in packed for part in view):
                 digest.update(len(part).to_bytes(8, "little") + part.tobytes())
         self.fingerprint = f"{digest.hexdigest()[:16]}-{name}"
@@ -136,30 +136,29 @@ class ChatDataset(Dataset[Example]):
     @classmethod
     def build(
         cls,
+        pairs: list[Pair],
         data: DataSection,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_seq_len: int,
         seed: int = 0,
-        need_response: bool = True,
     ) -> tuple[ChatDataset, ChatDataset, DataReport]:
-        """读入对话，切成训练集与验证集。
+        """渲染、截断，切成训练集与验证集。
 
         Args:
+            pairs: ``load_pairs`` 读出的对话；只有 prompt 的，response 是空的。
             data: 配方的 ``data``。
             tokenizer: 学生与教师共用的分词器，有 chat template。
             max_seq_len: 每个视角最多的 token 数。
             seed: 哪些对话进验证集。
-            need_response: 每段对话都要有 response；on-policy 只要 prompt，可以没有。
 
         Returns:
             ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
 
         Raises:
-            DistillabError: 数据读不了、配不上、渲染不出，或剩下的不同 prompt 不足两个。
+            DistillabError: 渲染不出，或剩下的不同 prompt 不足两个。
         """
-        pairs, notes = load_pairs(data, need_response=need_response)
-        report = DataReport(read=len(pairs), notes=notes)
+        report = DataReport(read=len(pairs))
         kept: list[tuple[str, Example]] = []
         seen: set[str] = set()
         for pair in _progress(pairs):
@@ -198,22 +197,24 @@ class ChatDataset(Dataset[Example]):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """随机的顺序，但每 ``batch_size`` 个一组的长度相近，padding 才少。
+    """随机的顺序，但每 ``window`` 个一组的长度相近，组内由短到长，padding 才少。
 
-    先随机排列，切成大段，段内按长度排序、切成批，再打乱各批的先后。顺序只由 ``seed`` 与轮次决定，
-    所以恢复训练时跳过前几批就回到原处。
+    先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部
+    数据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮
+    不训练；剩下谁是随机的，不会总是最长的。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几批就
+    回到原处。
 
     Args:
         lengths: 每条的长度，单位 token。
-        batch_size: 每批几条；最后不足一批的几条也是随机的，不会总是最长的被丢掉。
+        window: 一组几条；数据还不足一组时，全部算一组。
         seed: 与轮次一起决定顺序。
     """
 
-    _BATCHES_SORTED_TOGETHER = 50
+    _GROUPS_SORTED_TOGETHER = 50
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+    def __init__(self, lengths: Sequence[int], window: int, seed: int = 0) -> None:
         self.lengths = lengths
-        self.batch_size = batch_size
+        self.window = max(1, min(window, len(lengths)))
         self.seed = seed
         self.epoch = 0
 
@@ -222,21 +223,20 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) // self.window * self.window
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size, full = self.batch_size, len(order) // self.batch_size
+        size, full = self.window, len(order) // self.window
         # 小数据集也至少分成四段，否则每一轮都是同样的几条在一起。
-        together = size * max(1, min(self._BATCHES_SORTED_TOGETHER, math.ceil(full / 4)))
-        batches: list[list[int]] = []
+        together = size * max(1, min(self._GROUPS_SORTED_TOGETHER, math.ceil(full / 4)))
+        groups: list[list[int]] = []
         for start in range(0, full * size, together):
             part = sorted(order[start : min(start + together, full * size)], key=self._length)
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
-        for position in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[position]
-        yield from order[full * size :]
+            groups += [part[i : i + size] for i in range(0, len(part), size)]
+        for position in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[position]
 
     def _length(self, index: int) -> int:
         return self.lengths[index]

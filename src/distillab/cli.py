@@ -61,7 +61,7 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from . import run as runs
-    from .report import closing_table
+    from .report import checks_table, closing_table
 
     try:
         directory, summary = runs.train(resolved, resume)
@@ -74,7 +74,10 @@ def train(
     _print_samples(directory.samples_file)
     from rich.console import Console
 
-    Console().print(closing_table(summary))
+    terminal = Console()
+    for table in (closing_table(summary), checks_table(summary)):
+        if table is not None:
+            terminal.print(table)
     print(f"plots:   {directory.plots}")
     print(f"export:  {directory.export}")
     print(f'next:    distillab generate {resolved.name} --prompt "..."')
@@ -87,9 +90,44 @@ def evaluate(run: RunName, checkpoint: Checkpoint = "best") -> None:
     from rich.console import Console
 
     from . import run as runs
-    from .report import closing_table
+    from .report import checks_table, closing_table
 
-    Console().print(closing_table(runs.evaluate(run, checkpoint)))
+    found = runs.evaluate(run, checkpoint)
+    terminal = Console()
+    for table in (closing_table(found), checks_table(found)):
+        if table is not None:
+            terminal.print(table)
+
+
+@app.command()
+def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Let the teacher answer every question of a recipe's chat data.
+
+    The teacher reads the experience (data.teacher_source or data.experience), answers
+    synthesize.samples times, and synthesize.filter keeps the good answers. They are written to
+    synthesize.output; the same command continues after an interruption. Train on them with
+    data.responses.
+
+    Examples:
+      distillab synthesize experience/demo-seqkd
+
+      distillab synthesize my-recipe.yaml --set synthesize.samples=4 --set
+      synthesize.sampling.temperature=0.8
+    """
+    from .recipes import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from . import run as runs
+
+    try:
+        report = runs.synthesize(resolved)
+    except KeyboardInterrupt as stop:
+        print(f"{stop or 'interrupted'}; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(report)
+    print(f"written: {report.output}")
+    raise typer.Exit(report.exit_code)
 
 
 @app.command()

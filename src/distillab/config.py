@@ -1,26 +1,56 @@
 """配置的数据类型：``ModelConfig``、``TrainingConfig`` 与 ``Recipe``。
 
-这里只说「什么是合法的配置」；从 YAML 读入、``extends``、``--set`` 与报错的措辞在 ``recipes.py``。
-本模块不导入 torch。
+这里只说「什么是合法的配置」，与数据有关的几节在 ``data_config.py``；从 YAML 读入、``extends``、
+``--set`` 与报错的措辞在 ``recipes.py``。本模块不导入 torch。
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from .data_config import (
+    DataSection,
+    FilterConfig,
+    ResponsesConfig,
+    SamplingConfig,
+    Section,
+    ServerConfig,
+    SynthesizeConfig,
+    TaskConfig,
+    TextConfig,
+)
+
+__all__ = [
+    "DataSection",
+    "Divergence",
+    "EvaluateConfig",
+    "FilterConfig",
+    "InitConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "ModelSource",
+    "Precision",
+    "Recipe",
+    "ResponsesConfig",
+    "SamplingConfig",
+    "ServerConfig",
+    "StudentSection",
+    "SynthesizeConfig",
+    "TaskConfig",
+    "TextConfig",
+    "TrainingConfig",
+]
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""运行目录里以它命名的文件，所以不能有 ``/``。"""
 
 
-class _Section(BaseModel):
-    """配方的一节：不认识的键、类型不符的值一律拒绝，不做猜测性的转换。"""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """学生模型的结构，不可变。
 
     Raises:
@@ -62,7 +92,7 @@ class ModelConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """训练超参数。
 
     ``alpha`` 与 ``temperature`` 是目标函数的参数：在配方里写 ``loss.alpha`` 或 ``train.alpha``
@@ -86,6 +116,9 @@ class TrainingConfig(_Section):
 
     min_learning_rate: float = Field(1e-5, ge=0, description="Floor that the schedule ends at.")
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
+    )
     betas: tuple[float, float] = Field(  # YAML 只有列表
         (0.9, 0.999), strict=False, description="AdamW moment decay rates."
     )
@@ -113,7 +146,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class ModelSource(_Section):
+class ModelSource(Section):
     """一个预训练模型的出处：本地路径、hub id 或 ``pypi:NAME==VERSION/PATH``。"""
 
     path: str = Field(min_length=1, description="Local path, hub id or pypi:NAME==VERSION/PATH.")
@@ -127,7 +160,7 @@ class ModelSource(_Section):
     trust_remote_code: bool = Field(False, description="Run model code from the source.")
 
 
-class InitConfig(_Section):
+class InitConfig(Section):
     """学生的初始权重：从教师均匀挑出若干层。"""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -136,7 +169,7 @@ class InitConfig(_Section):
     layers: int | None = Field(None, gt=0, description="Layers kept, evenly spaced.")
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """LoRA（Hu et al. 2021，arXiv:2106.09685）：冻结基座，只训练低秩的 adapter。
 
     层的输出加上 ``alpha / rank * B @ A @ x``；B 从 0 开始，所以训练前与基座相同。
@@ -159,7 +192,7 @@ class LoraConfig(_Section):
         return self
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """学生：从零（``config``）、由教师裁剪（``init``）或任意预训练模型（``path``），三选一。"""
 
     config: ModelConfig | None = None
@@ -198,134 +231,7 @@ class StudentSection(_Section):
         return self
 
 
-class DataSection(_Section):
-    """训练文本：来源、取多少、怎样切块。"""
-
-    source: str = Field(min_length=1, description="Local path, hub id or pypi:NAME==VERSION/PATH.")
-    format: Literal["text", "chat"] = Field("text", description="Running text, or prompt/response.")
-    subset: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
-    text_field: str = Field("text", description="Field that holds an article's text.")
-    sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="Digest of the wheel or file."
-    )
-    size_mb: float | None = Field(50.0, gt=0, description="At most this much text, in 10^6 bytes.")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of articles held out.")
-    max_seq_len: int | None = Field(
-        None, ge=2, description="Tokens per training sequence; default: the student's."
-    )
-    template_options: dict[str, Any] = Field(
-        {}, description="Options of the tokenizer's chat template, such as enable_thinking."
-    )
-    loss_on: Literal["all", "last"] = Field(
-        "all", description="Assistant turns that are trained on."
-    )
-    teacher_source: str | None = Field(
-        None, min_length=1, description="The same tasks with experience in the prompt."
-    )
-    experience: str | None = Field(
-        None, min_length=1, description="What only the teacher reads: a text, or a file of it."
-    )
-    experience_role: Literal["system", "user"] = Field(
-        "system", description="The message that the experience joins: system, or the last user's."
-    )
-    experience_template: str = Field(
-        "{experience}\n\n{message}", description="How experience and message are joined."
-    )
-    responses: str | None = Field(
-        None, min_length=1, description="Teacher responses written by `distillab synthesize`."
-    )
-
-    @model_validator(mode="after")
-    def _chat_keys(self) -> DataSection:
-        if self.format != "chat":
-            for key in ("teacher_source", "experience", "responses", "template_options"):
-                if getattr(self, key):
-                    raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
-        if self.teacher_source is not None and self.experience is not None:
-            raise ValueError(
-                "teacher_source and experience disagree: both give the teacher its experience; "
-                "drop one"
-            )
-        for field in ("{experience}", "{message}"):
-            if field not in self.experience_template:
-                raise ValueError(f"experience_template has no {field}")
-        return self
-
-
-class ResponsesConfig(_Section):
-    """训练谁的 response：数据集的，或以一定概率由当前的学生采样（on-policy）。"""
-
-    student_fraction: float = Field(
-        0.0, ge=0, le=1, description="Probability that a batch is sampled from the student."
-    )
-    final_student_fraction: float | None = Field(
-        None, ge=0, le=1, description="Reached linearly at the last step; default: constant."
-    )
-    reuse: int = Field(1, gt=0, description="Optimizer steps that train on one rollout.")
-
-    @property
-    def on_policy(self) -> bool:
-        """会不会从学生采样。"""
-        return max(self.student_fraction, self.final_student_fraction or 0.0) > 0
-
-
-class SamplingConfig(_Section):
-    """采样：rollout 与 ``distillab synthesize`` 共用的写法；与 ``loss.temperature`` 无关。"""
-
-    temperature: float = Field(1.0, ge=0, description="Of sampling; 0 is greedy.")
-    top_k: int | None = Field(None, gt=0, description="Keep the k likeliest tokens.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Keep this much probability.")
-    max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
-
-    @model_validator(mode="after")
-    def _one_filter(self) -> SamplingConfig:
-        if self.top_k is not None and self.top_p is not None:
-            raise ValueError("top_k and top_p disagree: set at most one of them")
-        return self
-
-
-class ServerConfig(_Section):
-    """OpenAI 兼容的服务：vLLM、SGLang、DashScope、DeepSeek 等。"""
-
-    base_url: str = Field(pattern="^https?://", description="Up to and including /v1.")
-    model: str = Field(min_length=1, description="Model name that the server knows.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
-    concurrency: int = Field(8, gt=0, description="Requests in flight.")
-    max_retries: int = Field(6, ge=0, description="Per request, with exponential back-off.")
-    timeout: float = Field(120.0, gt=0, description="Seconds for one request.")
-
-
-class FilterConfig(_Section):
-    """留下哪些教师回答：三选一。"""
-
-    exact: bool = Field(False, description="Keep what equals the record's answer.")
-    regex: str | None = Field(
-        None, description="Keep what matches; {answer} is the record's answer."
-    )
-    function: str | None = Field(
-        None, pattern=r"^[\w.]+:\w+$", description="module:function(record, response) -> bool."
-    )
-
-    @model_validator(mode="after")
-    def _one_filter(self) -> FilterConfig:
-        if sum((self.exact, self.regex is not None, self.function is not None)) != 1:
-            raise ValueError("set exactly one of exact, regex and function")
-        return self
-
-
-class SynthesizeConfig(_Section):
-    """``distillab synthesize``：教师读着经验回答每个问题。"""
-
-    output: str = Field("responses.jsonl", min_length=1, description="File that is written.")
-    samples: int = Field(1, gt=0, description="Answers to each question.")
-    batch_size: int = Field(16, gt=0, description="Questions answered together by a local model.")
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
-    filter: FilterConfig | None = None
-    server: ServerConfig | None = Field(None, description="Default: the local teacher.")
-
-
-class LossConfig(_Section):
+class LossConfig(Section):
     """目标函数：``alpha * T^2 * D(p_T, q_T) + (1 - alpha) * CE``，对每个 response token。"""
 
     divergence: Divergence = Field("forward_kl", description="D between teacher and student.")
@@ -363,8 +269,8 @@ class LossConfig(_Section):
         return self
 
 
-class EvaluateConfig(_Section):
-    """验证与样例。"""
+class EvaluateConfig(Section):
+    """验证、样例，与训练前后各考一次的任务。"""
 
     batch_size: int = Field(8, gt=0, description="Sequences per forward pass.")
     max_sequences: int | None = Field(
@@ -372,14 +278,18 @@ class EvaluateConfig(_Section):
     )
     prompts: list[str] = Field([], description="Continued by the student when training ends.")
     max_new_tokens: int = Field(64, gt=0, description="Tokens generated for each prompt.")
+    tasks: dict[FileName, TaskConfig] = Field(
+        {}, description="Checked by a program, before and after training."
+    )
+    texts: dict[FileName, TextConfig] = Field(
+        {}, description="Perplexity on these, before and after training."
+    )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """一次训练的全部选择；运行目录里保存的是它解析后的样子。"""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory runs/NAME."
-    )
+    name: FileName = Field(description="Names the run directory runs/NAME.")
     description: str = Field("", description="One line for `distillab recipes`.")
     student: StudentSection = StudentSection()
     teacher: ModelSource | None = None
@@ -445,7 +355,8 @@ class Recipe(_Section):
                 f"{config.max_seq_len}"
             )
         total = self.train.max_steps
-        if total is not None and self.train.warmup_steps >= total:
+        warmup = self.train.warmup_steps if self.train.warmup_ratio is None else 0
+        if total is not None and warmup >= total:
             raise ValueError(
                 f"train.warmup_steps={self.train.warmup_steps} leaves nothing of "
                 f"train.max_steps={total}"

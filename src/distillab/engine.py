@@ -76,14 +76,22 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """预热的步数；``warmup_ratio`` 优先，向上取整（与 transformers 相同）。"""
+    if config.warmup_ratio is None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * total_steps)
+
+
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
     """第 ``step`` 步（从 0 起）的学习率与峰值之比：线性预热，再退火到 ``min_learning_rate``。"""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if config.scheduler == "constant":
         return 1.0
     floor = config.min_learning_rate / config.learning_rate
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = (step - warmup) / max(1, total_steps - warmup)
     done = min(done, 1.0)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.scheduler == "cosine" else 1 - done
     return floor + (1 - floor) * shape

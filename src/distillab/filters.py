@@ -20,11 +20,12 @@ Filter = Callable[[Mapping[str, Any], "str | None", str], bool]
 _FINAL_PUNCTUATION = ".,;:!?…。，；：！？、"  # 不含 % 与括号：它们是答案的一部分
 
 
-def make_filter(config: FilterConfig | None) -> Filter:
+def make_filter(config: FilterConfig | None, where: str = "synthesize.filter") -> Filter:
     """由配置得到过滤函数；写错的正则与找不到的函数在这里、提第一个问题之前就拒绝。
 
     Args:
         config: ``None`` 表示全部留下。
+        where: 它在配方里的键，写进错误信息。
 
     Returns:
         过滤函数；使用者的函数抛出的异常原样传出。
@@ -35,9 +36,9 @@ def make_filter(config: FilterConfig | None) -> Filter:
     if config is None:
         return lambda record, answer, response: True
     if config.regex is not None:
-        return _regex_filter(config.regex)
+        return _regex_filter(config.regex, where)
     if config.function is not None:
-        return _function_filter(config.function)
+        return _function_filter(config.function, where)
     return lambda record, answer, response: normalise(response) == normalise(answer or "")
 
 
@@ -51,7 +52,7 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(_FINAL_PUNCTUATION + " ")
 
 
-def _regex_filter(template: str) -> Filter:
+def _regex_filter(template: str, where: str) -> Filter:
     # 只替换 {answer}，不用 str.format：正则里的 {2,3} 不是占位符。
     def pattern(answer: str) -> re.Pattern[str]:
         return re.compile(template.replace("{answer}", re.escape(answer)))
@@ -60,14 +61,14 @@ def _regex_filter(template: str) -> Filter:
         pattern("answer")
     except re.error as error:
         raise DistillabError(
-            f"synthesize.filter.regex {template!r} is not a regular expression: {error}"
+            f"{where}.regex {template!r} is not a regular expression: {error}"
         ) from error
     return lambda record, answer, response: pattern(answer or "").search(response) is not None
 
 
-def _function_filter(name: str) -> Filter:
+def _function_filter(name: str, where: str) -> Filter:
     module_name, _, function_name = name.partition(":")
-    where = f"synthesize.filter.function {name!r}"
+    where = f"{where}.function {name!r}"
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

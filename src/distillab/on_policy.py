@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ logger = logging.getLogger("distillab")
 TRUNCATED, REPEATED, EMPTY = 0.5, 0.5, 0.5
 """超过这些份额就在日志里说：被截断的 response、重复的 4-gram、空的 response。"""
 
+ROWS_TOGETHER = 32
+"""最多这么多条一起采样：KV cache 才有上限。"""
+
 LENGTH_CHANGE = 2.0
 """平均长度变到最初的这么多倍（或几分之一）就在日志里说。"""
 
@@ -30,25 +34,28 @@ class Prepared:
 
     Attributes:
         batches: 一个累积窗口。
-        sampled: 其中哪些是从学生采样的。
+        sampled: response 是不是从学生采样的；一个窗口要么全是，要么全不是。
         sums: 采样的总和。
         seconds: 采样用的时间。
     """
 
     batches: list[Batch]
-    sampled: list[bool]
+    sampled: bool = False
     sums: RolloutSums = field(default_factory=RolloutSums)
     seconds: float = 0.0
 
 
 class OnPolicy:
-    """以 ``student_fraction`` 的概率把一批的 response 换成当前学生采样的。
+    """以 ``student_fraction`` 的概率把一步的 response 换成当前学生采样的。
+
+    整个窗口一起采样：小的 micro-batch 是为反向的显存，生成时大一些才快。是否采样与每条的随机数
+    只取决于种子、步数和它在这一步里的位置，所以怎样切成 micro-batch、分给几个进程，结果都相同。
 
     Args:
         rollout: 采样。
         config: 概率与它的日程。
         collate: 把 ``Example`` 拼成 ``Batch``。
-        seed: 抛硬币与采样的种子；与步数、进程合起来，断点续训因而不变。
+        seed: 抛硬币与采样的种子。
     """
 
     def __init__(
@@ -60,30 +67,42 @@ class OnPolicy:
     ) -> None:
         self.rollout, self.config, self.collate, self.seed = rollout, config, collate, seed
 
-    def prepare(self, window: list[Batch], step: int, total_steps: int, rank: int) -> Prepared:
-        """决定一个窗口里每个 micro-batch 的 response。
-
-        同一个位置在所有进程上要么都采样、要么都不采样：分片的模型采样时要一起前向。
+    def prepare(
+        self, window: list[Batch], step: int, total_steps: int, rank: int = 0, processes: int = 1
+    ) -> Prepared:
+        """决定一步的 response。
 
         Args:
-            window: 一个 optimizer 步的 micro-batch。
+            window: 本进程在这一个 optimizer 步的 micro-batch。
             step: 从 0 起的步数。
             total_steps: 总步数。
-            rank: 本进程的编号。
+            rank: 本进程的编号；第 m 个 micro-batch 是全局的第 ``m * processes + rank`` 个。
+            processes: 进程数。
         """
         fraction = student_fraction(self.config, step, total_steps)
-        batches, sampled, sums = [], [], RolloutSums()
-        for position, batch in enumerate(window):
-            chosen = random.Random(f"{self.seed}/{step}/{position}").random() < fraction
-            sampled.append(chosen)
-            if chosen:
-                assert batch.examples is not None  # 配方已查过：on-policy 只用于对话数据
-                noise = random.Random(f"{self.seed}/{step}/{position}/{rank}").getrandbits(63)
-                examples, part = self.rollout.sample(batch.examples, noise)
-                batch = self.collate(examples).to(batch.labels.device)
-                sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
-            batches.append(batch)
-        return Prepared(batches, sampled, sums)
+        if random.Random(f"{self.seed}/{step}").random() >= fraction:
+            return Prepared(window)
+        old = [batch.examples or () for batch in window]  # 配方已查过：只用于对话数据
+        size = len(old[0])
+        seeds = [
+            random.Random(f"{self.seed}/{step}/{(m * processes + rank) * size + i}").getrandbits(63)
+            for m, examples in enumerate(old)
+            for i in range(len(examples))
+        ]
+        prompts = [example for examples in old for example in examples]
+        new: list[Example] = []
+        sums = RolloutSums()
+        for start in range(0, len(prompts), ROWS_TOGETHER):
+            rows = slice(start, start + ROWS_TOGETHER)
+            sampled, part = self.rollout.sample(prompts[rows], seeds[rows])
+            new += sampled
+            sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
+        rest = iter(new)
+        batches = [
+            self.collate(list(itertools.islice(rest, len(examples)))).to(batch.labels.device)
+            for batch, examples in zip(window, old, strict=True)
+        ]
+        return Prepared(batches, True, sums)
 
 
 class RolloutGuard:

@@ -28,6 +28,20 @@ console = Console(stderr=True)
 """进度条与日志共用的终端；stdout 留给结果。"""
 
 
+def make_bar(interactive: bool) -> Progress:
+    """进度条：做了几个、任务的 ``status`` 字段、剩余时间；不是 ``interactive`` 就什么也不画。"""
+    return Progress(
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not interactive,
+        transient=True,
+    )
+
+
 class StopRequest:
     """把第一次 Ctrl-C 变成「走完这一步再停」；第二次立即退出。"""
 
@@ -69,16 +83,7 @@ class TrainingProgress:
         self.enabled = enabled
         self.total_steps = total_steps
         self._speed = 0.0
-        self._bar = Progress(
-            SpinnerColumn(),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.interactive,
-            transient=True,
-        )
+        self._bar = make_bar(self.interactive)
         self._task = self._bar.add_task(
             "train", total=total_steps, completed=current_step, status="starting"
         )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .config import Recipe
 from .errors import DistillabError, nearest
+from .sources import shipped_directory
 
 OVERRIDE = "--set"
 """覆盖项在报错里的「文件名」。"""
@@ -45,11 +46,14 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 def shipped_recipes() -> dict[str, Path]:
     """随包发布的配方：名字到文件。"""
-    package = Path(__file__).parent
-    for directory in (package / "shipped", package.parents[1] / "recipes"):  # wheel；源码树
-        if directory.is_dir():
-            return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
-    return {}
+    directory = shipped_directory()
+    found = {
+        path.relative_to(directory).with_suffix("").as_posix(): path
+        for path in sorted(directory.rglob("*.yaml"))
+        if path.name[0] != "_"  # 只供 extends
+    }
+    # 旁边的数据与引擎配置也可能是 YAML。
+    return {name: path for name, path in found.items() if name.count("/") < 2}
 
 
 def find_recipe(name: str) -> Path:

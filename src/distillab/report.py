@@ -88,6 +88,33 @@ def _draw_perplexity(axes: Axes, rows: list[dict[str, Any]], reference: dict[str
     axes.legend(frameon=False)
 
 
+def checks_table(summary: dict[str, Any]) -> Table | None:
+    """任务的正确率与旁的文本上的困惑度，训练前后；配方里都没有就是 ``None``。
+
+    Args:
+        summary: ``summary.json`` 的内容。
+
+    Returns:
+        rich 的 ``Table``，80 列放得下。
+    """
+    from rich.table import Table
+
+    tasks, texts = summary.get("tasks", {}), summary.get("texts", {})
+    if not tasks and not texts:
+        return None
+    table = Table(title=f"{summary['name']}: checks", title_justify="left")
+    for column in ("check", "teacher", "before", "after", "gap closed"):
+        table.add_column(column, justify="left" if column == "check" else "right", no_wrap=True)
+    for name, scores in tasks.items():
+        values = [scores.get(model) for model in MODELS] + [scores.get("gap_closed")]
+        table.add_row(name, *("-" if value is None else f"{value:.1%}" for value in values))
+    for name, scores in texts.items():
+        values = [scores.get(model) for model in MODELS]
+        shown = ("-" if value is None else f"{value:,.2f}" for value in values)
+        table.add_row(f"{name} (perplexity)", *shown, "-")
+    return table
+
+
 def closing_table(summary: dict[str, Any]) -> Table:
     """训练结束时的表：教师、训练前、训练后。
 

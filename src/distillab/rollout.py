@@ -13,7 +13,7 @@ from .batch import Example, Tokens
 from .config import ResponsesConfig, SamplingConfig
 from .errors import DistillabError
 from .generate import TextGenerator, left_pad, until_stop
-from .sampling import row_seeds, sampling_options
+from .sampling import sampling_options
 
 REPEATED_NGRAM = 4
 """一条 response 里重复出现的 4-gram 的份额，就是它的重复程度。"""
@@ -56,12 +56,14 @@ class Rollout:
         self.sampling = sampling
         self.teacher_max_seq_len = teacher_max_seq_len
 
-    def sample(self, examples: Sequence[Example], seed: int) -> tuple[list[Example], RolloutSums]:
+    def sample(
+        self, examples: Sequence[Example], seeds: Sequence[int]
+    ) -> tuple[list[Example], RolloutSums]:
         """从最后一段 response 的 prompt 开始采样，每条一个回答。
 
         Args:
             examples: 只用它们的 prompt。
-            seed: 这一批的种子；与行号合成每行的。
+            seeds: 每条的种子。
 
         Returns:
             ``(换了 response 的 Example, RolloutSums)``；两个视角的 response 相同。
@@ -81,7 +83,7 @@ class Rollout:
             mask,
             strategy=strategy,
             max_new_tokens=length,
-            seeds=row_seeds(seed, len(prompts)),
+            seeds=seeds,
             **options,
         ).tolist()
         stops = self.generator.stop_ids

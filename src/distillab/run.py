@@ -7,26 +7,35 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from .build import Parts, build_models, build_trainer
+from .build import Parts, build_models, build_teacher, build_trainer, read_pairs
 from .card import model_card
+from .chat import render_prompt
 from .checkpoint import BEST, TrainerState, checkpoints, load_student
+from .checks import Checks, load_tasks, merged
 from .config import Recipe
 from .convert import export_student
 from .errors import DistillabError
 from .evaluate import Metrics
 from .generate import TextGenerator
 from .language_model import PretrainedLM
+from .local import LocalBackend
 from .metrics import read_metrics
+from .paired import load_pairs
 from .pretrained import load_pretrained
+from .questions import Backend, Task
 from .recipes import dump_recipe
 from .report import plot_run
 from .run_dir import RUNS, RunDirectory
+from .server import ServerBackend
+from .synthesize import SynthesisReport
+from .synthesize import synthesize as ask
 from .tokenizer import load_tokenizer
 from .trainer import DistillationTrainer
 
@@ -34,7 +43,7 @@ logger = logging.getLogger("distillab")
 
 
 def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str, Any]]:
-    """走完一次训练：评测训练前、训练、生成样例、导出、画图、写 ``summary.json``。
+    """走完一次训练：评测训练前、训练、再评测、生成样例、导出、画图、写 ``summary.json``。
 
     Args:
         recipe: 配方；运行目录是 ``runs/<recipe.name>``。
@@ -47,28 +56,74 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
         DistillabError: 配方、来源、数据或检查点有误。
         KeyboardInterrupt: Ctrl-C；检查点已存好。
     """
-    if recipe.data.format != "text":
-        raise DistillabError(
-            f"data.format={recipe.data.format} cannot be trained on yet, expected text"
-        )
     with RunDirectory(RUNS / recipe.name) as run:
         if os.environ.get("RANK", "0") == "0":  # 多进程时只有主进程管理目录
             run.open(recipe, resume)
         if (done := run.summary) is not None:
             logger.info("%s is complete already", run.path)
             return run, done
+        pairs, tasks = read_pairs(recipe), load_tasks(recipe)
         parts = build_models(recipe)
         logger.info(
             "parameters: %s",
             ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parts.parameters.items()),
         )
-        trainer = build_trainer(recipe, parts, run.path)
+        trainer = build_trainer(recipe, parts, run.path, pairs)
+        checks = Checks(recipe, tasks, parts, trainer, run.checks)
         reference = _reference(run, trainer)
+        before = checks.measure("student_before")
         state = trainer.train(resume=resume)
+        load_student(trainer.student, trainer.checkpoint_dir / BEST)
+        checked = merged(before, checks.measure("student_after"))
         if not trainer.accelerator.is_main_process:
             return run, {}
-        summary = _finish(recipe, run, parts, trainer, state, reference)
+        summary = _finish(recipe, run, parts, state, reference, checked)
     return run, summary
+
+
+def synthesize(recipe: Recipe) -> SynthesisReport:
+    """教师读着经验回答配方 ``data`` 的每个问题，写成 ``synthesize.output``。
+
+    Args:
+        recipe: 配方；``data.responses`` 不读，它往往就是要写的文件。
+
+    Returns:
+        报告。
+
+    Raises:
+        DistillabError: 数据、教师或服务有误，或已有的文件来历不同；答好的都已存下。
+        KeyboardInterrupt: Ctrl-C；答好的都已存下。
+    """
+    data, config = recipe.data, recipe.synthesize
+    if data.format != "chat":
+        raise DistillabError(f"data.format={data.format} has no questions; expected chat")
+    pairs, notes = load_pairs(data.model_copy(update={"responses": None}), need_response=False)
+    for note in notes:
+        logger.info("%s", note)
+    tasks = [
+        Task(pair.key, pair.teacher.prompt, pair.student.answer, pair.student.record)
+        for pair in pairs
+    ]
+    provenance: dict[str, Any] = {"recipe": recipe.name}
+    backend: Backend
+    if config.server is not None:
+        backend = ServerBackend(config.server, config.sampling)
+    else:
+        tokenizer, teacher = build_teacher(recipe)
+        assert recipe.teacher is not None  # build_teacher 已查过
+        provenance["teacher"] = {
+            "path": recipe.teacher.path,
+            "sha256": recipe.teacher.sha256,
+            "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
+            "template_options": data.template_options,
+        }
+        render = partial(render_prompt, tokenizer=tokenizer, template_options=data.template_options)
+        backend = LocalBackend(
+            teacher, tokenizer, render, config.sampling, config.batch_size, name=recipe.teacher.path
+        )
+    return ask(
+        tasks, backend, config, Path(config.output), provenance=provenance, seed=recipe.train.seed
+    )
 
 
 def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
@@ -84,14 +139,17 @@ def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
     run = RunDirectory.find(name)
     recipe = run.recipe
     path = _checkpoint(run, recipe, checkpoint)
+    pairs, tasks = read_pairs(recipe), load_tasks(recipe)
     parts = build_models(recipe)
     state = load_student(parts.student, path)
-    trainer = build_trainer(recipe, parts, run.path)
+    trainer = build_trainer(recipe, parts, run.path, pairs)
+    checks = Checks(recipe, tasks, parts, trainer, None)
     student, teacher = trainer.evaluate()
     return {
         "name": f"{run.path.name}, {path.name}",
         **({"teacher": teacher} if teacher else {}),
         "student_after": student,
+        **merged(checks.measure("student_after")),
         **_cost(state),
         "parameters": parts.parameters,
     }
@@ -170,12 +228,10 @@ def _finish(
     recipe: Recipe,
     run: RunDirectory,
     parts: Parts,
-    trainer: DistillationTrainer,
     state: TrainerState,
     reference: dict[str, Metrics],
+    checked: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    best = trainer.checkpoint_dir / BEST
-    load_student(trainer.student, best)
     validations = [row for row in read_metrics(run.metrics_file) if row["kind"] == "validation"]
     after = next(_metrics(row) for row in validations if row["step"] == state.best_step)
     metrics = {**reference, "student_after": after}
@@ -188,6 +244,7 @@ def _finish(
     summary: dict[str, Any] = {
         "name": recipe.name,
         **{model: metrics[model] for model in order if model in metrics},
+        **checked,
         "best_step": state.best_step,
         "steps": state.current_step,
         "skipped_steps": state.skipped_steps,
@@ -201,7 +258,17 @@ def _finish(
 def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
     generator = TextGenerator(parts.student, parts.tokenizer)
     prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-    completions = generator.generate(prompts, strategy="greedy", max_new_tokens=length)
+    asked: list[str] | list[list[int]] = prompts
+    if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
+        asked = [
+            render_prompt(
+                [{"role": "user", "content": prompt}],
+                parts.tokenizer,
+                template_options=recipe.data.template_options,
+            )
+            for prompt in prompts
+        ]
+    completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
     rows = [
         {"prompt": prompt, "student": text}
         for prompt, text in zip(prompts, completions, strict=True)

@@ -44,6 +44,7 @@ class RunDirectory:
         self.samples_file = path / "samples.jsonl"
         self.export = path / "export"
         self.plots = path / "plots"
+        self.checks = path / "checks"
         self._lock = FileLock(path / ".lock")
 
     @classmethod

@@ -11,7 +11,7 @@ import json
 import os
 import queue
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -77,7 +77,6 @@ class ServerBackend:
         self,
         config: ServerConfig,
         sampling: SamplingConfig,
-        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             import openai
@@ -88,7 +87,7 @@ class ServerBackend:
         self.config = config
         self._key = _read_key(config.api_key_env)
         self._send_seed = sampling.temperature > 0
-        self._extra_body = dict(extra_body or {})
+        self._extra_body = dict(config.extra_body)
         self._options: dict[str, Any] = {
             "model": config.model,
             "max_tokens": sampling.max_new_tokens,

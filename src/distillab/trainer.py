@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .batch import Batch, collate_text
@@ -37,6 +37,7 @@ from .engine import (
     make_accelerator,
     make_optimizer,
     resolve_precision,
+    warmup_steps,
 )
 from .errors import DistillabError
 from .evaluate import WITH_TEACHER, WITHOUT_TEACHER, Metrics, student_metrics, teacher_metrics
@@ -115,7 +116,7 @@ class DistillationTrainer:
         evaluate: 验证的批大小与条数。
         vocab_limit: 两个 tokenizer 定义相同的 token 数；缺省为整个词表。
         collate: 把数据项拼成 ``Batch``；缺省用于文本块。
-        train_sampler: 给出训练数据的下标的批次（如按长度分组）；缺省为随机打乱。
+        train_sampler: 训练数据的次序（如按长度分组）；有 ``set_epoch`` 就每轮调用。缺省为随机打乱。
         on_policy: 从学生采样 response；缺省只用数据里的。
 
     Raises:
@@ -135,7 +136,7 @@ class DistillationTrainer:
         evaluate: EvaluateConfig | None = None,
         vocab_limit: int | None = None,
         collate: Callable[[Sequence[Any]], Batch] | None = None,
-        train_sampler: Sampler[list[int]] | None = None,
+        train_sampler: Sampler[int] | None = None,
         on_policy: OnPolicy | None = None,
     ) -> None:
         self.config = config
@@ -159,16 +160,17 @@ class DistillationTrainer:
         self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
         self.on_policy, self.guard = on_policy, RolloutGuard()
         self.train_loader = self._train_loader(train_data, train_sampler)
-        self.validation_loader = self._validation_loader(validation_data)
+        self.validation_loader = self.evaluation_loader(validation_data)
         window = config.gradient_accumulation_steps
         reuse = 1 if on_policy is None else on_policy.config.reuse
         total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
         self.total_steps = min(config.max_steps or total, total)
-        if config.warmup_steps >= self.total_steps:
+        warmup = warmup_steps(config, self.total_steps)
+        if warmup >= self.total_steps:
             logger.warning(
                 "train.warmup_steps=%d is not below the %d steps of this run: "
                 "the learning rate never reaches its peak",
-                config.warmup_steps, self.total_steps,
+                warmup, self.total_steps,
             )  # fmt: skip
 
         if config.activation_checkpointing:
@@ -231,11 +233,13 @@ class DistillationTrainer:
     def _prepared(self, window: list[Batch]) -> Iterator[Prepared]:
         """定下一个窗口的 response；采样的可以按 ``reuse`` 训练不止一步。"""
         if self.on_policy is None:
-            yield Prepared(window, [False] * len(window))
+            yield Prepared(window)
             return
         started = time.perf_counter()
-        step, rank = self.state.current_step, self.accelerator.process_index
-        prepared = self.on_policy.prepare(window, step, self.total_steps, rank)
+        step, accelerator = self.state.current_step, self.accelerator
+        prepared = self.on_policy.prepare(
+            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes
+        )
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
@@ -262,21 +266,18 @@ class DistillationTrainer:
         window = prepared.batches
         tokens = self._global_sum(sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
-        zeros = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
-        sums, own = zeros, zeros.clone()  # own：学生自己采样的那些批次
+        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
             with _sync(accelerator, module, last):
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
-            values = torch.stack([value.detach().double() for value in part])
-            sums = sums + values
-            if prepared.sampled[position]:
-                own += values
+            sums += torch.stack([value.detach().double() for value in part])
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         sums = accelerator.reduce(sums, reduction="sum")
-        total, divergence, cross_entropy = (float(value) for value in sums[:3])
+        losses = dict(zip(LossSums._fields, sums.tolist(), strict=True))
+        total = losses["total"]
         norm = float(norm)
 
         self.state.current_step += 1
@@ -292,27 +293,29 @@ class DistillationTrainer:
         if not finite:
             self._skipped("loss" if not math.isfinite(total) else "gradient norm", len(window))
             return {}
-        rollout = self._rollout_sums(prepared, own) if self.on_policy is not None else {}
+        rollout = self._rollout_sums(prepared, losses, tokens) if prepared.sampled else {}
         return rollout | {
             "steps": 1,
             "tokens": tokens,
             "loss": total,
-            "divergence": divergence,
-            "cross_entropy": cross_entropy,
+            "divergence": losses["divergence"],
+            "cross_entropy": losses["cross_entropy"],
             "grad_norm": norm,
         }
 
-    def _rollout_sums(self, prepared: Prepared, own: Tensor) -> dict[str, float]:
-        """所有进程上采样的总和，键以 ``rollout.`` 开头；``own`` 是这些批次的 ``LossSums``。"""
-        pairs = zip(prepared.batches, prepared.sampled, strict=True)
-        scored = sum(len(batch) for batch, sampled in pairs if sampled)
-        losses = LossSums(*own.unbind())
-        values = [*prepared.sums, scored, losses.cross_entropy, losses.teacher_cross_entropy]
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
-        total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
-        names = [*RolloutSums._fields, "scored", "student_nll", "teacher_nll"]
-        sums = {f"rollout.{name}": float(value) for name, value in zip(names, total, strict=True)}
-        return sums | {"rollout.seconds": prepared.seconds}
+    def _rollout_sums(
+        self, prepared: Prepared, losses: dict[str, float], tokens: float
+    ) -> dict[str, float]:
+        """一个采样的窗口在所有进程上的总和，键以 ``rollout.`` 开头。"""
+        counts = torch.tensor(prepared.sums, dtype=torch.float64, device=self.accelerator.device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        sums = dict(zip(RolloutSums._fields, counts.tolist(), strict=True)) | {
+            "scored": tokens,
+            "student_nll": losses["cross_entropy"],
+            "teacher_nll": losses["teacher_cross_entropy"],
+            "seconds": prepared.seconds,
+        }
+        return {f"rollout.{name}": value for name, value in sums.items()}
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
@@ -386,11 +389,16 @@ class DistillationTrainer:
     def _save(self) -> Path:
         return save_checkpoint(self.accelerator, self.checkpoint_dir, self.state, self.config)
 
-    def evaluate(self, progress: TrainingProgress | None = None) -> tuple[Metrics, Metrics | None]:
-        """在验证集上评测当前的学生；教师的成绩由同一次前向得出。
+    def evaluate(
+        self,
+        progress: TrainingProgress | None = None,
+        loader: DataLoader[Any] | None = None,
+    ) -> tuple[Metrics, Metrics | None]:
+        """评测当前的学生；教师的成绩由同一次前向得出。
 
         Args:
             progress: 显示验证进度的进度条，可以没有。
+            loader: ``evaluation_loader`` 的返回值；缺省为验证集。
 
         Returns:
             ``(学生, 教师)``；没有教师时后者为 ``None``。
@@ -398,9 +406,10 @@ class DistillationTrainer:
         module = self.module.eval()
         totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
         totals = totals.to(self.accelerator.device)
-        batches: Iterable[Batch] = self.validation_loader
+        loader = loader or self.validation_loader
+        batches: Iterable[Batch] = loader
         if progress is not None:
-            batches = progress.track(batches, "validating", len(self.validation_loader))
+            batches = progress.track(batches, "validating", len(loader))
         with torch.no_grad():
             for batch in batches:
                 batch = batch.to(self.accelerator.device)
@@ -415,7 +424,7 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 数据
 
-    def _train_loader(self, data: Dataset[Any], sampler: Sampler[list[int]] | None) -> Any:
+    def _train_loader(self, data: Dataset[Any], sampler: Sampler[int] | None) -> Any:
         size, processes = self.config.batch_size, self.accelerator.num_processes
         if len(data) < size * processes:  # type: ignore[arg-type]
             raise DistillabError(
@@ -423,12 +432,12 @@ class DistillationTrainer:
                 f"train.batch_size={size} on {processes} process(es)"
             )
         cuda = self.accelerator.device.type == "cuda"
-        batches: dict[str, Any] = {"batch_size": size, "shuffle": True, "drop_last": True}
-        if sampler is not None:
-            batches = {"batch_sampler": sampler}
         loader = DataLoader(
             data,
-            **batches,
+            batch_size=size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            drop_last=True,
             collate_fn=self.collate,
             num_workers=2 if cuda else 0,
             pin_memory=cuda,
@@ -436,17 +445,31 @@ class DistillationTrainer:
         )
         return self.accelerator.prepare(loader)
 
-    def _validation_loader(self, data: Dataset[Any]) -> DataLoader[Any]:
-        """每个进程一份互不重叠的验证数据；从头到尾均匀地取，每次都是同样的若干条。"""
+    def evaluation_loader(
+        self,
+        data: Dataset[Any],
+        collate: Callable[[Sequence[Any]], Batch] | None = None,
+        max_sequences: int | None = None,
+    ) -> DataLoader[Any]:
+        """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。
+
+        Args:
+            data: 要评测的数据。
+            collate: 缺省为训练用的。
+            max_sequences: 取几条；缺省为 ``evaluate.max_sequences``。
+
+        Raises:
+            DistillabError: 一条也没有。
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         total = len(data)  # type: ignore[arg-type]
-        count = min(total, self.evaluate_config.max_sequences or total)
+        count = min(total, max_sequences or self.evaluate_config.max_sequences or total)
         if count == 0:
             raise DistillabError("the validation data has no sequence")
         return DataLoader(
             Subset(data, [i * total // count for i in range(rank, count, processes)]),
             batch_size=self.evaluate_config.batch_size,
-            collate_fn=self.collate,
+            collate_fn=collate or self.collate,
             generator=torch.Generator(),
         )
 

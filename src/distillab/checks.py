@@ -1,0 +1,135 @@
+"""训练前后各做一次的检查：任务的正确率，与旁的文本上的困惑度（忘了多少）。"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from .batch import collate_text
+from .build import Parts, build_text
+from .config import Recipe
+from .lora import adapters_off
+from .tasks import TaskSet, accuracy, gap_closed
+from .trainer import DistillationTrainer
+
+logger = logging.getLogger("distillab")
+
+When = Literal["student_before", "student_after"]
+
+
+class Checks:
+    """配方 ``evaluate.tasks`` 与 ``evaluate.texts`` 的全部检查。
+
+    结果写在 ``directory`` 里，被杀之后接着来的运行不再做一遍。
+
+    Args:
+        recipe: 配方。
+        tasks: ``load_tasks`` 的返回值。
+        parts: 装配好的模型。
+        trainer: 训练循环，用它的评测。
+        directory: 运行目录里的 ``checks/``；``None`` 则什么都不留下。
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tasks: list[TaskSet],
+        parts: Parts,
+        trainer: DistillationTrainer,
+        directory: Path | None,
+    ) -> None:
+        self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
+        collate = partial(collate_text, vocab_limit=parts.vocab_limit)
+        self.texts = {
+            name: trainer.evaluation_loader(
+                build_text(config, parts), collate, config.max_sequences
+            )
+            for name, config in recipe.evaluate.texts.items()
+        }
+
+    def measure(self, when: When) -> dict[str, dict[str, Any]]:
+        """检查当前的学生；所有进程都要调用。
+
+        Args:
+            when: 写进结果的名字。
+
+        Returns:
+            ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``；教师的成绩每次
+            都在。没有的一类不出现。
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if self.texts:
+            found["texts"] = {name: self._text(name, when) for name in self.texts}
+        if self.tasks and self.trainer.accelerator.is_main_process:
+            found["tasks"] = {task.name: self._task(task, when) for task in self.tasks}
+        self.trainer.accelerator.wait_for_everyone()
+        return found
+
+    def _text(self, name: str, when: When) -> dict[str, float]:
+        path = self._file(f"{name}.{when}.json")
+        if path is not None and path.exists():
+            saved: dict[str, float] = json.loads(path.read_text())
+            return saved
+        student, teacher = self.trainer.evaluate(loader=self.texts[name])
+        found = {"teacher": teacher["perplexity"]} if teacher is not None else {}
+        found[when] = student["perplexity"]
+        logger.info("%s: perplexity on %s %s", when.replace("_", " "), name,
+                    f"{student['perplexity']:,.2f}")  # fmt: skip
+        if path is not None and self.trainer.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(json.dumps(found))
+            temporary.replace(path)
+        return found
+
+    def _task(self, task: TaskSet, when: When) -> dict[str, float]:
+        tokenizer, parts = self.parts.tokenizer, self.parts
+        found = {}
+        if parts.teacher is not None:
+            with self._teacher():
+                save_to = self._file(f"{task.name}.teacher.jsonl")
+                found["teacher"] = accuracy(task.ask(parts.teacher, tokenizer, "teacher", save_to))
+        save_to = self._file(f"{task.name}.{when}.jsonl")
+        found[when] = accuracy(task.ask(parts.student, tokenizer, "student", save_to))
+        logger.info("%s: %s", task.name, ", ".join(
+            f"{model.replace('_', ' ')} {value:.1%}" for model, value in found.items()
+        ))  # fmt: skip
+        return found
+
+    @contextmanager
+    def _teacher(self) -> Iterator[None]:
+        """教师是关掉 adapter 的学生时，关掉它们。"""
+        shared = self.parts.teacher is self.parts.student
+        with adapters_off(self.parts.student) if shared else nullcontext():
+            yield
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.directory is None else self.directory / name
+
+
+def load_tasks(recipe: Recipe) -> list[TaskSet]:
+    """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
+    return [
+        TaskSet.load(name, config, recipe.data.template_options)
+        for name, config in recipe.evaluate.tasks.items()
+    ]
+
+
+def merged(*measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """把训练前后的结果合起来，并给每个任务加上 ``gap_closed``。"""
+    found: dict[str, dict[str, Any]] = {}
+    for part in measured:
+        for kind, by_name in part.items():
+            for name, scores in by_name.items():
+                found.setdefault(kind, {}).setdefault(name, {}).update(scores)
+    for scores in found.get("tasks", {}).values():
+        if {"student_before", "student_after"} <= scores.keys():
+            scores["gap_closed"] = gap_closed(
+                scores.get("teacher"), scores["student_before"], scores["student_after"]
+            )
+    return found

