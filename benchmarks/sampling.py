@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_head import environment, synchronize
+from measuring import Record, choose_device, environment, number, ratio, save, synchronize
 from rich.console import Console
 from rich.table import Table
 
@@ -115,7 +114,7 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
 
 def measure(
     name: str, models: tuple[Any, Any], tokenizer: Any, cell: tuple[int, int, int], options: Any
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """一格：各实现逐轮交替。"""
     from distillab.generate import TextGenerator, left_pad, until_stop
 
@@ -148,7 +147,7 @@ def measure(
     ]
 
 
-def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[dict[str, Any]]:
+def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
     """On-policy 的一步：8 个提示，教师多读约 110 个 token 的经验，各采 24 个 token。"""
     from distillab.batch import Example, Tokens, collate_examples
     from distillab.config import LossConfig, SamplingConfig, TrainingConfig
@@ -179,7 +178,7 @@ def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[dict[str, An
             synchronize(options.device)
             clock.append(time.perf_counter())
 
-        sampled, sums = rollout.sample(examples, seed=turn)
+        sampled, sums = rollout.sample(examples, range(8 * turn, 8 * turn + 8))
         lap()
         batch = collate_examples(sampled, pad_id=0).to(options.device)
         targets = LocalTeacher(teacher).targets(batch.teacher, limit)
@@ -207,7 +206,7 @@ def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[dict[str, An
     ]
 
 
-def show(records: list[dict[str, Any]]) -> None:
+def show(records: list[Record]) -> None:
     """印成表；比值是对同一格的 transformers。"""
     peers = {
         record["case"]: record["tokens_per_second"]
@@ -216,20 +215,16 @@ def show(records: list[dict[str, Any]]) -> None:
     }
     table = Table()
     for column in ("case", "implementation", "tokens/s", "seconds", "tokens", "ratio"):
-        table.add_column(
-            column,
-            justify="right" if column not in ("case", "implementation") else "left",
-            no_wrap=True,
-        )
+        left = column in ("case", "implementation")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for record in records:
-        peer = peers.get(record["case"])
         table.add_row(
             record["case"],
             record["implementation"],
-            f"{record['tokens_per_second']:.1f}",
-            f"{record['seconds']:.2f}",
-            f"{record['tokens']:.0f}",
-            "-" if peer is None else f"{record['tokens_per_second'] / peer:.2f}",
+            number(record["tokens_per_second"], ".1f"),
+            number(record["seconds"], ".2f"),
+            number(record["tokens"], ".0f"),
+            number(ratio(record["tokens_per_second"], peers.get(record["case"])), ".2f"),
         )
     Console(width=max(100, Console().width)).print(table)
 
@@ -252,8 +247,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--json", type=Path, metavar="FILE", help="write the records to this file")
     options = parser.parse_args(arguments)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = choose_device(options.device)
     return options
 
 
@@ -261,7 +255,7 @@ def main(arguments: list[str]) -> int:
     """量完所有的格，印表；返回退出码。"""
     options = parse(arguments)
     hf_model, tokenizer = load(options)
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for name in options.models:
         models = make_model(name, hf_model)
         for cell in product(options.batch_sizes, options.prompts, options.new):
@@ -272,7 +266,7 @@ def main(arguments: list[str]) -> int:
     show(records)
     if options.json:
         about = {"dtype": options.dtype, "rounds": options.rounds} | environment(options.device)
-        options.json.write_text(json.dumps([r | about for r in records], indent=1) + "\n")
+        save(options.json, [record | about for record in records], ["case", "dtype", "device_name"])
     return 0
 
 

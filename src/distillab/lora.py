@@ -91,7 +91,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def mergeable_layers(model: nn.Module) -> dict[nn.Parameter, Any]:
+def mergeable_layers(model: nn.Module) -> dict[Tensor, Any]:
     """基座的权重 → 装着 adapter 的层；有一层不能在 float32 里合并，或已经关掉，就为空。"""
     layers = _lora_layers(model).values()
     found = {}
@@ -114,7 +114,7 @@ def merged_weight(layer: Any) -> Tensor:
     return weight
 
 
-def is_plain_float32(weight: nn.Parameter) -> bool:
+def is_plain_float32(weight: Tensor) -> bool:
     """是不是普通的 float32 矩阵：分片的（DTensor、ZeRO-3）与量化的都不是。"""
     return type(weight.data) is Tensor and weight.dtype == torch.float32 and weight.ndim == 2
 

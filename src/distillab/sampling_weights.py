@@ -68,12 +68,12 @@ def sampling_weights(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
 def _by_column(matrix: Tensor) -> Tensor:
     """同样的值，按列存放。分段抄，一段的缓存行留在 L2 里，词表那么高的矩阵快一倍。"""
     result = torch.empty_strided(matrix.shape, (1, len(matrix)), dtype=matrix.dtype)
-    for source, target in zip(matrix.split(1024), result.split(1024), strict=True):
+    for source, target in zip(torch.split(matrix, 1024), torch.split(result, 1024), strict=True):
         target.copy_(source)
     return result
 
 
-def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+def _linear_weights(model: nn.Module) -> list[Tensor]:
     """线性层的 float32 权重，绑定的只列一次；分片的与量化的不在内。"""
     weights = {
         id(module.weight): module.weight
