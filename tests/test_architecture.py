@@ -35,6 +35,7 @@ ORDER = [
     "conversations",
     "chat",
     "truncate",
+    "usable_responses",
     "paired",
     "chat_data",
     "lora",
