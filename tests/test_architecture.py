@@ -39,6 +39,7 @@ ORDER = [
     "paired",
     "chat_data",
     "lora",
+    "hf_layout",
     "convert",
     "card",
     "teachers",
