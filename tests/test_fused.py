@@ -12,6 +12,7 @@ from distillab import fused
 from distillab.config import LossConfig
 from distillab.fused import default_budget, fused_distillation_loss
 from distillab.losses import LossSums, distillation_loss
+from distillab.products import HeadProducts
 from distillab.targets import DenseTargets, Head, HiddenTargets, SparseTargets
 
 VOCAB = 500
@@ -403,6 +404,24 @@ def test_bad_input_is_refused_in_one_line(change, message):
             case.hidden, case.weight, arguments.pop("labels"), arguments.pop("targets"),
             LossConfig(), **arguments,
         )  # fmt: skip
+
+
+def test_a_head_that_both_models_share_is_converted_once(monkeypatch):
+    converted, totals = [], []
+    convert = HeadProducts.weight
+    monkeypatch.setattr(
+        HeadProducts, "weight", lambda self, w: converted.append(w) or convert(self, w)
+    )
+    case, hidden = Case(), Case(seed=2).hidden
+    for weight, count in ((case.weight.detach(), 1), (case.weight.clone(), 2)):
+        converted.clear()
+        targets = HiddenTargets(hidden, Head(weight))
+        sums = fused_distillation_loss(
+            case.hidden, case.weight, case.labels % 400, targets, LossConfig(), vocab_limit=400
+        )
+        assert len(converted) == count
+        totals.append(sums.total)
+    assert totals[0] == totals[1]
 
 
 def test_second_and_double_backward_are_refused():

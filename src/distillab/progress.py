@@ -28,8 +28,8 @@ console = Console(stderr=True)
 """进度条与日志共用的终端；stdout 留给结果。"""
 
 
-def make_bar(interactive: bool) -> Progress:
-    """进度条：做了几个、任务的 ``status`` 字段、剩余时间；不是 ``interactive`` 就什么也不画。"""
+def make_bar(enabled: bool = True) -> Progress:
+    """进度条：做了几个、任务的 ``status`` 字段、剩余时间；输出被重定向时什么也不画。"""
     return Progress(
         SpinnerColumn(),
         MofNCompleteColumn(),
@@ -37,7 +37,7 @@ def make_bar(interactive: bool) -> Progress:
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not interactive,
+        disable=not (enabled and console.is_terminal),
         transient=True,
     )
 
@@ -79,11 +79,11 @@ class TrainingProgress:
     """
 
     def __init__(self, total_steps: int, current_step: int, enabled: bool) -> None:
-        self.interactive = enabled and console.is_terminal
         self.enabled = enabled
         self.total_steps = total_steps
         self._speed = 0.0
-        self._bar = make_bar(self.interactive)
+        self._bar = make_bar(enabled)
+        self.interactive = not self._bar.disable
         self._task = self._bar.add_task(
             "train", total=total_steps, completed=current_step, status="starting"
         )

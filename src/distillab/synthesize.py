@@ -22,7 +22,7 @@ from typing import Any
 from .config import SynthesizeConfig
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
-from .progress import StopRequest, console, make_bar
+from .progress import StopRequest, make_bar
 from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered
 from .responses import ResponseFile
 
@@ -305,7 +305,7 @@ class _SynthesisProgress:
     def __init__(self, report: SynthesisReport) -> None:
         self._report = report
         self._before = report.answered
-        self._bar = make_bar(console.is_terminal)
+        self._bar = make_bar()
         self._task = self._bar.add_task(
             "synthesize", total=report.asked, completed=report.answered, status="starting"
         )
