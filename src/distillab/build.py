@@ -194,10 +194,21 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
 
 def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
     train, validation, report = ChatDataset.build(
-        pairs, recipe.data, parts.tokenizer, max_seq_len=max_seq_len, seed=recipe.train.seed
+        pairs,
+        recipe.data,
+        parts.tokenizer,
+        max_seq_len=max_seq_len,
+        seed=recipe.train.seed,
+        only_prompts=recipe.responses.only_sampled,
     )
     for line in report.lines():
         logger.info("%s", line)
+    if not validation.num_tokens:  # 只有 on-policy 读得进没有 response 的数据
+        raise DistillabError(
+            f"{recipe.data.source}: none of the {len(validation)} conversations held out for "
+            f"validation has a response to measure on; write some with distillab synthesize RECIPE "
+            f"and set data.responses"
+        )
     config = recipe.train
     window = config.batch_size * config.gradient_accumulation_steps * _processes()
     collate = partial(
@@ -206,9 +217,7 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
         vocab_limit=parts.vocab_limit,
         padding_side=parts.tokenizer.padding_side,
     )
-    # 数据里的 response 不用，就不能影响次序。
-    lengths = train.prompt_lengths if recipe.responses.only_sampled else train.lengths
-    sampler = LengthGroupedSampler(lengths, window, config.seed)
+    sampler = LengthGroupedSampler(train.lengths, window, config.seed)
     return Data(train, validation, collate, sampler)
 
 
