@@ -131,8 +131,8 @@ def test_what_has_no_room_for_a_response_is_dropped_and_counted(build):
         length=64,
         experience="Add one.",
     )
-    assert report.dropped == {TOO_LONG: 1}
-    assert f"dropped 1: {TOO_LONG}" in report.lines()
+    assert report.dropped == {TOO_LONG.format(64): 1}
+    assert f"dropped 1: {TOO_LONG.format(64)}" in report.lines()
     assert len(train) + len(validation) == 40
 
 

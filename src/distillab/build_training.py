@@ -106,7 +106,12 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
 
 def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
     train, validation, report = ChatDataset.build(
-        pairs, recipe.data, parts.tokenizer, max_seq_len=max_seq_len, seed=recipe.train.seed
+        pairs,
+        recipe.data,
+        parts.tokenizer,
+        max_seq_len=max_seq_len,
+        seed=recipe.train.seed,
+        only_prompts=recipe.responses.only_sampled,
     )
     for line in report.lines():
         logger.info("%s", line)
@@ -118,9 +123,7 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
         vocab_limit=parts.vocab_limit,
         padding_side=parts.tokenizer.padding_side,
     )
-    # 数据里的 response 不用，就不能影响次序。
-    lengths = train.prompt_lengths if recipe.responses.only_sampled else train.lengths
-    sampler = LengthGroupedSampler(lengths, window, config.seed)
+    sampler = LengthGroupedSampler(train.lengths, window, config.seed)
     if recipe.responses.only_sampled and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
     return Data(train, validation, collate, sampler)

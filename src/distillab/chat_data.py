@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_FROM = 2000
 """对话多于这么多段时才显示进度条。"""
-TOO_LONG = "too long for data.max_seq_len: no room for a response"
+TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
 
 
 @dataclass
@@ -109,7 +109,6 @@ class ChatDataset(Dataset[Example]):
         max_seq_len: 每个视角最多的 token 数。
         num_tokens: 训练的 token 数，即 response token。
         lengths: 每条两个视角一共要算多少 token，供按长度分批。
-        prompt_lengths: 其中 prompt 有多少；response 由学生采样时，按它分批。
         fingerprint: 内容的指纹：有一个 token 不同，指纹就不同。
     """
 
@@ -117,7 +116,6 @@ class ChatDataset(Dataset[Example]):
         self.max_seq_len = max_seq_len
         self.num_tokens = 0
         self.lengths: list[int] = []
-        self.prompt_lengths: list[int] = []
         # 每个 token 4 字节；Python 的 list 要 36 字节。
         self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
         digest = hashlib.sha256(str(max_seq_len).encode())
@@ -128,7 +126,6 @@ class ChatDataset(Dataset[Example]):
             self._views.append(packed)
             self.num_tokens += len(example.student.response)
             self.lengths.append(sum(len(view.ids) for view in views))
-            self.prompt_lengths.append(sum(len(view.prompt) for view in views))
             for part in (part for view in packed for part in view):
                 digest.update(len(part).to_bytes(8, "little") + part.tobytes())
         self.fingerprint = f"{digest.hexdigest()[:16]}-{name}"
@@ -142,6 +139,7 @@ class ChatDataset(Dataset[Example]):
         *,
         max_seq_len: int,
         seed: int = 0,
+        only_prompts: bool = False,
     ) -> tuple[ChatDataset, ChatDataset, DataReport]:
         """渲染、截断，切成训练集与验证集。
 
@@ -151,6 +149,7 @@ class ChatDataset(Dataset[Example]):
             tokenizer: 学生与教师共用的分词器，有 chat template。
             max_seq_len: 每个视角最多的 token 数。
             seed: 哪些对话进验证集。
+            only_prompts: 训练集只要 prompt，response 全由学生采样；数据里的不能占掉 prompt 的位置。
 
         Returns:
             ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
@@ -159,15 +158,21 @@ class ChatDataset(Dataset[Example]):
             DistillabError: 渲染不出，或剩下的不同 prompt 不足两个。
         """
         report = DataReport(read=len(pairs))
-        kept: list[tuple[str, Example]] = []
+        kept: list[tuple[str, Example, Example]] = []
         seen: set[str] = set()
         for pair in _progress(pairs):
             fitted = _fitted(pair, tokenizer, max_seq_len, data)
             if fitted is None:
-                report.dropped[TOO_LONG] += 1
+                report.dropped[TOO_LONG.format(max_seq_len)] += 1
                 continue
             views = fitted.views
-            kept.append((_identity(pair.student.prompt), Example(views[0], views[-1])))
+            example = Example(views[0], views[-1])
+            trained = example
+            if only_prompts:
+                prompts = _fitted(pair, tokenizer, max_seq_len, data, only_prompts=True)
+                assert prompts is not None  # 放得下 response，就放得下 prompt
+                trained = Example(prompts.views[0], prompts.views[-1])
+            kept.append((_identity(pair.student.prompt), trained, example))
             whole = _identity([pair.student.messages, pair.teacher.messages])
             report.duplicates += whole in seen
             seen.add(whole)
@@ -177,14 +182,13 @@ class ChatDataset(Dataset[Example]):
             report.response_tokens += len(views[0].response)
             report.longest = max(report.longest, len(views[0].ids))
             report.longest_teacher = max(report.longest_teacher, len(views[-1].ids))
-        held_out = _held_out({prompt for prompt, _ in kept}, data, seed, report)
-        parts: dict[bool, list[Example]] = {False: [], True: []}
-        for prompt, example in kept:
-            parts[prompt in held_out].append(example)
-        report.train, report.validation = len(parts[False]), len(parts[True])
+        held_out = _held_out({prompt for prompt, *_ in kept}, data, seed, report)
+        train = [trained for prompt, trained, _ in kept if prompt not in held_out]
+        validation = [example for prompt, _, example in kept if prompt in held_out]
+        report.train, report.validation = len(train), len(validation)
         return (
-            cls(parts[False], max_seq_len=max_seq_len, name="train"),
-            cls(parts[True], max_seq_len=max_seq_len, name="validation"),
+            cls(train, max_seq_len=max_seq_len, name="train"),
+            cls(validation, max_seq_len=max_seq_len, name="validation"),
             report,
         )
 
@@ -243,11 +247,15 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def _fitted(
-    pair: Pair, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, data: DataSection
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    data: DataSection,
+    *,
+    only_prompts: bool = False,
 ) -> Fitted | None:
-    views = [pair.student.messages]
-    if pair.teacher is not pair.student:
-        views.append(pair.teacher.messages)
+    sides = [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
+    views = [side.prompt if only_prompts else side.messages for side in sides]
     try:
         return fit(
             views,

@@ -34,6 +34,9 @@ class Checks:
         parts: 装配好的模型。
         trainer: 训练循环，用它的评测。
         directory: 运行目录里的 ``checks/``；``None`` 则什么都不留下。
+
+    Raises:
+        DistillabError: 任务的 prompt 放不进模型，或文本读不了。
     """
 
     def __init__(
@@ -45,6 +48,10 @@ class Checks:
         directory: Path | None,
     ) -> None:
         self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
+        for task in tasks:
+            if parts.teacher is not None:
+                task.check_fits(parts.teacher, parts.tokenizer, "teacher")
+            task.check_fits(parts.student, parts.tokenizer, "student")
         collate = partial(collate_text, vocab_limit=parts.vocab_limit)
         self.texts = {
             name: trainer.evaluation_loader(

@@ -249,7 +249,7 @@ def _problem(key: str, detail: Any) -> str:
         return f"{key}: found {found!r}, expected a mapping with keys {keys}"
     if kind == "string_pattern_mismatch":
         return f"{key}: found {found!r}, expected text that matches {detail['ctx']['pattern']}"
-    expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    expected = re.sub(r"^(Input should be (a valid )?|\w+ should have )", "", detail["msg"])
     return f"{key}: found {found!r}, expected {expected}"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .chat import render_prompt
 from .config import DataSection, SamplingConfig, TaskConfig
+from .conversations import Conversation
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
 from .language_model import LanguageModel
@@ -63,7 +64,10 @@ class TaskSet:
         where = f"evaluate.tasks.{name}"
         match = make_filter(config.match, f"{where}.match")
         own = config.model_dump(exclude={"match", "max_new_tokens"})
-        pairs, _ = load_pairs(DataSection(format="chat", **own), need_response=False)
+        try:
+            pairs, _ = load_pairs(DataSection(format="chat", **own), need_response=False)
+        except DistillabError as error:
+            raise DistillabError(f"{where}: {error}") from error
         if not pairs:
             raise DistillabError(f"{where}: {config.source} has no question")
         seen: set[str] = set()
@@ -79,6 +83,32 @@ class TaskSet:
                 )
         return cls(name, pairs, match, config.max_new_tokens, template_options)
 
+    def check_fits(
+        self,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        view: Literal["student", "teacher"],
+    ) -> None:
+        """训练之前就查每个 prompt 都渲染得出、放得进模型的上下文；参数同 ``ask``。
+
+        Raises:
+            DistillabError: 有一个渲染不出，或放不下。
+        """
+        for pair in self.pairs:
+            side: Conversation = getattr(pair, view)
+            where = f"evaluate.tasks.{self.name}: {side.where}"
+            try:
+                prompt = render_prompt(
+                    side.prompt, tokenizer, template_options=self.template_options
+                )
+            except DistillabError as error:
+                raise DistillabError(f"{where}: {error}") from error
+            if len(prompt) >= model.max_seq_len:
+                raise DistillabError(
+                    f"{where}: the {view}'s prompt has {len(prompt)} tokens, expected fewer than "
+                    f"its longest sequence {model.max_seq_len}"
+                )
+
     def ask(
         self,
         model: LanguageModel,
@@ -86,7 +116,7 @@ class TaskSet:
         view: Literal["student", "teacher"],
         save_to: Path | None = None,
     ) -> list[TaskRow]:
-        """贪心地回答每个问题并核对。
+        """贪心地回答每个问题并核对；先要 ``check_fits``。
 
         Args:
             model: 回答的模型。
@@ -98,7 +128,7 @@ class TaskSet:
             每个问题一行，按数据的先后。
 
         Raises:
-            DistillabError: prompt 放不进模型的上下文，或使用者的 ``match`` 出错。
+            DistillabError: 使用者的 ``match`` 出错。
         """
         if save_to is not None and save_to.exists():
             with save_to.open(encoding="utf-8") as file:
@@ -127,8 +157,6 @@ class TaskSet:
         return rows
 
     def _row(self, pair: Pair, answer: Answer) -> TaskRow:
-        if answer.error is not None:
-            raise DistillabError(f"evaluate.tasks.{self.name}: {pair.key!r}: {answer.error}")
         try:
             correct = self.match(pair.student.record, pair.student.answer, answer.response)
         except Exception as error:  # 使用者的函数可能抛出任何异常

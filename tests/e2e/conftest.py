@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from stub_server import Stub
 
 WORDS = [
     "the",
@@ -81,3 +83,16 @@ def command(workdir, monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return command
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Stub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
