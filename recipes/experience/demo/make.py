@@ -1,7 +1,7 @@
 """由 ``handbook.yaml`` 写出演示任务的五个 jsonl 文件：``python recipes/experience/demo/make.py``。
 
 同一个任务在一对文件里 ``id`` 与问题相同；带 ``-with-handbook`` 的 system 消息里多出这个问题所在的
-一章手册，就是教师读、学生不读的经验。
+一节手册，就是教师读、学生不读的经验。
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ HERE = Path(__file__).parent
 def main() -> None:
     """写出全部文件；内容只取决于 ``handbook.yaml``。"""
     book = yaml.safe_load((HERE / "handbook.yaml").read_text(encoding="utf-8"))
+    entries, size = book["entries"], book["entries_per_section"]
     for split in ("train", "test"):
         plain, informed = [], []
-        for name, facts in book["chapters"].items():
-            chapter = " ".join(fact["fact"] for fact in facts)
-            experience = f"{book['system']}\n\n{book['experience']} {chapter}"
-            for fact in facts:
-                for number, question in enumerate(fact[split], start=1):
-                    task = (f"{name}-{fact['id']}-{split}-{number}", question, fact["answer"])
-                    plain.append(record(book["system"], *task))
-                    informed.append(record(experience, *task))
+        for position, entry in enumerate(entries):
+            start = position // size * size
+            section = " ".join(each["fact"] for each in entries[start : start + size])
+            experience = f"{book['system']}\n\n{book['experience']} {section}"
+            for number, question in enumerate(entry[split], start=1):
+                task = (f"{entry['id']}-{split}-{number}", question, entry["answer"])
+                plain.append(record(book["system"], *task))
+                informed.append(record(experience, *task))
         write(f"{split}.jsonl", plain)
         write(f"{split}-with-handbook.jsonl", informed)
     unrelated = [
