@@ -1,7 +1,7 @@
 """由 ``handbook.yaml`` 写出演示任务的五个 jsonl 文件：``python recipes/experience/demo/make.py``。
 
-同一个任务在一对文件里 ``id`` 与问题相同；带 ``-with-handbook`` 的 system 消息里多出这个问题所在的
-一节手册，就是教师读、学生不读的经验。
+同一个任务在一对文件里 ``id`` 相同；带 ``-with-handbook`` 的问题前面多出它所在的一节手册，就是教师
+读、学生不读的经验。一节是两个条目，每条是一个常见问法（训练问法的第一个）与答案。
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def main() -> None:
         plain, informed = [], []
         for position, entry in enumerate(entries):
             start = position // size * size
-            section = " ".join(each["fact"] for each in entries[start : start + size])
-            experience = f"{book['system']}\n\n{book['experience']} {section}"
+            section = " ".join(
+                f"{each['train'][0]} {each['fact']}" for each in entries[start : start + size]
+            )
             for number, question in enumerate(entry[split], start=1):
-                task = (f"{entry['id']}-{split}-{number}", question, entry["answer"])
-                plain.append(record(book["system"], *task))
-                informed.append(record(experience, *task))
+                key, answer = f"{entry['id']}-{split}-{number}", entry["answer"]
+                plain.append(record(book["system"], key, question, answer))
+                informed.append(record(book["system"], key, f"{section}\n\n{question}", answer))
         write(f"{split}.jsonl", plain)
         write(f"{split}-with-handbook.jsonl", informed)
     unrelated = [
