@@ -12,19 +12,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
-import gc
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss_head import environment, resident_high_water, synchronize
+from measuring import (
+    Record,
+    Worker,
+    check_least,
+    choose_device,
+    environment,
+    open_channel,
+    read_peak,
+    reset_peak,
+    send,
+    synchronize,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -83,20 +90,7 @@ def make_batch(options: argparse.Namespace) -> Any:
     return collate_examples(examples, pad_id=0).to(options.device)
 
 
-def reset_peak(device: str) -> None:
-    """峰值归零到此刻；CPU 上先把 malloc 留着的空闲内存还给系统。"""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # 不能归零的系统，峰值从进程开始算
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def worker(options: argparse.Namespace) -> dict[str, Any]:
+def worker(options: argparse.Namespace) -> Record:
     """训练几步，量最后一步：optimizer 的状态已经在，编译与缓存已经过去。"""
     from distillab.config import LossConfig, TrainingConfig
     from distillab.engine import make_optimizer
@@ -124,7 +118,6 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         losses.append(total.item())
         del total, targets
-    cuda = options.device == "cuda"
     storages = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
         for model in (student, teacher.model)
@@ -134,24 +127,22 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         "teacher": options.teacher,
         "weight_bytes": sum(storages.values()),
         "adapter_bytes": sum(p.nbytes for p in adapter_parameters(student)),
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident_high_water(),
+        "peak_bytes": read_peak(options.device),
         "seconds": seconds,
         "losses": losses,
     }
 
 
-def measure(teacher: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(teacher: str, options: argparse.Namespace) -> Record:
     """在自己的进程里量一种做法。"""
-    role = json.dumps({**vars(options), "teacher": teacher, "json": None, "role": None})
-    done = subprocess.run(
-        [sys.executable, __file__, "--role", role], stdout=subprocess.PIPE, text=True, check=True
-    )
-    record: dict[str, Any] = json.loads(done.stdout)
+    role = {**vars(options), "teacher": teacher, "json": None, "role": None}
+    with contextlib.closing(Worker(role)) as process:
+        record = process.receive()
     fields = ("device", "dtype", "checkpointing", "seed", *SIZES)
     return record | {name: getattr(options, name) for name in fields} | environment(options.device)
 
 
-def show(records: list[dict[str, Any]]) -> None:
+def show(records: list[Record]) -> None:
     """印成表。"""
     first = records[0]
     title = f"one LoRA step, {first['dtype']} base on {first['device']}"
@@ -195,10 +186,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the records to this file")
     add("--role", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name in SIZES:
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(options, name)}, expected at least 1")
+    check_least(parser, options, dict.fromkeys(SIZES, 1))
     if options.hidden_size % options.heads or options.heads % options.kv_heads:
         parser.error("--heads must divide --hidden-size, and --kv-heads must divide --heads")
     return options
@@ -208,13 +196,10 @@ def main(arguments: list[str]) -> int:
     """量两种做法；返回退出码。"""
     options = parse(arguments)
     if options.role:
-        channel = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # 库打印的东西不能混进 channel
-        json.dump(worker(argparse.Namespace(**json.loads(options.role))), channel)
-        channel.close()
+        channel = open_channel()
+        send(channel, worker(argparse.Namespace(**json.loads(options.role))))
         return 0
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = choose_device(options.device)
     records = [measure(teacher, options) for teacher in TEACHERS]
     show(records)
     own, second = records

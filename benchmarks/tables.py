@@ -42,10 +42,19 @@ TRAIN_STEP: list[Column] = [
     ("peak GiB", number("peak_bytes", ".2f", 2**30)),
     ("step's extra GiB", number("extra_bytes", ".2f", 2**30)),
 ]
+SAMPLING: list[Column] = [
+    ("case", lambda record: record["case"]),
+    ("implementation", lambda record: record["implementation"]),
+    ("tokens/s", number("tokens_per_second", ".1f")),
+    ("seconds", number("seconds", ".2f")),
+    ("tokens", number("tokens", ".0f")),
+]
 
 
 def title(record: Record) -> str:
     """一格的标题。"""
+    if "rounds" in record:
+        return f"sampling, {record['dtype']}"
     if "case" in record:
         return (
             f"case {record['case']}, {record['batch_size']} x {record['seq_len']} tokens, "
@@ -71,6 +80,7 @@ def main(paths: list[str]) -> None:
         for name, group in groupby(records, key=title):
             cell = list(group)
             columns = TRAIN_STEP if "case" in cell[0] else LOSS_HEAD
+            columns = SAMPLING if "rounds" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

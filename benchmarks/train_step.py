@@ -17,19 +17,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from loss_head import Worker, WorkerFailed, environment, ratio
+from measuring import (
+    Record,
+    Worker,
+    check_least,
+    choose_device,
+    environment,
+    installed,
+    number,
+    open_channel,
+    ratio,
+    save,
+    take_turns,
+    version_of,
+)
 from rich.console import Console
 from rich.table import Table
 from train_step_clock import Clock
@@ -49,51 +56,21 @@ TOLERANCE = 1e-3
 LIBRARIES = ["distillab", "torch", "transformers", "accelerate", "trl"]
 
 
-class StepWorker(Worker):
-    """一个实现的子进程；启动的命令与设备和 ``Worker`` 不同，一行请求换一行 JSON 则相同。"""
-
-    def __init__(self, implementation: str, cell: Cell, profiling: bool = False) -> None:
-        spec = json.dumps([implementation, asdict(cell), profiling])
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cell.device == "cpu" else {}  # 引擎有 GPU 就用
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - 与子进程同寿命
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--role", spec],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            bufsize=1,
-            env={**os.environ, **hidden},
-        )
-
-    def step(self) -> dict[str, Any]:
-        """请它计时一步。"""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        return self.receive()
+def start(implementation: str, cell: Cell, profiling: bool = False) -> Worker:
+    """一个实现的子进程。"""
+    return Worker([implementation, asdict(cell), profiling], hide_gpu=cell.device == "cpu")
 
 
-def measure(cell: Cell, implementations: list[str], repeats: int) -> list[dict[str, Any]]:
+def measure(cell: Cell, implementations: list[str], repeats: int) -> list[Record]:
     """每个实现一条记录；没能给出结果的说明原因后略过。"""
     print(cell, flush=True)
-    workers: dict[str, StepWorker] = {}
-    reports: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[float]] = {}
-    with contextlib.ExitStack() as stack:
-        for name in implementations:  # 一次只热身一个
-            print(f"  {name}: first steps, losses, memory", flush=True)
-            process = StepWorker(name, cell)
-            stack.callback(process.close)
-            try:
-                reports[name], workers[name] = process.receive(), process
-            except WorkerFailed as error:
-                print(f"  {name}: failed: {error}", flush=True)
-        seconds = {name: [] for name in workers}
-        for repeat in range(repeats + 1):
-            for name, process in workers.items():
-                seconds[name].append(process.time_once())
-            print(f"  round {repeat} of {repeats}{' (warm-up)' * (not repeat)}", flush=True)
-    seconds = {name: times[1:] for name, times in seconds.items()}
+    reports, seconds = take_turns(
+        lambda name: start(name, cell),
+        implementations,
+        "first steps, losses, memory",
+        repeats,
+        warm_up=1,
+    )
     median = {name: statistics.median(times) for name, times in seconds.items()}
     fastest = min((median[name] for name in median if name in PEERS), default=None)
     return [
@@ -117,10 +94,9 @@ def measure(cell: Cell, implementations: list[str], repeats: int) -> list[dict[s
 def profile(cell: Cell, repeats: int) -> dict[str, float]:
     """``distillab`` 一步里各段的秒数，各取中位数；另一个进程，因为每段前后的等待会拖慢 GPU。"""
     print("  distillab: profile", flush=True)
-    process = StepWorker("distillab", cell, profiling=True)
-    with contextlib.closing(process):
-        process.receive()
-        rounds = [process.step() for _ in range(repeats + 1)][1:]
+    with contextlib.closing(start("distillab", cell, profiling=True)) as worker:
+        worker.receive()
+        rounds = [worker.ask() for _ in range(repeats + 1)][1:]
     stages = {
         stage: statistics.median(one["stages"].get(stage, 0.0) for one in rounds)
         for stage in STAGES
@@ -128,7 +104,7 @@ def profile(cell: Cell, repeats: int) -> dict[str, float]:
     return {**stages, "step": statistics.median(one["seconds"] for one in rounds)}
 
 
-def disagreements(records: list[dict[str, Any]]) -> list[str]:
+def disagreements(records: list[Record]) -> list[str]:
     """与 ``distillab`` 算同一个量、第一步却不同的，每个一句话；``trl`` 只比散度。"""
     by_name = {record["implementation"]: record for record in records}
     own = by_name.pop("distillab", None)
@@ -145,14 +121,11 @@ def disagreements(records: list[dict[str, Any]]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """结果依赖的各个库的版本，只列装了的。"""
-    found = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[library] = importlib.metadata.version(library)
-    return found
+    found = {library: version_of(library) for library in LIBRARIES}
+    return {library: version for library, version in found.items() if version is not None}
 
 
-def show(cell: Cell, records: list[dict[str, Any]]) -> None:
+def show(cell: Cell, records: list[Record]) -> None:
     """把记录印成表；测了 ``--profile`` 就再印一张。"""
     table = Table(title=f"one optimizer step, {cell}, on {cell.device}")
     columns = ["seconds", "tokens/s", "/ fastest peer", "extra GiB", "peak GiB"]
@@ -160,20 +133,17 @@ def show(cell: Cell, records: list[dict[str, Any]]) -> None:
     for column in [*columns, "first loss", "first KL", "factor"]:
         table.add_column(column, justify="right", no_wrap=True)
 
-    def text(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else format(value / scale, form)
-
     for record in records:
         table.add_row(
             record["implementation"],
-            text(record["seconds"], ".4f"),
-            text(record["tokens_per_second"], ".0f"),
-            text(record["ratio_to_fastest_peer"], ".2f"),
-            text(record["extra_bytes"], ".2f", 2**30),
-            text(record["peak_bytes"], ".2f", 2**30),
-            text(record["loss"], ".5f"),
-            text(record["divergence"], ".5f"),
-            text(record["loss_factor"], "g"),
+            number(record["seconds"], ".4f"),
+            number(record["tokens_per_second"], ".0f"),
+            number(record["ratio_to_fastest_peer"], ".2f"),
+            number(record["extra_bytes"], ".2f", 2**30),
+            number(record["peak_bytes"], ".2f", 2**30),
+            number(record["loss"], ".5f"),
+            number(record["divergence"], ".5f"),
+            number(record["loss_factor"], "g"),
         )
     console = Console(width=max(120, Console().width))
     console.print(table)
@@ -185,31 +155,6 @@ def show(cell: Cell, records: list[dict[str, Any]]) -> None:
         for stage, value in stages.items():
             table.add_row(stage, f"{value:.4f}", f"{value / stages['step']:.1%}")
         console.print(table)
-
-
-def save(path: Path, records: list[dict[str, Any]]) -> None:
-    """并入 ``path`` 里已有的记录：同一格、同一实现的换成新的。"""
-    keys = ["implementation", *Cell.__dataclass_fields__]
-
-    def key(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record.get(name) for name in keys)
-
-    kept = json.loads(path.read_text()) if path.exists() else []
-    fresh = {key(record) for record in records}
-    kept = [record for record in kept if key(record) not in fresh]
-    path.write_text(json.dumps(kept + records, indent=1) + "\n")
-
-
-def installed(implementations: list[str]) -> list[str]:
-    """去掉没有安装的，每个说一行怎样安装。"""
-    found, libraries = [], versions()
-    for name in implementations:
-        package = PEERS.get(name, "torch")
-        if package in libraries:
-            found.append(name)
-        else:
-            print(f"skipping {name}: {package} is not installed; pip install 'distillab[bench]'")
-    return found
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -234,11 +179,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="merge the records into this file")
     add("--role", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name, least in (("batch_size", 1), ("seq_len", 2), ("repeats", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {value}, expected at least {least}")
+    check_least(parser, options, {"batch_size": 1, "seq_len": 2, "repeats": 1})
     if not 0 <= options.alpha <= 1:
         parser.error(f"--alpha is {options.alpha:g}, expected 0 to 1")
     return options
@@ -247,10 +188,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def worker(spec: str) -> None:
     """一个实现的进程：它自己的循环，每步由 ``Clock`` 定怎样量。"""
     implementation, fields, profiling = json.loads(spec)
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # 库打印的东西不能混进 channel
     cell = Cell(**fields)
-    LOOPS[implementation](cell, Clock(cell.device, channel, profiling))
+    LOOPS[implementation](cell, Clock(cell.device, open_channel(), profiling))
 
 
 def main(arguments: list[str]) -> int:
@@ -259,10 +198,8 @@ def main(arguments: list[str]) -> int:
     if options.role:
         worker(options.role)
         return 0
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    implementations = installed(list(dict.fromkeys(options.implementations)))
+    device = choose_device(options.device)
+    implementations = installed(options.implementations, PEERS)
     if not implementations:
         print("nothing left to measure", file=sys.stderr)
         return 2
@@ -286,7 +223,7 @@ def main(arguments: list[str]) -> int:
         for line in disagreements(records):
             print(f"warning: {line}")
     if options.json:
-        save(options.json, records)
+        save(options.json, records, Cell.__dataclass_fields__)
     return 0
 
 

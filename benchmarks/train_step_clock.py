@@ -6,19 +6,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from loss_head import resident_high_water, synchronize
+from measuring import read_peak, reset_peak, send, synchronize
 
 
 class Clock:
@@ -45,13 +39,14 @@ class Clock:
         """每一步的种类；``next`` 之后的代码在那一步做完时运行。"""
         yield "first"
         yield "memory"
-        self._send(self.report)
+        send(self.channel, self.report)
         for _ in sys.stdin:
             if self.device == "cuda":
                 yield "idle"  # 刚轮到的进程，GPU 要从低频率醒来
             yield "timed"
             stages = {**self.stages, "other": self.seconds - sum(self.stages.values())}
-            self._send({"seconds": self.seconds, "stages": stages if self.profiling else None})
+            report = {"seconds": self.seconds, "stages": stages if self.profiling else None}
+            send(self.channel, report)
 
     def start(self) -> None:
         """一步开始：数据已在设备上，梯度为空。"""
@@ -97,30 +92,3 @@ class Clock:
             return result
 
         setattr(owner, method, timed)
-
-    def _send(self, report: dict[str, Any]) -> None:
-        print(json.dumps(report), file=self.channel, flush=True)
-
-
-def reset_peak(device: str) -> int | None:
-    """把峰值归零到当前占用，返回当前占用，单位字节；系统不能归零则返回 ``None``。
-
-    CUDA：``memory_allocated``。CPU：VmHWM，先把 malloc 留着的空闲内存还给系统。
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return resident_high_water()
-
-
-def read_peak(device: str) -> int:
-    """``reset_peak`` 之后的峰值，单位字节。"""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_high_water()

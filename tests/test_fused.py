@@ -6,26 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import DIVERGENCES, LOSSES, relative
 
 from distillab import fused
 from distillab.config import LossConfig
 from distillab.fused import default_budget, fused_distillation_loss
 from distillab.losses import LossSums, distillation_loss
+from distillab.products import HeadProducts
 from distillab.targets import DenseTargets, Head, HiddenTargets, SparseTargets
 
-DIVERGENCES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jsd": {"beta": 0.3},
-    "skew_forward_kl": {"skew": 0.2},
-    "skew_reverse_kl": {"skew": 0.2},
-}
-LOSSES = [
-    LossConfig(divergence=name, alpha=alpha, temperature=temperature, **parameters)
-    for (name, parameters), alpha, temperature in itertools.product(
-        DIVERGENCES.items(), (0.0, 0.5, 1.0), (0.5, 1.0, 2.0, 5.0)
-    )
-]
 VOCAB = 500
 
 
@@ -101,10 +90,6 @@ class Case:
         sums = distillation_loss(logits, targets, self.labels, loss)
         (2.5 * sums.total).backward()
         return sums, [x.grad for x in inputs]
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 def cases():
@@ -419,6 +404,24 @@ def test_bad_input_is_refused_in_one_line(change, message):
             case.hidden, case.weight, arguments.pop("labels"), arguments.pop("targets"),
             LossConfig(), **arguments,
         )  # fmt: skip
+
+
+def test_a_head_that_both_models_share_is_converted_once(monkeypatch):
+    converted, totals = [], []
+    convert = HeadProducts.weight
+    monkeypatch.setattr(
+        HeadProducts, "weight", lambda self, w: converted.append(w) or convert(self, w)
+    )
+    case, hidden = Case(), Case(seed=2).hidden
+    for weight, count in ((case.weight.detach(), 1), (case.weight.clone(), 2)):
+        converted.clear()
+        targets = HiddenTargets(hidden, Head(weight))
+        sums = fused_distillation_loss(
+            case.hidden, case.weight, case.labels % 400, targets, LossConfig(), vocab_limit=400
+        )
+        assert len(converted) == count
+        totals.append(sums.total)
+    assert totals[0] == totals[1]
 
 
 def test_second_and_double_backward_are_refused():

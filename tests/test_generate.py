@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWa
 from distillab.config import ModelConfig
 from distillab.convert import from_hf
 from distillab.errors import DistillabError
-from distillab.generate import TextGenerator, filter_top_k, filter_top_p
+from distillab.generate import TextGenerator, left_pad, until_stop
 from distillab.language_model import Head, PretrainedLM
 from distillab.model import StudentModel
+from distillab.sampling import filter_top_k, filter_top_p
 
 PROMPTS = ["The capital of France is", "知识蒸馏", "A"]
 # 少数几个值反复出现，才会有并列。
@@ -52,18 +53,27 @@ class Scripted(nn.Module):
         super().__init__()
         self.script, self.head = script, Head(torch.eye(400))
 
-    def new_cache(self) -> list[int]:
-        return []
+    def new_cache(self) -> "ScriptedCache":
+        return ScriptedCache(list(self.script))
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: list[int]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: "ScriptedCache"
     ) -> torch.Tensor:
-        step = len(cache)
-        cache.append(step)
         hidden = torch.full((*input_ids.shape, 400), -1e4)
-        for row, ids in enumerate(self.script):
-            hidden[row, -1, ids[min(step, len(ids) - 1)]] = 0.0
+        for row, ids in enumerate(cache.rows):
+            hidden[row, -1, ids[min(cache.step, len(ids) - 1)]] = 0.0
+        cache.step += 1
         return hidden
+
+
+class ScriptedCache:
+    """记着还在的行；每次丢了几行也记下来。"""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows, self.step = rows, 0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.rows = [self.rows[index] for index in indices.tolist()]
 
 
 @given(ROWS, st.integers(1, 9))
@@ -138,6 +148,92 @@ def test_each_row_stops_at_its_own_end_token(
     assert generator.generate(["x", "y"], max_new_tokens=10) == ["a", "abc"]
 
 
+def test_rows_that_ended_are_no_longer_computed(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    end, pad = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), tiny_tokenizer.pad_token_id
+    lengths = [3, 9, 1, 6, 9, 2, 5, 4, 12, 1]
+    script = [[*range(10 * row, 10 * row + n - 1), end] for row, n in enumerate(lengths)]
+    model, widths = Scripted(*script), []
+    forward = model.forward
+    model.forward = lambda ids, *rest: widths.append(len(ids)) or forward(ids, *rest)
+    generator = TextGenerator(model, tiny_tokenizer)
+    found = generator.generate_ids(torch.zeros(10, 3, dtype=torch.long), max_new_tokens=20)
+    assert found.tolist() == [ids + [pad] * (12 - len(ids)) for ids in script]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] == 1
+    assert sum(widths) < 0.75 * 10 * 12  # 各行实际只要 52
+
+
+@pytest.fixture(params=["student", "pretrained"])
+def stopping(
+    request: pytest.FixtureRequest, tiny_tokenizer: PreTrainedTokenizerFast
+) -> TextGenerator:
+    """float64，舍入不会换掉一个 token；词表的十六分之一都算停止，行数因而很快变少。"""
+    if request.param == "student":
+        model = request.getfixturevalue("student").double()
+    else:
+        model = PretrainedLM(request.getfixturevalue("tiny_llama").double())
+    generator = TextGenerator(model, tiny_tokenizer)
+    generator.stop_ids = frozenset(range(0, 400, 16))
+    return generator
+
+
+def ragged(generator: TextGenerator, count: int = 12) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(4)
+    return [torch.randint(400, (3 + 2 * n,), generator=draw).tolist() for n in range(count)]
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "top_k", "top_p", "sample"])
+def test_a_row_is_the_same_alone_and_whoever_shares_its_batch(
+    stopping: TextGenerator, strategy: str
+) -> None:
+    prompts = ragged(stopping)
+    room = stopping.model.max_seq_len - max(map(len, prompts))
+    options = {"strategy": strategy, "max_new_tokens": room, "temperature": 2.0}
+
+    def rows(chosen: list[int]) -> list[list[int]]:
+        ids, mask = left_pad([prompts[n] for n in chosen], 0, torch.device("cpu"))
+        seeds = [100 + n for n in chosen]
+        found = stopping.generate_ids(ids, mask, seeds=seeds, **options)
+        return [until_stop(row, stopping.stop_ids) for row in found.tolist()]
+
+    together = rows(list(range(12)))
+    assert together == [rows([n])[0] for n in range(12)]
+    assert rows([7, 2, 5]) == [together[n] for n in (7, 2, 5)]
+    assert len({len(row) for row in together}) > 3  # 有先有后，中途确实丢了行
+
+
+@pytest.mark.parametrize("layout", ["tiny_qwen2", "tiny_llama"])
+def test_greedy_equals_transformers_while_rows_drop_out(
+    layout: str, tiny_tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(layout)
+    stops = list(range(0, 400, 9))
+    for wrap in (from_hf, PretrainedLM):
+        generator = TextGenerator(wrap(model), tiny_tokenizer)
+        generator.stop_ids = frozenset(stops)
+        ids, mask = left_pad(ragged(generator), generator.pad_id, torch.device("cpu"))
+        expected = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=30,
+            eos_token_id=stops, pad_token_id=generator.pad_id,
+        )[:, ids.shape[1] :]  # fmt: skip
+        found = generator.generate_ids(ids, mask, max_new_tokens=30)
+        assert found.tolist() == expected.tolist()
+
+
+def test_left_padding_keeps_the_last_column_real_and_equal_rows_need_no_mask() -> None:
+    ids, mask = left_pad([[5], [6, 7, 8]], 9, torch.device("cpu"))
+    assert ids.tolist() == [[9, 9, 5], [6, 7, 8]]
+    assert mask is not None
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    ids, mask = left_pad([[5, 6], [7, 8]], 9, torch.device("cpu"))
+    assert (ids.tolist(), mask) == ([[5, 6], [7, 8]], None)
+
+
+def test_a_response_ends_with_its_first_stop_token() -> None:
+    assert until_stop([1, 2, 3, 2], {2}) == [1, 2]
+    assert until_stop([1, 3], {2}) == [1, 3]
+
+
 def test_im_start_does_not_stop_generation(generator: TextGenerator) -> None:
     names = generator.tokenizer.convert_ids_to_tokens(sorted(generator.stop_ids))
     assert names == ["<|endoftext|>", "<|im_end|>"]
@@ -158,7 +254,7 @@ def test_padding_rows_of_the_head_are_never_chosen(
     generator = TextGenerator(model, tiny_tokenizer)
     for strategy in ("greedy", "sample"):
         ids = generator.generate_ids(
-            torch.ones(4, 3, dtype=torch.long), strategy=strategy, max_new_tokens=20, seed=0
+            torch.ones(4, 3, dtype=torch.long), strategy=strategy, max_new_tokens=20, seeds=range(4)
         )
         assert int(ids.max()) < 400
 
@@ -204,8 +300,9 @@ def test_sampled_frequencies_follow_the_tempered_filtered_distribution(
     top = (logits / 3.0).topk(5)
     expected[top.indices] = top.values.softmax(-1)
     draws = generator.generate_ids(
-        ids.expand(4000, -1), strategy="top_k", top_k=5, temperature=3.0, max_new_tokens=1, seed=0
-    )
+        ids.expand(4000, -1), strategy="top_k", top_k=5, temperature=3.0, max_new_tokens=1,
+        seeds=range(4000),
+    )  # fmt: skip
     found = torch.bincount(draws.flatten(), minlength=400) / 4000
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 

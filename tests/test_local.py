@@ -7,10 +7,10 @@ import torch
 
 from distillab.config import SamplingConfig
 from distillab.errors import DistillabError
-from distillab.generate import filter_top_k, filter_top_p
 from distillab.language_model import PretrainedLM
-from distillab.local import LocalBackend, sample_tokens
+from distillab.local import LocalBackend
 from distillab.questions import TOO_LONG, Question, Task
+from distillab.sampling import filter_top_k, filter_top_p, sample_tokens
 from distillab.synthesize import question_seed
 
 

@@ -1,30 +1,15 @@
 """五种 divergence 与总损失，对照用概率（而非 log 概率）写成的 float64 参考。"""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import DIVERGENCES, LOSSES, relative
 
 from distillab.config import LossConfig
 from distillab.losses import distillation_loss, divergence
 from distillab.targets import DenseTargets, SparseTargets
-
-DIVERGENCES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jsd": {"beta": 0.3},
-    "skew_forward_kl": {"skew": 0.2},
-    "skew_reverse_kl": {"skew": 0.2},
-}
-LOSSES = [
-    LossConfig(divergence=name, alpha=alpha, temperature=temperature, **parameters)
-    for (name, parameters), alpha, temperature in itertools.product(
-        DIVERGENCES.items(), (0.0, 0.5, 1.0), (0.5, 1.0, 2.0, 5.0)
-    )
-]
 
 
 def oracle(student, teacher, labels, loss):
@@ -58,10 +43,6 @@ def rows(near: bool, vocab: int = 50, count: int = 7):
     noise = torch.randn(count, vocab, generator=generator)
     student = teacher + 0.05 * noise if near else 3 * noise
     return student, teacher, torch.randint(vocab, (count,), generator=generator)
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 @pytest.mark.parametrize("near", [False, True], ids=["random rows", "rows that nearly agree"])

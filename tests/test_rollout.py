@@ -227,3 +227,19 @@ def test_guard_says_once_what_is_wrong_and_again_after_it_was_right(caplog):
     assert "5.0 times as long as at the start" in caplog.text
     assert "sampling explores nothing" in caplog.text
     assert guard.row({}, 5) == {}
+
+
+def test_a_resumed_run_compares_with_the_start_and_repeats_no_warning(make, monkeypatch, caplog):
+    def train(length, max_steps):
+        trainer = make([3] * 8, max_steps=max_steps)
+        rows = torch.randint(10, 390, (2, length), generator=torch.Generator().manual_seed(0))
+        generator = trainer.on_policy.rollout.generator
+        monkeypatch.setattr(generator, "generate_ids", lambda *_, **__: rows)
+        caplog.clear()
+        trainer.train(resume=True)
+        return caplog.text
+
+    assert "100% of the sampled responses end at" in train(4, max_steps=2)
+    log = train(12, max_steps=4)
+    assert "3.0 times as long as at the start (12 tokens)" in log
+    assert "of the sampled responses end at" not in log

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from .batch import Batch, collate_examples, collate_text
-from .chat_data import ChatDataset, LengthGroupedSampler
-from .config import LoraConfig, ModelConfig, ModelSource, Recipe, StudentSection, TextConfig
+from .config import LoraConfig, ModelConfig, ModelSource, Recipe, StudentSection
 from .convert import student_from_teacher
-from .data import WikiDataset
 from .engine import DTYPES, resolve_precision
 from .errors import DistillabError
-from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .lora import adapter_parameters, add_lora, base_parameters
 from .model import StudentModel
-from .on_policy import OnPolicy
-from .paired import Pair, load_pairs
 from .pretrained import load_pretrained, resolve_model
-from .rollout import Rollout
 from .teachers import AdapterOffTeacher, LocalTeacher
 from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
-from .trainer import DistillationTrainer
 
 logger = logging.getLogger("distillab")
 
@@ -117,128 +104,6 @@ def frozen_dtype(source: ModelSource | LoraConfig, recipe: Recipe) -> torch.dtyp
     return dtype
 
 
-@dataclass
-class Data:
-    """训练循环要的数据。
-
-    Attributes:
-        train: 训练集。
-        validation: 验证集。
-        collate: 把若干项拼成 ``Batch``。
-        sampler: 训练集的次序；``None`` 为随机打乱。
-    """
-
-    train: Dataset[Any]
-    validation: Dataset[Any]
-    collate: Callable[[Sequence[Any]], Batch]
-    sampler: Sampler[int] | None = None
-
-
-def read_pairs(recipe: Recipe) -> list[Pair]:
-    """对话数据读入并查对，不需要模型：写错的数据不必等几十亿参数装好才发现。
-
-    Returns:
-        各对；数据是文本时为空。
-
-    Raises:
-        DistillabError: 见 ``load_pairs``。
-    """
-    if recipe.data.format != "chat":
-        return []
-    pairs, notes = load_pairs(recipe.data, need_response=not recipe.responses.only_sampled)
-    for note in notes:
-        logger.info("%s", note)
-    return pairs
-
-
-def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
-    """装配训练与验证数据。
-
-    Args:
-        recipe: 配方。
-        parts: 装配好的模型。
-        pairs: ``read_pairs`` 的返回值。
-
-    Raises:
-        DistillabError: 数据读不了，或序列长度超过模型的上限。
-    """
-    data = recipe.data
-    models = {"student": parts.student, "teacher": parts.teacher}
-    longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
-    for name, limit in longest.items():
-        if data.max_seq_len is not None and data.max_seq_len > limit:
-            raise DistillabError(
-                f"data.max_seq_len={data.max_seq_len} is above the {name}'s longest sequence "
-                f"{limit}"
-            )
-    if data.format == "chat":
-        return _chat_data(recipe, parts, pairs, data.max_seq_len or min(longest.values()))
-    train, validation = WikiDataset.build(
-        data.source,
-        parts.tokenizer,
-        max_seq_len=data.max_seq_len or parts.student.max_seq_len,
-        size_mb=data.size_mb,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        subset=data.subset,
-        split=data.split,
-        seed=recipe.train.seed,
-        sha256=data.sha256,
-    )
-    logger.info(
-        "%s training tokens, %s for validation, in sequences of %d",
-        f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,
-    )  # fmt: skip
-    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
-
-
-def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
-    train, validation, report = ChatDataset.build(
-        pairs,
-        recipe.data,
-        parts.tokenizer,
-        max_seq_len=max_seq_len,
-        seed=recipe.train.seed,
-        only_prompts=recipe.responses.only_sampled,
-    )
-    for line in report.lines():
-        logger.info("%s", line)
-    if not validation.num_tokens:  # 只有 on-policy 读得进没有 response 的数据
-        raise DistillabError(
-            f"{recipe.data.source}: none of the {len(validation)} conversations held out for "
-            f"validation has a response to measure on; write some with distillab synthesize RECIPE "
-            f"and set data.responses"
-        )
-    config = recipe.train
-    window = config.batch_size * config.gradient_accumulation_steps * _processes()
-    collate = partial(
-        collate_examples,
-        pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
-        vocab_limit=parts.vocab_limit,
-        padding_side=parts.tokenizer.padding_side,
-    )
-    sampler = LengthGroupedSampler(train.lengths, window, config.seed)
-    return Data(train, validation, collate, sampler)
-
-
-def build_text(config: TextConfig, parts: Parts) -> WikiDataset:
-    """``evaluate.texts`` 的一项：这份文本的验证部分。
-
-    Raises:
-        DistillabError: 读不了，或比一条序列还短。
-    """
-    return WikiDataset.build(
-        config.source,
-        parts.tokenizer,
-        max_seq_len=config.max_seq_len,
-        size_mb=config.size_mb,
-        text_field=config.text_field,
-        subset=config.subset,
-        split=config.split,
-        sha256=config.sha256,
-    )[1]
-
-
 def build_teacher(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedLM]:
     """只要教师与它的 tokenizer，供 ``distillab synthesize``。
 
@@ -253,41 +118,6 @@ def build_teacher(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedLM
     if torch.cuda.is_available():
         teacher.to("cuda")
     return tokenizer, teacher
-
-
-def build_trainer(
-    recipe: Recipe, parts: Parts, run_dir: Path, pairs: list[Pair]
-) -> DistillationTrainer:
-    """装配训练循环；参数见 ``build_data``。"""
-    data = build_data(recipe, parts, pairs)
-    on_policy = None
-    if recipe.responses.on_policy:
-        generator = TextGenerator(parts.student, parts.tokenizer)
-        limit = None if parts.teacher is None else parts.teacher.max_seq_len
-        on_policy = OnPolicy(
-            Rollout(generator, recipe.sampling, limit),
-            recipe.responses,
-            data.collate,
-            recipe.train.seed,
-        )
-    return DistillationTrainer(
-        parts.student,
-        parts.local_teacher(),
-        data.train,
-        data.validation,
-        recipe.train,
-        run_dir,
-        loss=recipe.loss,
-        evaluate=recipe.evaluate,
-        vocab_limit=parts.vocab_limit,
-        collate=data.collate,
-        train_sampler=data.sampler,
-        on_policy=on_policy,
-    )
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:

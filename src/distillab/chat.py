@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .batch import Tokens
 from .conversations import Message
-from .errors import DistillabError, nearest
+from .errors import DistillabError, nearest, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,8 +196,8 @@ def _last_span(messages: Sequence[Message], text: str, template: _Template) -> S
     if not text.startswith(before):
         at = _first_difference(before, text)
         raise DistillabError(
-            f"the chat template puts {_shown(before[at:])} before a response that is to be "
-            f"generated, but {_shown(text[at:])} when the response is given; "
+            f"the chat template puts {shown(before[at:])} before a response that is to be "
+            f"generated, but {shown(text[at:])} when the response is given; "
             f"template_options {template.options} do not fit this conversation"
         )
     return _span(before, text)
@@ -216,8 +216,8 @@ def _earlier_spans(messages: Sequence[Message], text: str, template: _Template) 
             known = before if not through.startswith(before) else through
             at = _first_difference(known, text)
             raise DistillabError(
-                f"the chat template renders turn {number + 1} as {_shown(known[at:])} when it is "
-                f"the last, but as {_shown(text[at:])} once others follow; "
+                f"the chat template renders turn {number + 1} as {shown(known[at:])} when it is "
+                f"the last, but as {shown(text[at:])} once others follow; "
                 f"set data.loss_on to last"
             )
         spans.append(_span(before, through))
@@ -250,7 +250,7 @@ def _check_nothing_lost(messages: Sequence[Message], text: str) -> None:
             hint = "; put it in the user message" if message["role"] == "system" else ""
             raise DistillabError(
                 f"the chat template drops or changes the {message['role']} message "
-                f"{_shown(needle)}{hint}"
+                f"{shown(needle)}{hint}"
             )
 
 
@@ -258,10 +258,6 @@ def _visible(message: Message) -> str:
     """思考过程由模板决定去留，不算丢失。"""
     content = message["content"]
     return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 # ---------------------------------------------------------------------- 分词

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import DistillabError
+from .on_policy import RolloutGuard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +48,7 @@ class TrainerState:
         skipped_steps: 因非有限值而跳过的步数。
         skipped_in_a_row: 其中最近连续的步数。
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
+        guard: 从学生采样时，拿来与以后比较的。
     """
 
     current_epoch: int = 0
@@ -59,6 +61,7 @@ class TrainerState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     interval: dict[str, float] = field(default_factory=dict)
+    guard: RolloutGuard = field(default_factory=RolloutGuard)
 
 
 def save_checkpoint(
@@ -186,6 +189,7 @@ def read_state(path: Path) -> TrainerState:
     """
     try:
         values = json.loads((path / STATE_FILE).read_text())["state"]
+        values["guard"] = RolloutGuard(**values["guard"])
         return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
     except FileNotFoundError:
         raise DistillabError(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None

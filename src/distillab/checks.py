@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .batch import collate_text
-from .build import Parts, build_text
+from .build import Parts
+from .build_training import build_text
 from .config import Recipe
 from .lora import adapters_off
 from .tasks import TaskSet, accuracy, gap_closed

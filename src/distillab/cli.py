@@ -136,6 +136,9 @@ def generate(
         str, typer.Argument(help="A run, a model directory, a hub id, or pypi:NAME==VERSION/PATH.")
     ],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are questions: apply the chat template.")
+    ] = False,
     strategy: Annotated[
         Literal["greedy", "top_k", "top_p", "sample"], typer.Option(help="How tokens are chosen.")
     ] = "greedy",
@@ -147,9 +150,10 @@ def generate(
 ) -> None:
     """Continue prompts with a student; a single prompt is streamed as it is generated."""
     _quiet_libraries()
-    from .run import load_generator
+    from .run import chat_prompts, load_generator
 
     generator = load_generator(model)
+    asked = chat_prompts(model, generator, prompt) if chat else prompt
     options: dict[str, Any] = {
         "strategy": strategy,
         "max_new_tokens": max_new_tokens,
@@ -159,14 +163,12 @@ def generate(
         "seed": seed,
     }
     if len(prompt) == 1:
-        print(prompt[0], end="", flush=True)
-        generator.generate(
-            prompt[0], stream=lambda text: print(text, end="", flush=True), **options
-        )
+        print(prompt[0], end="\n" if chat else "", flush=True)
+        generator.generate(asked, stream=lambda text: print(text, end="", flush=True), **options)
         print()
         return
-    for text, completion in zip(prompt, generator.generate(prompt, **options), strict=True):
-        print(f"{text}{completion}\n")
+    for text, completion in zip(prompt, generator.generate(asked, **options), strict=True):
+        print(text, completion, sep="\n" if chat else "", end="\n\n")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """``StudentModel`` 与 Hugging Face checkpoint 互换，以及由教师的若干层初始化学生。
 
 ``StudentModel`` 就是 Qwen2 的结构，所以导出的目录不需要本项目也能加载。Llama 的结构是 Qwen2
-去掉 q、k、v 的偏置，导入时偏置取 0 即可；其余结构一律拒绝，而不是悄悄给出不同的 logits。
+去掉 q、k、v 的偏置，导入时偏置取 0 即可；其余结构一律拒绝，见 ``hf_layout.py``。
 导出写成 Qwen2 还是等价的 Llama，取决于 tokenizer，见 ``_write_model``。
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import DistillabError
+from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 from .language_model import PretrainedLM
 from .lora import has_lora, merged_copy
 from .model import StudentModel
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "config_from_hf",
     "evenly_spaced_layers",
     "export_student",
     "from_hf",
@@ -36,23 +36,6 @@ __all__ = [
     "to_hf_state_dict",
 ]
 
-_BLOCK_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention": "self_attn",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn": "mlp",
-}
-_TOP_NAMES = {"embedding": "embed_tokens", "norm": "norm"}
-_CONFIG_NAMES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
 # 权重只在这些字段相同时才有同样的含义；层数、最大长度与 dropout 可以另选。
 _FIXED_BY_TEACHER = (
     "hidden_size",
@@ -64,40 +47,7 @@ _FIXED_BY_TEACHER = (
     "norm_eps",
 )
 
-_REMEDY = "use student.path to train it as a pretrained model"
-
-
-def _hf_name(name: str, layers: Sequence[int]) -> str:
-    """学生的参数名 → Qwen2 的参数名；``layers[i]`` 是学生第 i 层在对方那里的层号。"""
-    head, *rest = name.split(".")
-    if head != "layers":
-        return f"model.{_TOP_NAMES[head]}.{'.'.join(rest)}"
-    index, module, *tail = rest
-    return f"model.layers.{layers[int(index)]}.{_BLOCK_NAMES[module]}.{'.'.join(tail)}"
-
-
 # ---------------------------------------------------------------- 导入
-
-
-def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:
-    """把 Qwen2 或 Llama 的配置译成 ``ModelConfig``。
-
-    Args:
-        hf_config: transformers 的 ``Qwen2Config`` 或 ``LlamaConfig``。
-        num_layers: 改用这个层数；``None`` 表示与对方相同。
-
-    Returns:
-        等价的 ``ModelConfig``，dropout 为 0。
-
-    Raises:
-        DistillabError: ``StudentModel`` 表达不了对方的某个设置。
-    """
-    _refuse_unsupported(hf_config)
-    values = {ours: getattr(hf_config, theirs) for ours, theirs in _CONFIG_NAMES.items()}
-    values["rope_theta"] = _rope_parameters(hf_config)["rope_theta"]
-    if num_layers is not None:
-        values["num_layers"] = num_layers
-    return ModelConfig(**values)
 
 
 def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> StudentModel:
@@ -186,34 +136,6 @@ def _unwrap(model: PreTrainedModel | PretrainedLM) -> Any:
     return model.model if isinstance(model, PretrainedLM) else model
 
 
-def _rope_parameters(hf_config: Any) -> dict[str, Any]:
-    return dict(hf_config.rope_parameters or {})
-
-
-def _refuse_unsupported(hf_config: Any) -> None:
-    """逐项核对 ``StudentModel`` 写死的假设。"""
-    if hf_config.model_type not in ("qwen2", "llama"):
-        raise DistillabError(
-            f"model_type={hf_config.model_type}, expected qwen2 or llama: {_REMEDY}"
-        )
-    rope = _rope_parameters(hf_config)
-    heads = hf_config.num_attention_heads
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    sliding = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
-    found_and_expected = {
-        "tie_word_embeddings": (hf_config.tie_word_embeddings, True),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
-        "head_dim * num_attention_heads": (head_dim * heads, hf_config.hidden_size),
-        "hidden_act": (hf_config.hidden_act, "silu"),
-        "use_sliding_window": (sliding, False),
-        "mlp_bias": (getattr(hf_config, "mlp_bias", False), False),
-    }
-    for field, (found, expected) in found_and_expected.items():
-        if found != expected:
-            raise DistillabError(f"{field}={found}, expected {expected}: {_REMEDY}")
-
-
 def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -236,7 +158,7 @@ def _load(
     student = StudentModel(config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            source = _hf_name(name, layers)
+            source = hf_name(name, layers)
             found = state.get(source)
             if found is None:
                 if hf_config.model_type == "llama" and name.endswith("_proj.bias"):
@@ -252,7 +174,7 @@ def _load(
         bias = state.get(f"model.layers.{layer}.self_attn.o_proj.bias")
         if bias is not None and bool(bias.any()):
             raise DistillabError(
-                f"o_proj.bias of layer {layer} is not zero, expected none: {_REMEDY}"
+                f"o_proj.bias of layer {layer} is not zero, expected none: {REMEDY}"
             )
     return student
 
@@ -275,7 +197,7 @@ def to_hf_state_dict(student: StudentModel, vocab_limit: int | None = None) -> d
     """
     layers = range(student.config.num_layers)
     state = {
-        _hf_name(name, layers): parameter.detach().to("cpu", torch.float32).contiguous()
+        hf_name(name, layers): parameter.detach().to("cpu", torch.float32).contiguous()
         for name, parameter in student.named_parameters()
     }
     if vocab_limit is not None and vocab_limit != student.vocab_size:
@@ -351,7 +273,7 @@ def _write_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     values: dict[str, Any] = {
-        **{theirs: getattr(config, ours) for ours, theirs in _CONFIG_NAMES.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()},
         **special,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_dropout": config.dropout,

@@ -21,3 +21,14 @@ def nearest(found: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     close = difflib.get_close_matches(found, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(names)}"
+
+
+def shown(text: str) -> str:
+    """一段文字写进错误信息的样子：加引号，太长则截短。"""
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def some(names: Iterable[str]) -> str:
+    """最多列出三个名字；一个也没有是 ``none``。"""
+    listed = [shown(name) for name in names]
+    return ", ".join(listed[:3]) + ", ..." * (len(listed) > 3) or "none"

@@ -176,7 +176,9 @@ def _run(
     student_weight = products.weight(weight[:vocab])
     student_bias = None if bias is None else bias.detach()[:vocab]
     if isinstance(targets, HiddenTargets):
-        teacher_weight = products.weight(targets.head.weight[:vocab])
+        head = targets.head.weight[:vocab]
+        shared = head.is_set_to(weight[:vocab])  # 教师就是关掉 adapter 的学生：只转换一份
+        teacher_weight = student_weight if shared else products.weight(head)
     sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
     for rows in chunks:
         count = rows.stop - rows.start

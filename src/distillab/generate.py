@@ -6,56 +6,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import DistillabError, nearest
+from .errors import DistillabError
 from .language_model import LanguageModel, evaluating
+from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
+from .sampling_weights import sampling_weights
 
-__all__ = ["Strategy", "TextGenerator", "filter_top_k", "filter_top_p"]
-
-Strategy = Literal["greedy", "top_k", "top_p", "sample"]
+__all__ = ["TextGenerator", "left_pad", "until_stop"]
 
 # Qwen 的 base 与 chat 两种 checkpoint 各以其中一个为 eos，另一个同样表示说完了。
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>")
 
-
-def filter_top_k(logits: Tensor, k: int) -> Tensor:
-    """只留最大的 k 个 logit（Fan et al. 2018，arXiv:1805.04833），其余为 ``-inf``。
-
-    与第 k 大并列的全部保留，所以留下的可能多于 k 个；与 transformers 的 ``TopKLogitsWarper`` 相同。
-
-    Args:
-        logits: ``[..., V]``。
-        k: 保留的个数；大于 V 等于不过滤。
-
-    Returns:
-        ``[..., V]``。
-    """
-    smallest_kept = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+DROP_AT = 0.25
+"""停下的行占到这么多，就不再算它们；每丢一次要把余下的 KV cache 抄一遍。"""
 
 
-def filter_top_p(logits: Tensor, p: float) -> Tensor:
-    """只留概率之和达到 p 的最小集合（nucleus，Holtzman et al. 2020，arXiv:1904.09751）。
-
-    从小到大累加、去掉累计不超过 ``1 - p`` 的尾巴，最大的一个总会留下；求和方向与排序都和
-    transformers 的 ``TopPLogitsWarper`` 相同，并列时才会留下同一批 token。
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """长短不一的几行拼成一批：最后一列总是真实 token，新 token 才能接在每一行后面。
 
     Args:
-        logits: ``[..., V]``。
-        p: ``(0, 1]``。
+        rows: 每行的 token，不为空。
+        pad_id: 填在左边的 token。
+        device: 放在哪里。
 
     Returns:
-        ``[..., V]``，去掉的为 ``-inf``。
+        ``(input_ids [B, T], attention_mask [B, T])``，int64；各行一样长时后者为 ``None``，
+        注意力可以走快速路径。
     """
-    ascending, order = logits.sort(dim=-1)
-    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[..., -1] = False
-    return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    width = max(map(len, rows))
+    padded = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    input_ids = torch.tensor(padded, device=device)
+    if all(len(row) == width for row in rows):
+        return input_ids, None
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return input_ids, torch.tensor(mask, device=device)
+
+
+def until_stop(ids: list[int], stop_ids: Container[int]) -> list[int]:
+    """到第一个停止 token 为止，含它：学会停下也是要学的。"""
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: end + 1]
 
 
 class TextGenerator:
@@ -89,7 +87,7 @@ class TextGenerator:
 
     def generate(
         self,
-        prompts: str | list[str],
+        prompts: str | Sequence[str] | Sequence[list[int]],
         *,
         strategy: Strategy = "greedy",
         max_new_tokens: int = 256,
@@ -102,7 +100,7 @@ class TextGenerator:
         """续写一批提示。
 
         Args:
-            prompts: 一条或多条提示；空串从 bos（没有就从 ``<|endoftext|>``）开始。
+            prompts: 一条或多条提示，文字或已编码的；空串从 bos（没有就从 ``<|endoftext|>``）开始。
             strategy: ``greedy``、``top_k``、``top_p`` 或 ``sample``（不过滤）。
             max_new_tokens: 每条最多生成的 token 数；到 ``max_seq_len`` 也会停。
             temperature: 采样温度，``greedy`` 不用。
@@ -117,10 +115,10 @@ class TextGenerator:
         Raises:
             DistillabError: 参数越界，没有提示，或提示太长。
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if stream is not None and len(prompts) != 1:
-            raise DistillabError(f"stream needs exactly one prompt, found {len(prompts)}")
-        input_ids, attention_mask = self._encode(prompts)
+        rows: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if stream is not None and len(rows) != 1:
+            raise DistillabError(f"stream needs exactly one prompt, found {len(rows)}")
+        input_ids, attention_mask = self._encode(rows)
         streamer = None if stream is None else _Streamer(self, stream)
         new_ids = self.generate_ids(
             input_ids,
@@ -130,12 +128,19 @@ class TextGenerator:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seed=seed,
+            seeds=row_seeds(seed, len(rows)),
             on_token=None if streamer is None else lambda ids: streamer.put(int(ids[0])),
         )
         if streamer is not None:
             streamer.finish()
-        return [self._decode(self._until_stop(row)) for row in new_ids.tolist()]
+        return [self.decode(row) for row in new_ids.tolist()]
+
+    def decode(self, ids: list[int]) -> str:
+        """``generate_ids`` 的一行 → 文字，不含停止 token 与其后的填充。"""
+        ids = until_stop(ids, self.stop_ids)
+        if ids[-1] in self.stop_ids:  # 未必是特殊 token，不能靠解码时跳过
+            ids = ids[:-1]
+        return self._decode(ids)
 
     @torch.no_grad()
     def generate_ids(
@@ -148,7 +153,7 @@ class TextGenerator:
         temperature: float = 1.0,
         top_k: int = 50,
         top_p: float = 0.9,
-        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
         on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """续写一批已编码的提示。
@@ -156,12 +161,12 @@ class TextGenerator:
         Args:
             input_ids: ``[B, T]``，int64，左填充。
             attention_mask: ``[B, T]``，1 为真实 token；``None`` 表示没有填充。
-            strategy: 同 ``generate``，``temperature``、``top_k``、``top_p``、``seed`` 亦然。
+            strategy: 同 ``generate``，``temperature``、``top_k``、``top_p`` 亦然。
             max_new_tokens: 最多生成的步数。
             temperature: 见 ``generate``。
             top_k: 见 ``generate``。
             top_p: 见 ``generate``。
-            seed: 见 ``generate``。
+            seeds: 每行的种子，一行的采样不取决于它与谁同批；``None`` 则每次不同。
             on_token: 每一步得到 ``[B]`` 个新 token 后调用。
 
         Returns:
@@ -171,60 +176,63 @@ class TextGenerator:
         Raises:
             DistillabError: 参数越界，或提示没给新 token 留位置。
         """
-        _check_options(strategy, max_new_tokens, temperature, top_k, top_p)
-        batch, length = input_ids.shape
-        room = self.model.max_seq_len - length
+        check_options(strategy, max_new_tokens, temperature, top_k, top_p)
+        batch, width = input_ids.shape
+        room = self.model.max_seq_len - width
         if room < 1:
             raise DistillabError(
-                f"prompt has {length} tokens, expected fewer than "
+                f"prompt has {width} tokens, expected fewer than "
                 f"max_seq_len={self.model.max_seq_len}: shorten it"
             )
-        # 词表末尾的填充行没有对应的文字，不能采到。
-        head = self.model.head.cut(len(self.tokenizer))
         device = input_ids.device
-        generator = torch.Generator(device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        uniform = None
+        if strategy != "greedy":
+            seeds = row_seeds(None, batch) if seeds is None else seeds
+            uniform = uniform_draws(seeds, max_new_tokens).to(device)  # (B, N)
+        limit = min(max_new_tokens, room)
         stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
+        new_ids = input_ids.new_full((batch, limit), self.pad_id)
+        rows = torch.arange(batch, device=device)  # 还在算的行
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        new_ids: list[Tensor] = []
-        step_ids, cache = input_ids, self.model.new_cache()
-        with evaluating(self.model):
-            for _ in range(min(max_new_tokens, room)):
-                hidden = self.model(step_ids, attention_mask, cache)
-                logits = head.logits(hidden[:, -1])  # (B, V)
-                if strategy == "greedy":
-                    chosen = logits.argmax(-1)
-                else:
-                    logits = logits / temperature
-                    if strategy == "top_k":
-                        logits = filter_top_k(logits, top_k)
-                    elif strategy == "top_p":
-                        logits = filter_top_p(logits, top_p)
-                    chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-                chosen = chosen.masked_fill(finished, self.pad_id)
-                new_ids.append(chosen)
+        step_ids, cache, mask = input_ids, self.model.new_cache(), attention_mask
+        if mask is not None:
+            mask = F.pad(mask, (0, limit), value=1)
+        with evaluating(self.model), sampling_weights(self.model, batch, limit):
+            # 词表末尾的填充行没有对应的文字，不能采到。
+            head = self.model.head.cut(len(self.tokenizer))
+            for step in range(limit):
+                seen = None if mask is None else mask[:, : width + step]
+                hidden = self.model(step_ids, seen, cache)
+                chosen = next_tokens(
+                    head.logits(hidden[:, -1]),  # (B, V)
+                    strategy,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    uniform=None if uniform is None else uniform[:, step],
+                ).masked_fill(finished, self.pad_id)
+                new_ids[rows, step] = chosen
                 if on_token is not None:
-                    on_token(chosen)
+                    on_token(new_ids[:, step])
                 finished = finished | torch.isin(chosen, stops)
-                if finished.all():
-                    break
+                ended = int(finished.sum())
+                if ended == len(rows):
+                    return new_ids[:, : step + 1]
+                if ended >= DROP_AT * len(rows):
+                    kept = (~finished).nonzero()[:, 0]
+                    rows, chosen, finished = rows[kept], chosen[kept], finished[kept]
+                    mask = None if mask is None else mask[kept]
+                    uniform = None if uniform is None else uniform[kept]
+                    cache.batch_select_indices(kept)
                 step_ids = chosen[:, None]
-                if attention_mask is not None:
-                    attention_mask = torch.cat(
-                        (attention_mask, attention_mask.new_ones(batch, 1)), dim=1
-                    )
-        return torch.stack(new_ids, dim=1)
+        return new_ids
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """编码并左填充：最后一列总是真实 token，新 token 才能接在每一行后面。"""
+    def _encode(self, prompts: Sequence[str | list[int]]) -> tuple[Tensor, Tensor | None]:
         if not prompts:
             raise DistillabError("prompts is empty, expected at least one prompt")
         rows: list[list[int]] = []
         for prompt in prompts:
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             if not ids:
                 if self._start_id is None:
                     raise DistillabError(
@@ -233,21 +241,7 @@ class TextGenerator:
                     )
                 ids = [self._start_id]
             rows.append(ids)
-        width = max(map(len, rows))
-        device = self.model.head.weight.device
-        padded = [[self.pad_id] * (width - len(row)) + row for row in rows]
-        input_ids = torch.tensor(padded, device=device)
-        if all(len(row) == width for row in rows):
-            return input_ids, None
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return input_ids, torch.tensor(mask, device=device)
-
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        """去掉停止 token 与其后的填充：它们未必是特殊 token，不能靠解码时跳过。"""
-        for index, token in enumerate(ids):
-            if token in self.stop_ids:
-                return ids[:index]
-        return ids
+        return left_pad(rows, self.pad_id, self.model.head.weight.device)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(
@@ -282,20 +276,3 @@ class _Streamer:
         self._emitted = text
         if piece:
             self._emit(piece)
-
-
-def _check_options(
-    strategy: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float
-) -> None:
-    if strategy not in get_args(Strategy):
-        raise DistillabError(f"strategy is '{strategy}', {nearest(strategy, get_args(Strategy))}")
-    if max_new_tokens < 1:
-        raise DistillabError(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if not 0 < temperature < float("inf"):
-        raise DistillabError(
-            f"temperature={temperature}, expected above 0: use strategy greedy for the limit"
-        )
-    if top_k < 1:
-        raise DistillabError(f"top_k={top_k}, expected at least 1")
-    if not 0 < top_p <= 1:
-        raise DistillabError(f"top_p={top_p}, expected above 0 and at most 1")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .errors import DistillabError
+from .kv_cache import dynamic_cache
 from .targets import Head
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """空的 KV cache，交给 ``forward`` 的 ``cache``。"""
+        """空的 KV cache，交给 ``forward`` 的 ``cache``；``batch_select_indices`` 只留其中几行。"""
 
     @abstractmethod
     def enable_activation_checkpointing(self) -> None:
@@ -141,10 +142,8 @@ class PretrainedLM(LanguageModel):
         return Head(output.weight, getattr(output, "bias", None), self._scale, self._softcap)
 
     def new_cache(self) -> Any:
-        """空的 ``transformers.DynamicCache``。"""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
+        """空的 ``transformers.DynamicCache``，完整注意力的层预留余地。"""
+        return dynamic_cache(self.model.config)
 
     @property
     def max_seq_len(self) -> int:

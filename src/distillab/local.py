@@ -11,36 +11,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .config import SamplingConfig
 from .errors import DistillabError
-from .generate import TextGenerator, filter_top_k, filter_top_p
+from .generate import TextGenerator, left_pad, until_stop
 from .language_model import LanguageModel
 from .questions import TOO_LONG, Answer, Outcome, Question
-from .targets import Head
+from .sampling import sampling_options
 
-__all__ = ["LocalBackend", "sample_tokens"]
-
-
-def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """按 softmax 的概率各取一个 token：累积分布的反函数，每行只用一个随机数。
-
-    Args:
-        logits: ``[B, V]``，去掉的 token 为 ``-inf``。
-        uniform: ``[B]``，float64，``[0, 1)`` 上的均匀分布。
-
-    Returns:
-        ``[B]``，int64。
-    """
-    # float64：float32 累加十几万项，尾部的概率会被舍入吃掉。
-    cumulative = logits.double().softmax(-1).cumsum(-1)  # (B, V)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+__all__ = ["LocalBackend"]
 
 
 class LocalBackend:
@@ -50,7 +32,7 @@ class LocalBackend:
         model: 教师。
         tokenizer: 它的 tokenizer。
         render_prompt: 消息 → 提示的 token，到轮到教师开口为止。
-        sampling: 采样；``top_k`` 与 ``top_p`` 都给时先 k 后 p。
+        sampling: 采样。
         batch_size: 一起生成的问题数。
         name: 写进每一行的模型名。
     """
@@ -68,9 +50,8 @@ class LocalBackend:
         self.name = name
         self._render = render_prompt
         self._sampling, self._batch_size = sampling, batch_size
-        self._tokenizer = tokenizer
-        self._model = _SamplingModel(model, sampling)
-        self._generator = TextGenerator(self._model, tokenizer)
+        self._model = model
+        self._generator = TextGenerator(model, tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """写进来历的信息。"""
@@ -113,22 +94,21 @@ class LocalBackend:
                 yield batch
 
     def _answers(self, batch: list[Question], prompts: list[list[int]]) -> list[Answer]:
-        width = max(map(len, prompts))
         device = self._model.head.weight.device
-        pad = self._generator.pad_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = None
-        if any(len(prompt) < width for prompt in prompts):
-            rows = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-            mask = torch.tensor(rows, device=device)
-        self._model.begin([question.seed for question in batch])
+        ids, mask = left_pad(prompts, self._generator.pad_id, device)
+        strategy, options = sampling_options(self._sampling)
         try:
             new_ids = self._generator.generate_ids(
-                ids, mask, strategy="greedy", max_new_tokens=self._sampling.max_new_tokens
+                ids,
+                mask,
+                strategy=strategy,
+                max_new_tokens=self._sampling.max_new_tokens,
+                seeds=[question.seed for question in batch],
+                **options,
             )
         except torch.OutOfMemoryError as error:
             raise DistillabError(
-                f"out of memory with {len(batch)} prompts of up to {width} tokens at once: "
+                f"out of memory with {len(batch)} prompts of up to {ids.shape[1]} tokens at once: "
                 f"lower synthesize.batch_size={self._batch_size}"
             ) from error
         return [
@@ -136,17 +116,14 @@ class LocalBackend:
             for question, row in zip(batch, new_ids.tolist(), strict=True)
         ]
 
-    def _answer(self, question: Question, ids: list[int]) -> Answer:
-        stops = self._generator.stop_ids
-        end = next((index for index, token in enumerate(ids) if token in stops), None)
+    def _answer(self, question: Question, row: list[int]) -> Answer:
+        ids = until_stop(row, self._generator.stop_ids)
         return Answer(
             question,
-            self._tokenizer.decode(
-                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
-            finish_reason="length" if end is None else "stop",
+            self._generator.decode(ids),
+            finish_reason="stop" if ids[-1] in self._generator.stop_ids else "length",
             model=self.name,
-            tokens=len(ids) if end is None else end + 1,
+            tokens=len(ids),
             seed=question.seed if self._sampling.temperature > 0 else None,
         )
 
@@ -160,82 +137,3 @@ class LocalBackend:
             error=f"the prompt has {length} tokens, expected fewer than the context of "
             f"{self._model.max_seq_len}",
         )
-
-
-class _SamplingModel(LanguageModel):
-    """包着教师：它的「贪心」就是按 ``sampling`` 采样，每行用自己的随机数。
-
-    ``TextGenerator`` 的采样整批共用一个随机数发生器，回答就会取决于同批有谁；在 head 的出口
-    换掉 logits，仍走它的解码循环。
-    """
-
-    def __init__(self, model: LanguageModel, sampling: SamplingConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.sampling = sampling
-        self._uniform: list[Tensor] = []
-
-    def begin(self, seeds: Sequence[int]) -> None:
-        """开始一批：每行取好全部随机数 ``[N, B]``；在 CPU 上取，换设备也是同一串。"""
-        if self.sampling.temperature == 0:
-            return
-        rows = [
-            torch.rand(
-                self.sampling.max_new_tokens,
-                dtype=torch.float64,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            for seed in seeds
-        ]
-        self._uniform = list(torch.stack(rows, dim=1).to(self.model.head.weight.device))
-        self._uniform.reverse()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
-    ) -> Tensor:
-        """同教师。"""
-        hidden: Tensor = self.model(input_ids, attention_mask, cache)
-        return hidden
-
-    @property
-    def head(self) -> Head:
-        """教师的 head；采样时在出口换掉 logits。"""
-        head = self.model.head
-        if self.sampling.temperature == 0:
-            return head
-        return _SamplingHead(head.weight, head.bias, head.scale, head.softcap, self._sampled)
-
-    @property
-    def max_seq_len(self) -> int:
-        """同教师。"""
-        return self.model.max_seq_len
-
-    def new_cache(self) -> Any:
-        """同教师。"""
-        return self.model.new_cache()
-
-    def enable_activation_checkpointing(self) -> None:
-        """只用于训练。"""
-        self.model.enable_activation_checkpointing()
-
-    def _sampled(self, logits: Tensor) -> Tensor:
-        """``[B, V]`` → 选中的为 0、其余为 ``-inf``。"""
-        logits = logits / self.sampling.temperature
-        if self.sampling.top_k is not None:
-            logits = filter_top_k(logits, self.sampling.top_k)
-        if self.sampling.top_p is not None:
-            logits = filter_top_p(logits, self.sampling.top_p)
-        chosen = sample_tokens(logits, self._uniform.pop())
-        return torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None], 0.0)
-
-
-@dataclass(frozen=True)
-class _SamplingHead(Head):
-    choose: Callable[[Tensor], Tensor] = lambda logits: logits
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.choose(super().logits(hidden))
-
-    def cut(self, limit: int) -> Head:
-        head = super().cut(limit)
-        return _SamplingHead(head.weight, head.bias, head.scale, head.softcap, self.choose)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import LoraConfig
 from .errors import DistillabError, nearest
@@ -89,6 +89,34 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def mergeable_layers(model: nn.Module) -> dict[Tensor, Any]:
+    """基座的权重 → 装着 adapter 的层；有一层不能在 float32 里合并，或已经关掉，就为空。"""
+    layers = _lora_layers(model).values()
+    found = {}
+    for layer in layers:
+        base = layer.get_base_layer()
+        if type(base) is not nn.Linear or not is_plain_float32(base.weight):
+            return {}
+        if layer.disable_adapters or layer.merged:
+            return {}
+        found[base.weight] = layer
+    return found
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """``W + scaling * B @ A``，新的张量；与 ``merged_copy`` 的相同。"""
+    weight: Tensor = layer.get_base_layer().weight.data
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name)
+    return weight
+
+
+def is_plain_float32(weight: Tensor) -> bool:
+    """是不是普通的 float32 矩阵：分片的（DTensor、ZeRO-3）与量化的都不是。"""
+    return type(weight.data) is Tensor and weight.dtype == torch.float32 and weight.ndim == 2
 
 
 def merged_copy(model: PretrainedLM) -> Any:

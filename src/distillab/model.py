@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .errors import DistillabError
+from .kv_cache import KVCache, LayerCache
 from .language_model import LanguageModel
 from .targets import Head
 
 __all__ = [
     "GQAAttention",
-    "KVCache",
-    "LayerCache",
     "RMSNorm",
     "StudentModel",
     "SwiGLUFFN",
@@ -103,39 +102,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + rotated * sin).to(x.dtype)
 
 
-class LayerCache:
-    """一层的键与值，各 ``[B, nkv, S, hd]``；只存 nkv 个头，GQA 省的就是这里。"""
-
-    def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """接上本次的键值（已旋转），返回全部，各 ``[B, nkv, S, hd]``。"""
-        if self.key is not None and self.value is not None:
-            key = torch.cat((self.key, key), dim=2)
-            value = torch.cat((self.value, value), dim=2)
-        self.key, self.value = key, value
-        return key, value
-
-
-class KVCache:
-    """生成时各层已算过的键值，使每一步只需算新 token。
-
-    Args:
-        num_layers: 层数。
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(num_layers)]
-
-    @property
-    def length(self) -> int:
-        """已缓存的 token 数（含填充）。"""
-        key = self.layers[0].key
-        return 0 if key is None else key.shape[2]
-
-
 class GQAAttention(nn.Module):
     """Grouped-query attention（Ainslie et al. 2023，arXiv:2305.13245）。
 
@@ -195,7 +161,10 @@ class GQAAttention(nn.Module):
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value)
-        if mask is not None and self.group_size > 1:
+        if length == 1:
+            # 一步只有一个查询：同组的查询头排成一组查询，键值头就不必复制。
+            query = query.reshape(batch, -1, self.group_size, self.head_dim)  # (B, nkv, nh/nkv, hd)
+        elif mask is not None and self.group_size > 1:
             # 带 mask 时 CUDA 的快速内核不认 GQA，会退回物化 [B, nh, T, S] 的朴素实现；
             # 复制键值头反而便宜得多。
             key = key.repeat_interleave(self.group_size, dim=1)  # (B, nh, S, hd)
@@ -206,9 +175,10 @@ class GQAAttention(nn.Module):
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and query.shape[2] == key.shape[2],
+            is_causal=length > 1 and mask is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        output = output.reshape(batch, -1, length, self.head_dim)  # (B, nh, T, hd)
         output = output.transpose(1, 2).reshape(batch, length, -1)  # (B, T, nh * hd)
         projected: Tensor = self.o_proj(output)
         return projected

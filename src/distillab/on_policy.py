@@ -105,12 +105,19 @@ class OnPolicy:
         return Prepared(batches, True, sums)
 
 
+@dataclass
 class RolloutGuard:
-    """把 rollout 的总和变成一行指标；不像样时在日志里说一次。"""
+    """把 rollout 的总和变成一行指标；不像样时在日志里说一次。
 
-    def __init__(self) -> None:
-        self.first_length: float | None = None
-        self.warned: set[str] = set()
+    它记得的随训练进度存进检查点：断点续训仍与最初的长度相比，说过的不再说。
+
+    Attributes:
+        first_length: 第一次记录时的平均长度，token。
+        warned: 说过、至今没有好转的。
+    """
+
+    first_length: float | None = None
+    warned: list[str] = field(default_factory=list)
 
     def row(self, sums: dict[str, float], step: int) -> dict[str, Any]:
         """一个记录间隔的指标，并检查它们。
@@ -164,9 +171,9 @@ class RolloutGuard:
             ),
         }
         for kind, (wrong, message) in checks.items():
-            if not wrong:
-                self.warned.discard(kind)
-            elif kind not in self.warned:
-                self.warned.add(kind)
+            if wrong and kind not in self.warned:
+                self.warned.append(kind)
                 logger.warning("step %d: %s", step, message)
+            elif not wrong and kind in self.warned:
+                self.warned.remove(kind)
         return row

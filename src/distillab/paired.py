@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .articles import read_records, text_files
 from .config import DataSection
 from .conversations import Conversation, Message, read_conversations
-from .errors import DistillabError
-from .sources import SHIPPED, fetch, parse_source, require_file
+from .errors import DistillabError, shown, some
+from .sources import SHIPPED, fetch, require_file
+from .usable_responses import usable_responses
 
 SHORTEST_LEAK = 16
 """教师多读到的一行少于这么多字符时不算泄漏：一个数字、一个词也会碰巧出现在问题里。"""
@@ -165,8 +165,8 @@ def _merged(
     common = [key for key in left if key in right]
     if not common:
         raise DistillabError(
-            f"{data.source} and {data.teacher_source} share no {name}: found {_some(left)} in the "
-            f"first and {_some(right)} in the second"
+            f"{data.source} and {data.teacher_source} share no {name}: found {some(left)} in the "
+            f"first and {some(right)} in the second"
         )
     notes.append(f"paired {len(common)} tasks by their {name}")
     for source, only in (
@@ -174,7 +174,7 @@ def _merged(
         (data.teacher_source, [key for key in right if key not in left]),
     ):
         if only:
-            notes.append(f"left out {len(only)} tasks that are only in {source}: {_some(only)}")
+            notes.append(f"left out {len(only)} tasks that are only in {source}: {some(only)}")
     pairs = [Pair(left[key], right[key]) for key in common]
     for pair in pairs:
         _check_pair(pair, data.loss_on, problems)
@@ -318,60 +318,9 @@ def _with_responses(
                 "duplicate id or question, so responses cannot be told apart", pair.student
             )
         by_key[pair.key] = pair
-    answered: dict[str, list[Pair]] = {}
-    unknown: list[str] = []
-    rejected = unfinished = blank = 0
-    for where, row in _response_rows(source):
-        key, response = str(row["id"]), row["response"]
-        if not isinstance(response, str):
-            raise DistillabError(
-                f"{where}: expected text in response, found {type(response).__name__}"
-            )
-        if row.get("kept", True) is not True:
-            rejected += 1
-        elif row.get("finish_reason") == "length":
-            unfinished += 1  # 模板会在没说完的话后面加上「说完了」
-        elif not response.strip():
-            blank += 1
-        elif key not in by_key:
-            unknown.append(key)
-        else:
-            answered.setdefault(key, []).append(by_key[key].answered(response))
-    left_out = [
-        f"{count} {what}"
-        for count, what in (
-            (rejected, "rows that the filter rejected"),
-            (unfinished, "responses that were cut off while being generated"),
-            (blank, "empty responses"),
-            (len(unknown), f"responses to unknown ids: {_some(unknown)}"),
-        )
-        if count
-    ]
-    if not answered:
-        reasons = "; ".join(left_out) or "it is empty"
-        raise DistillabError(
-            f"{source} answers none of the {len(by_key)} tasks, such as {_some(by_key)}; found "
-            f"{reasons}"
-        )
-    if missing := [key for key in by_key if key not in answered]:
-        left_out.append(f"{len(missing)} tasks that it does not answer: {_some(missing)}")
-    notes += [f"{source}: left out {what}" for what in left_out]
-    return [pair for key in by_key for pair in answered.get(key, [])]
-
-
-def _response_rows(source: str) -> Iterable[tuple[str, Mapping[str, object]]]:
-    if parse_source(source).kind == "path" and not Path(source).expanduser().exists():
-        raise DistillabError(
-            f"data.responses: {source!r} does not exist; write it with: distillab synthesize RECIPE"
-        )
-    path = fetch(source)
-    if isinstance(path, str):
-        raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
-    for where, row in read_records(text_files(require_file(path, "a .jsonl file of responses"))):
-        if not isinstance(row, Mapping) or not row.keys() >= {"id", "response"}:
-            found = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
-            raise DistillabError(f"{where}: expected id and response, found {found}")
-        yield where, row
+    responses, left_out = usable_responses(source, by_key)
+    notes += left_out
+    return [pair.answered(text) for key, pair in by_key.items() for text in responses.get(key, [])]
 
 
 # ---------------------------------------------------------------------- 报告
@@ -385,7 +334,7 @@ class _Problems:
 
     def add(self, what: str, conversation: Conversation) -> None:
         name = conversation.id or conversation.question
-        self._found.setdefault(what, []).append(f"{_short(name)} at {conversation.where}")
+        self._found.setdefault(what, []).append(f"{shown(name)} at {conversation.where}")
 
     def raise_any(self, where: str) -> None:
         if self._found:
@@ -394,12 +343,3 @@ class _Problems:
                 for what, tasks in self._found.items()
             )
             raise DistillabError(f"{where}: {'; '.join(parts)}")
-
-
-def _some(keys: Iterable[str]) -> str:
-    names = [_short(key) for key in keys]
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "none"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")

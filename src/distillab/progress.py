@@ -28,6 +28,20 @@ console = Console(stderr=True)
 """进度条与日志共用的终端；stdout 留给结果。"""
 
 
+def make_bar(enabled: bool = True) -> Progress:
+    """进度条：做了几个、任务的 ``status`` 字段、剩余时间；输出被重定向时什么也不画。"""
+    return Progress(
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (enabled and console.is_terminal),
+        transient=True,
+    )
+
+
 class StopRequest:
     """把第一次 Ctrl-C 变成「走完这一步再停」；第二次立即退出。"""
 
@@ -65,20 +79,11 @@ class TrainingProgress:
     """
 
     def __init__(self, total_steps: int, current_step: int, enabled: bool) -> None:
-        self.interactive = enabled and console.is_terminal
         self.enabled = enabled
         self.total_steps = total_steps
         self._speed = 0.0
-        self._bar = Progress(
-            SpinnerColumn(),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.interactive,
-            transient=True,
-        )
+        self._bar = make_bar(enabled)
+        self.interactive = not self._bar.disable
         self._task = self._bar.add_task(
             "train", total=total_steps, completed=current_step, status="starting"
         )

@@ -1,20 +1,19 @@
 """训练中从当前学生采样的 response（on-policy），以及盯着它们的指标。
 
-采样不留痕迹：不建计算图，用自己的随机数生成器，dropout 与 train/eval 状态在采样之后还原。
+采样不留痕迹：不建计算图，每行用自己的种子，dropout 与 train/eval 状态在采样之后还原。
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from .batch import Example, Tokens
 from .config import ResponsesConfig, SamplingConfig
 from .errors import DistillabError
-from .generate import Strategy, TextGenerator
+from .generate import TextGenerator, left_pad, until_stop
+from .sampling import sampling_options
 
 REPEATED_NGRAM = 4
 """一条 response 里重复出现的 4-gram 的份额，就是它的重复程度。"""
@@ -75,23 +74,26 @@ class Rollout:
         prompts = [example.student.prompt for example in examples]
         teacher_prompts = [example.teacher.prompt for example in examples]
         length = self._room(teacher_prompts)
-        width = max(map(len, prompts))
-        pad = self.generator.pad_id
-        device = self.generator.model.head.weight.device
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, mask = left_pad(
+            prompts, self.generator.pad_id, self.generator.model.head.weight.device
+        )
         strategy, options = sampling_options(self.sampling)
         rows = self.generator.generate_ids(
-            ids, mask, strategy=strategy, max_new_tokens=length, seed=seeds[0], **options
+            ids,
+            mask,
+            strategy=strategy,
+            max_new_tokens=length,
+            seeds=seeds,
+            **options,
         ).tolist()
-        responses = [self._until_stop(row) for row in rows]
+        stops = self.generator.stop_ids
+        responses = [until_stop(row, stops) for row in rows]
         sampled = [
             _with_response(example, prompt, teacher_prompt, response)
             for example, prompt, teacher_prompt, response in zip(
                 examples, prompts, teacher_prompts, responses, strict=True
             )
         ]
-        stops = self.generator.stop_ids
         sums = RolloutSums(
             responses=len(responses),
             tokens=sum(map(len, responses)),
@@ -114,12 +116,35 @@ class Rollout:
             )
         return min(length, room)
 
-    def _until_stop(self, row: list[int]) -> list[int]:
-        """到第一个停止 token 为止，含它：学会停下也是要学的。"""
-        for position, token in enumerate(row):
-            if token in self.generator.stop_ids:
-                return row[: position + 1]
-        return row
+
+def answered(
+    examples: Sequence[Example], teacher: TextGenerator, max_new_tokens: int
+) -> list[Example]:
+    """没有 response 的 ``Example``，由教师读着自己的视角贪心地回答；有的不变。
+
+    Args:
+        examples: 一批。
+        teacher: 教师与两个视角共用的 tokenizer。
+        max_new_tokens: 最长的 response。
+    """
+    asked = [example for example in examples if not example.student.response]
+    if not asked:
+        return list(examples)
+    rollout = Rollout(
+        teacher,
+        SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens),
+        teacher.model.max_seq_len,
+    )
+    views = [Example(example.teacher, example.teacher) for example in asked]
+    answers = iter(rollout.sample(views, [0] * len(views))[0])
+    return [
+        example
+        if example.student.response
+        else _with_response(
+            example, example.student.ids, example.teacher.ids, next(answers).student.labels
+        )
+        for example in examples
+    ]
 
 
 def _with_response(
@@ -130,18 +155,6 @@ def _with_response(
 
     student = view(prompt)
     return Example(student, student if example.teacher is example.student else view(teacher_prompt))
-
-
-def sampling_options(sampling: SamplingConfig) -> tuple[Strategy, dict[str, Any]]:
-    """``SamplingConfig`` 换成 ``TextGenerator`` 的参数。"""
-    if sampling.temperature == 0:
-        return "greedy", {}
-    options: dict[str, Any] = {"temperature": sampling.temperature}
-    if sampling.top_k is not None:
-        return "top_k", options | {"top_k": sampling.top_k}
-    if sampling.top_p is not None:
-        return "top_p", options | {"top_p": sampling.top_p}
-    return "sample", options
 
 
 def student_fraction(config: ResponsesConfig, step: int, total_steps: int) -> float:

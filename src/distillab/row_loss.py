@@ -175,6 +175,7 @@ def dense_rows(
     if teacher is not None:
         other = shifted(teacher, teacher_bias, spec.teacher_scale, spec.teacher_softcap)
         log_q, log_p = logits.log_softmax(spec.temperature), other.log_softmax(spec.temperature)
+        # elementwise 之外再算一次 exp：编译之后，共用的 p、q 要写进内存，带标签时慢约 5%
         f, h = elementwise(log_p, log_q, spec)
         same = ((logits.shifted == 0) & (other.shifted == 0)).any(-1)
         values = values._replace(
@@ -188,13 +189,14 @@ def dense_rows(
         gradient = spec.alpha * spec.temperature * project(h, log_q.exp(), spec)
     label_gradient = zero
     if labels is not None and label_product is not None:
+        log_sum = logits.log_sum(1.0)
         shifted_sum = total(logits.shifted)[:, 0] if spec.smoothing else zero
         cross_entropy, label_gradient = label_rows(
-            logits, logits.log_sum(1.0), shifted_sum, label_product, labels, bias, spec
+            logits, log_sum, shifted_sum, label_product, labels, bias, spec
         )
         values = values._replace(cross_entropy=cross_entropy)
         if spec.alpha < 1:
-            gradient = gradient + uniform_rows(logits.shifted, logits.log_sum(1.0), spec)
+            gradient = gradient + uniform_rows(logits.shifted, log_sum, spec)
     if spec.gradient:
         student.copy_(gradient * logits.slope)
     return values, label_gradient

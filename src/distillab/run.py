@@ -7,14 +7,17 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from .build import Parts, build_models, build_teacher, build_trainer, read_pairs
+from .build import Parts, build_models, build_teacher
+from .build_training import build_trainer, read_pairs
 from .card import model_card
 from .chat import render_prompt
 from .checkpoint import BEST, TrainerState, checkpoints, load_student
@@ -203,6 +206,22 @@ def load_generator(name: str) -> TextGenerator:
     return TextGenerator(model, tokenizer)
 
 
+def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> list[list[int]]:
+    """把每句话当作 user 消息，经 chat template 编码；运行目录的用它配方里的选项。"""
+    try:
+        options = RunDirectory.find(name).recipe.data.template_options
+    except DistillabError:
+        options = {}
+    return [_question(prompt, generator.tokenizer, options) for prompt in prompts]
+
+
+def _question(
+    text: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[int]:
+    message = {"role": "user", "content": text}
+    return render_prompt([message], tokenizer, template_options=options)
+
+
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
     """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
     rows = [row for row in read_metrics(run.metrics_file) if row["kind"] == "reference"]
@@ -258,7 +277,11 @@ def _finish(
 def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
     generator = TextGenerator(parts.student, parts.tokenizer)
     prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-    completions = generator.generate(prompts, strategy="greedy", max_new_tokens=length)
+    asked: Sequence[str] | Sequence[list[int]] = prompts
+    if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
+        options = recipe.data.template_options
+        asked = [_question(prompt, parts.tokenizer, options) for prompt in prompts]
+    completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
     rows = [
         {"prompt": prompt, "student": text}
         for prompt, text in zip(prompts, completions, strict=True)

@@ -19,19 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from .config import SynthesizeConfig
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
-from .progress import StopRequest, console
+from .progress import StopRequest, make_bar
 from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered
 from .responses import ResponseFile
 
@@ -314,16 +305,7 @@ class _SynthesisProgress:
     def __init__(self, report: SynthesisReport) -> None:
         self._report = report
         self._before = report.answered
-        self._bar = Progress(
-            SpinnerColumn(),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._bar = make_bar()
         self._task = self._bar.add_task(
             "synthesize", total=report.asked, completed=report.answered, status="starting"
         )

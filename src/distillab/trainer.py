@@ -45,7 +45,7 @@ from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
 from .metrics import MetricsLog
-from .on_policy import OnPolicy, Prepared, RolloutGuard
+from .on_policy import OnPolicy, Prepared
 from .progress import StopRequest, TrainingProgress
 from .rollout import RolloutSums
 from .targets import Targets
@@ -158,7 +158,7 @@ class DistillationTrainer:
 
         self.vocab_limit = vocab_limit or student.vocab_size
         self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
-        self.on_policy, self.guard = on_policy, RolloutGuard()
+        self.on_policy = on_policy
         self.train_loader = self._train_loader(train_data, train_sampler)
         self.validation_loader = self.evaluation_loader(validation_data)
         window = config.gradient_accumulation_steps
@@ -367,7 +367,7 @@ class DistillationTrainer:
             row["tokens_per_second"] = round(tokens / interval["seconds"], 1)
             sampled = {key.removeprefix("rollout."): value for key, value in interval.items()
                        if key.startswith("rollout.")}  # fmt: skip
-            row |= self.guard.row(sampled, state.current_step)
+            row |= state.guard.row(sampled, state.current_step)
         state.interval = {}
         log.write(row)
         progress.log(row)

@@ -381,10 +381,6 @@ CASES = {
         (*ON_POLICY, SET, "data={source: text.jsonl, format: text, teacher_source: null}"), None,
         "recipe.yaml: responses.student_fraction=1 and data.format=text disagree: only chat data "
         "has prompts to sample from"),
-    "on-policy: no response to validate on": (
-        ON_POLICY, both(turns(PLAIN, lambda m: m[:-1]), turns(KNOWING, lambda m: m[:-1])),
-        "plain.jsonl: none of the 1 conversations held out for validation has a response to "
-        "measure on; write some with distillab synthesize RECIPE and set data.responses"),
     "on-policy: some without a response": (
         (*ON_POLICY, SET, "responses.student_fraction=0.5"),
         both(turns(PLAIN, lambda m: m[:-1], 3), turns(KNOWING, lambda m: m[:-1], 3)),

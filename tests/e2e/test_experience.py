@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,88 @@ def test_lora_student_is_its_own_teacher(paired, command):
     assert summary["texts"]["words"]["teacher"] == summary["texts"]["words"]["student_before"]
     before, after = summary["student_before"]["kl"], summary["student_after"]["kl"]
     assert 0 < after < before
+
+
+def test_synthesis_that_was_killed_goes_on_without_repeating_or_losing_a_row(paired, start):
+    arguments = [
+        "synthesize", "recipe.yaml", "--set", "synthesize.samples=30", "--set",
+        "synthesize.sampling.temperature=1.0",
+    ]  # fmt: skip
+    output = Path("responses.jsonl")
+
+    def written():
+        return output.read_bytes().count(b"\n") if output.exists() else 0
+
+    process = start(*arguments)
+    deadline = time.monotonic() + 120
+    while written() < 40 and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = output.read_bytes()
+    kept = before[: before.rfind(b"\n") + 1]
+    assert 40 <= kept.count(b"\n") < 1200
+
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert output.read_bytes().startswith(kept)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {(row["id"], row["sample"]) for row in rows} == {
+        (f"t{number}", sample) for number in range(40) for sample in range(30)
+    }
+    assert len(rows) == 1200
+    assert "asked 1,200, kept 1,200" in out
+
+
+def test_interrupted_synthesis_says_how_to_go_on(paired, start):
+    process = start(
+        "synthesize", "recipe.yaml", "--set", "synthesize.samples=200", "--set",
+        "synthesize.sampling.temperature=1.0",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not Path("responses.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = err.splitlines()[-1]
+    assert re.fullmatch(
+        r"stopped: [\d,]+ of 8,000 answers are in responses\.jsonl; run the same command again to "
+        r"continue", last
+    )  # fmt: skip
+    assert "Traceback" not in err
+
+
+def test_prompts_alone_are_enough_when_every_response_is_sampled(paired, command):
+    for name in ("plain.jsonl", "knowing.jsonl"):
+        records = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        for record in records:
+            del record["messages"][-1]
+        Path(name).write_text(lines(records))
+    changes = ["--set", "loss.alpha=1", "--set", "loss.divergence=jsd", "--set"]
+    code, _, err = command("train", "recipe.yaml", *changes, "responses.student_fraction=0.5")
+    assert code == 2  # 有的步要数据里的 response
+    assert "no response" in err
+    code, _, err = command("train", "recipe.yaml", *changes, "responses.student_fraction=1.0")
+    assert code == 0, err
+    assert "the teacher answers the 4 validation prompts that have no response" in err
+    summary = json.loads(Path("runs/recipe/summary.json").read_text())
+    # 教师贪心写的 response，教师自己的困惑度接近 1。
+    assert summary["teacher"]["perplexity"] < 1.5 < summary["student_before"]["perplexity"]
+
+
+def test_a_chat_run_answers_questions(paired, command):
+    code, out, err = command(
+        "train", "recipe.yaml", "--set", "evaluate.prompts=['colour of item 3?']", "--set",
+        "train.max_steps=1", "--set", "evaluate.max_new_tokens=8",
+    )  # fmt: skip
+    assert code == 0, err
+    sample = json.loads(Path("runs/recipe/samples.jsonl").read_text())
+    assert sample["student"] in COLOURS  # 经了模板，学生知道这是要它回答
+    arguments = ["recipe", "--prompt", "colour of item 3?", "--max-new-tokens", "8"]
+    code, out, _ = command("generate", *arguments, "--chat")
+    assert code == 0
+    assert out == f"colour of item 3?\n{sample['student']}\n"
+    assert command("generate", *arguments)[1] != out

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from objectives import relative
 
 from distillab.config import LossConfig
 from distillab.fused import fused_distillation_loss
@@ -33,10 +34,6 @@ def ours(loss):
     sums = fused_distillation_loss(hidden, weight, labels, targets, loss)
     sums.total.backward()
     return sums.total.detach(), hidden.grad, weight.grad
-
-
-def relative(found, theirs):
-    return ((found - theirs).norm() / theirs.norm()).item()
 
 
 def objective(beta):

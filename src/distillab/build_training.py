@@ -1,0 +1,202 @@
+"""由配方装配数据与训练循环；模型在 ``build.py`` 里装配。"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+
+from .batch import Batch, collate_examples, collate_text
+from .build import Parts
+from .chat_data import ChatDataset, LengthGroupedSampler
+from .config import Recipe, TextConfig
+from .data import WikiDataset
+from .errors import DistillabError
+from .generate import TextGenerator
+from .lora import adapters_off
+from .on_policy import OnPolicy
+from .paired import Pair, load_pairs
+from .rollout import Rollout, answered
+from .trainer import DistillationTrainer
+
+logger = logging.getLogger("distillab")
+
+
+@dataclass
+class Data:
+    """训练循环要的数据。
+
+    Attributes:
+        train: 训练集。
+        validation: 验证集。
+        collate: 把若干项拼成 ``Batch``。
+        sampler: 训练集的次序；``None`` 为随机打乱。
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    sampler: Sampler[int] | None = None
+
+
+def read_pairs(recipe: Recipe) -> list[Pair]:
+    """对话数据读入并查对，不需要模型：写错的数据不必等几十亿参数装好才发现。
+
+    Returns:
+        各对；数据是文本时为空。
+
+    Raises:
+        DistillabError: 见 ``load_pairs``。
+    """
+    if recipe.data.format != "chat":
+        return []
+    pairs, notes = load_pairs(recipe.data, need_response=not recipe.responses.only_sampled)
+    for note in notes:
+        logger.info("%s", note)
+    return pairs
+
+
+def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
+    """装配训练与验证数据。
+
+    Args:
+        recipe: 配方。
+        parts: 装配好的模型。
+        pairs: ``read_pairs`` 的返回值。
+
+    Raises:
+        DistillabError: 数据读不了，或序列长度超过模型的上限。
+    """
+    data = recipe.data
+    models = {"student": parts.student, "teacher": parts.teacher}
+    longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
+    for name, limit in longest.items():
+        if data.max_seq_len is not None and data.max_seq_len > limit:
+            raise DistillabError(
+                f"data.max_seq_len={data.max_seq_len} is above the {name}'s longest sequence "
+                f"{limit}"
+            )
+    if data.format == "chat":
+        return _chat_data(recipe, parts, pairs, data.max_seq_len or min(longest.values()))
+    train, validation = WikiDataset.build(
+        data.source,
+        parts.tokenizer,
+        max_seq_len=data.max_seq_len or parts.student.max_seq_len,
+        size_mb=data.size_mb,
+        validation_fraction=data.validation_fraction,
+        text_field=data.text_field,
+        subset=data.subset,
+        split=data.split,
+        seed=recipe.train.seed,
+        sha256=data.sha256,
+    )
+    logger.info(
+        "%s training tokens, %s for validation, in sequences of %d",
+        f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,
+    )  # fmt: skip
+    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
+
+
+def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
+    train, validation, report = ChatDataset.build(
+        pairs,
+        recipe.data,
+        parts.tokenizer,
+        max_seq_len=max_seq_len,
+        seed=recipe.train.seed,
+        only_prompts=recipe.responses.only_sampled,
+    )
+    for line in report.lines():
+        logger.info("%s", line)
+    config = recipe.train
+    window = config.batch_size * config.gradient_accumulation_steps * _processes()
+    collate = partial(
+        collate_examples,
+        pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
+        vocab_limit=parts.vocab_limit,
+        padding_side=parts.tokenizer.padding_side,
+    )
+    sampler = LengthGroupedSampler(train.lengths, window, config.seed)
+    if recipe.responses.only_sampled and parts.teacher is not None:
+        return Data(train, _answered(validation, recipe, parts), collate, sampler)
+    return Data(train, validation, collate, sampler)
+
+
+def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[Any]:
+    """验证集里只有 prompt 的，由教师来回答：验证要有一份不随学生而变的 response。"""
+    count = min(len(validation), recipe.evaluate.max_sequences or len(validation))
+    examples = [validation[i * len(validation) // count] for i in range(count)]
+    missing = sum(not example.student.response for example in examples)
+    if not missing:
+        return validation
+    logger.info("the teacher answers the %d validation prompts that have no response", missing)
+    assert parts.teacher is not None
+    generator = TextGenerator(parts.teacher, parts.tokenizer)
+    size, length = recipe.synthesize.batch_size, recipe.sampling.max_new_tokens
+    shared = parts.teacher is parts.student
+    with adapters_off(parts.student) if shared else nullcontext():
+        return [  # type: ignore[return-value]  # 列表也是 map-style 的数据集
+            example
+            for start in range(0, count, size)
+            for example in answered(examples[start : start + size], generator, length)
+        ]
+
+
+def build_text(config: TextConfig, parts: Parts) -> WikiDataset:
+    """``evaluate.texts`` 的一项：这份文本的验证部分。
+
+    Raises:
+        DistillabError: 读不了，或比一条序列还短。
+    """
+    return WikiDataset.build(
+        config.source,
+        parts.tokenizer,
+        max_seq_len=config.max_seq_len,
+        size_mb=config.size_mb,
+        text_field=config.text_field,
+        subset=config.subset,
+        split=config.split,
+        sha256=config.sha256,
+    )[1]
+
+
+def build_trainer(
+    recipe: Recipe, parts: Parts, run_dir: Path, pairs: list[Pair]
+) -> DistillationTrainer:
+    """装配训练循环；参数见 ``build_data``。"""
+    data = build_data(recipe, parts, pairs)
+    on_policy = None
+    if recipe.responses.on_policy:
+        generator = TextGenerator(parts.student, parts.tokenizer)
+        limit = None if parts.teacher is None else parts.teacher.max_seq_len
+        on_policy = OnPolicy(
+            Rollout(generator, recipe.sampling, limit),
+            recipe.responses,
+            data.collate,
+            recipe.train.seed,
+        )
+    return DistillationTrainer(
+        parts.student,
+        parts.local_teacher(),
+        data.train,
+        data.validation,
+        recipe.train,
+        run_dir,
+        loss=recipe.loss,
+        evaluate=recipe.evaluate,
+        vocab_limit=parts.vocab_limit,
+        collate=data.collate,
+        train_sampler=data.sampler,
+        on_policy=on_policy,
+    )
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
