@@ -77,7 +77,7 @@ def taught(workdir):
         "loss: {temperature: 1.0}\n"
         "sampling: {max_new_tokens: 6}\n"
         f"train: {{batch_size: 2, gradient_accumulation_steps: 4, max_steps: {STEPS},\n"
-        "        num_epochs: 9, warmup_steps: 0, learning_rate: 1e-3, precision: fp32,\n"
+        "        num_epochs: 20, warmup_steps: 0, learning_rate: 1e-3, precision: fp32,\n"
         "        scheduler: constant, log_interval: 1, eval_interval: 100, save_interval: 100}\n"
     )
     return workdir
@@ -217,7 +217,7 @@ def test_two_processes_give_the_steps_of_one(train, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gkd 0.5 sampled"])
 def test_killed_on_policy_run_resumes_to_the_same_steps(start, command, taught, method):
-    longer = [*METHODS[method], "train.max_steps=40", "train.save_interval=2", "name=run"]
+    longer = [*METHODS[method], "train.max_steps=20", "train.save_interval=4", "name=run"]
     process = start("train", "recipe.yaml", *options(longer))
     metrics = Path("runs/run/metrics.jsonl")
     deadline = time.monotonic() + 240
@@ -233,5 +233,5 @@ def test_killed_on_policy_run_resumes_to_the_same_steps(start, command, taught, 
     assert "resumed from" in err
     code, _, err = command("train", "recipe.yaml", *options([*longer, "name=whole"]))
     assert code == 0, err
-    assert len(steps("run")) == 40
+    assert len(steps("run")) == 20
     assert_same(steps("run"), steps("whole"))
