@@ -93,9 +93,9 @@ def make_batch(options: argparse.Namespace) -> Any:
 def worker(options: argparse.Namespace) -> Record:
     """训练几步，量最后一步：optimizer 的状态已经在，编译与缓存已经过去。"""
     from distillab.config import LossConfig, TrainingConfig
+    from distillab.distillation_module import DistillationModule
     from distillab.engine import make_optimizer
     from distillab.lora import adapter_parameters
-    from distillab.trainer import DistillationModule
 
     student, teacher = build(options)
     batch = make_batch(options)

@@ -151,12 +151,12 @@ def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
     """On-policy 的一步：8 个提示，教师多读约 110 个 token 的经验，各采 24 个 token。"""
     from distillab.batch import Example, Tokens, collate_examples
     from distillab.config import LossConfig, SamplingConfig, TrainingConfig
+    from distillab.distillation_module import DistillationModule
     from distillab.engine import make_optimizer
     from distillab.generate import TextGenerator
     from distillab.language_model import PretrainedLM
     from distillab.rollout import Rollout
     from distillab.teachers import LocalTeacher
-    from distillab.trainer import DistillationModule
 
     student, teacher = (PretrainedLM(copy.deepcopy(hf_model)) for _ in range(2))
     generator = TextGenerator(student, tokenizer)

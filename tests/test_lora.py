@@ -17,6 +17,7 @@ from distillab.build import build_models
 from distillab.checkpoint import checkpoints, load_checkpoint, load_student
 from distillab.config import EvaluateConfig, LoraConfig, LossConfig, Recipe, TrainingConfig
 from distillab.convert import export_student
+from distillab.distillation_module import DistillationModule
 from distillab.errors import DistillabError
 from distillab.language_model import PretrainedLM, evaluating
 from distillab.lora import (
@@ -30,7 +31,7 @@ from distillab.lora import (
 from distillab.metrics import read_metrics
 from distillab.run import train
 from distillab.teachers import AdapterOffTeacher, LocalTeacher
-from distillab.trainer import DistillationModule, DistillationTrainer
+from distillab.trainer import DistillationTrainer
 
 IDS = torch.arange(24).view(2, 12) * 7 % 400
 RANK_4 = {"rank": 4}

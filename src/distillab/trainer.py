@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
 from .checkpoint import (
@@ -32,6 +32,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import EvaluateConfig, LossConfig, TrainingConfig
+from .distillation_module import DistillationModule
 from .engine import (
     learning_rate_factor,
     make_accelerator,
@@ -40,9 +41,9 @@ from .engine import (
     warmup_steps,
 )
 from .errors import DistillabError
-from .evaluate import WITH_TEACHER, WITHOUT_TEACHER, Metrics, student_metrics, teacher_metrics
-from .fused import fused_distillation_loss
+from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
+from .loaders import evaluation_loader, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
@@ -54,52 +55,6 @@ from .teachers import LocalTeacher
 logger = logging.getLogger("distillab")
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-class DistillationModule(nn.Module):
-    """学生与损失合成的一个模块：损失在 ``forward`` 里，DDP、FSDP2、ZeRO-3 的 hook 自然触发。
-
-    Args:
-        student: 学生。
-        loss: 目标函数。
-        vocab_limit: head 只看前若干个 token；其余是填充行，没有概率也没有梯度。
-        label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
-            熵与教师的 log 概率的估计。
-    """
-
-    def __init__(
-        self,
-        student: LanguageModel,
-        loss: LossConfig,
-        vocab_limit: int,
-        label_metrics: bool = False,
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.loss = loss
-        self.vocab_limit = vocab_limit
-        self.label_metrics = label_metrics
-
-    def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
-        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
-        view = batch.student
-        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
-        loss = self.loss
-        if not self.training:
-            loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
-        head = self.student.head
-        return fused_distillation_loss(
-            hidden,
-            head.weight,
-            batch.labels,
-            targets,
-            loss,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            vocab_limit=self.vocab_limit,
-            label_metrics=self.label_metrics,
-        )
 
 
 class DistillationTrainer:
@@ -159,7 +114,9 @@ class DistillationTrainer:
         self.vocab_limit = vocab_limit or student.vocab_size
         self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
         self.on_policy = on_policy
-        self.train_loader = self._train_loader(train_data, train_sampler)
+        self.train_loader = train_loader(
+            train_data, self.accelerator, self.collate, config.batch_size, train_sampler
+        )
         self.validation_loader = self.evaluation_loader(validation_data)
         window = config.gradient_accumulation_steps
         reuse = 1 if on_policy is None else on_policy.config.reuse
@@ -424,27 +381,6 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 数据
 
-    def _train_loader(self, data: Dataset[Any], sampler: Sampler[int] | None) -> Any:
-        size, processes = self.config.batch_size, self.accelerator.num_processes
-        if len(data) < size * processes:  # type: ignore[arg-type]
-            raise DistillabError(
-                f"the training data has {len(data)} sequences, fewer than one batch of "  # type: ignore[arg-type]
-                f"train.batch_size={size} on {processes} process(es)"
-            )
-        cuda = self.accelerator.device.type == "cuda"
-        loader = DataLoader(
-            data,
-            batch_size=size,
-            shuffle=sampler is None,
-            sampler=sampler,
-            drop_last=True,
-            collate_fn=self.collate,
-            num_workers=2 if cuda else 0,
-            pin_memory=cuda,
-            generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
-        )
-        return self.accelerator.prepare(loader)
-
     def evaluation_loader(
         self,
         data: Dataset[Any],
@@ -461,16 +397,12 @@ class DistillationTrainer:
         Raises:
             DistillabError: 一条也没有。
         """
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        total = len(data)  # type: ignore[arg-type]
-        count = min(total, max_sequences or self.evaluate_config.max_sequences or total)
-        if count == 0:
-            raise DistillabError("the validation data has no sequence")
-        return DataLoader(
-            Subset(data, [i * total // count for i in range(rank, count, processes)]),
+        return evaluation_loader(
+            data,
+            self.accelerator,
+            collate or self.collate,
             batch_size=self.evaluate_config.batch_size,
-            collate_fn=collate or self.collate,
-            generator=torch.Generator(),
+            max_sequences=max_sequences or self.evaluate_config.max_sequences,
         )
 
     def _global_sum(self, value: float) -> float:

@@ -1,0 +1,59 @@
+"""``DistillationModule``：学生与损失合成的一个模块，引擎包装的就是它。"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .batch import Batch
+from .config import LossConfig
+from .evaluate import WITH_TEACHER, WITHOUT_TEACHER
+from .fused import fused_distillation_loss
+from .language_model import LanguageModel
+from .losses import LossSums
+from .targets import Targets
+
+
+class DistillationModule(nn.Module):
+    """学生与损失合成的一个模块：损失在 ``forward`` 里，DDP、FSDP2、ZeRO-3 的 hook 自然触发。
+
+    Args:
+        student: 学生。
+        loss: 目标函数。
+        vocab_limit: head 只看前若干个 token；其余是填充行，没有概率也没有梯度。
+        label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
+            熵与教师的 log 概率的估计。
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        loss: LossConfig,
+        vocab_limit: int,
+        label_metrics: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.vocab_limit = vocab_limit
+        self.label_metrics = label_metrics
+
+    def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
+        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
+        view = batch.student
+        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
+        loss = self.loss
+        if not self.training:
+            loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
+        head = self.student.head
+        return fused_distillation_loss(
+            hidden,
+            head.weight,
+            batch.labels,
+            targets,
+            loss,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            vocab_limit=self.vocab_limit,
+            label_metrics=self.label_metrics,
+        )

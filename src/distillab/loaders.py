@@ -1,0 +1,92 @@
+"""数据集变成一批一批的 ``Batch``：训练的由引擎分给各进程，评测的各取互不重叠的一份。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from .batch import Batch
+from .errors import DistillabError
+
+Collate = Callable[[Sequence[Any]], Batch]
+"""把若干项拼成 ``Batch``。"""
+
+
+def train_loader(
+    data: Dataset[Any],
+    accelerator: Accelerator,
+    collate: Collate,
+    batch_size: int,
+    sampler: Sampler[int] | None = None,
+) -> Any:
+    """训练数据；最后不足一批的不要。
+
+    Args:
+        data: 训练集。
+        accelerator: 引擎，由它分给各进程。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每个进程每批几条。
+        sampler: 次序；``None`` 为随机打乱。
+
+    Returns:
+        Accelerate 包装过的 ``DataLoader``。
+
+    Raises:
+        DistillabError: 数据不足每个进程一批。
+    """
+    processes, count = accelerator.num_processes, len(data)  # type: ignore[arg-type]
+    if count < batch_size * processes:
+        raise DistillabError(
+            f"the training data has {count} sequences, fewer than one batch of "
+            f"train.batch_size={batch_size} on {processes} process(es)"
+        )
+    cuda = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        data,
+        batch_size=batch_size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=2 if cuda else 0,
+        pin_memory=cuda,
+        generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
+    )
+    return accelerator.prepare(loader)
+
+
+def evaluation_loader(
+    data: Dataset[Any],
+    accelerator: Accelerator,
+    collate: Collate,
+    *,
+    batch_size: int,
+    max_sequences: int | None = None,
+) -> DataLoader[Any]:
+    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。
+
+    Args:
+        data: 要评测的数据。
+        accelerator: 引擎。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每批几条。
+        max_sequences: 一共取几条；``None`` 为全部。
+
+    Raises:
+        DistillabError: 一条也没有。
+    """
+    total = len(data)  # type: ignore[arg-type]
+    count = min(total, max_sequences or total)
+    if count == 0:
+        raise DistillabError("the validation data has no sequence")
+    own = range(accelerator.process_index, count, accelerator.num_processes)
+    return DataLoader(
+        Subset(data, [i * total // count for i in own]),
+        batch_size=batch_size,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
