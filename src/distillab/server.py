@@ -67,7 +67,6 @@ class ServerBackend:
     Args:
         config: 地址、模型与限度。
         sampling: 采样；``top_k`` 不在 OpenAI 的协议里，只在设了时才发。
-        extra_body: 请求里另加的字段，如 vLLM 的 ``{"chat_template_kwargs": {...}}``。
 
     Raises:
         DistillabError: 没有装 ``openai``，或说好放密钥的环境变量里没有密钥。

