@@ -92,6 +92,12 @@ def test_child_states_only_its_difference_and_mappings_merge(write):
     assert (child.name, child.description) == ("child", "")
 
 
+def test_an_alias_is_a_copy(write):
+    path = write("r.yaml", "teacher: &model {path: t}\nstudent: *model\ndata: {source: text.txt}\n")
+    recipe = load_recipe(path, ["teacher.dtype=float32", "student.path=s"])
+    assert (recipe.teacher.path, recipe.student.path) == ("t", "s")
+
+
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(write):
     path = write("r.yaml", BASE + "train: {learning_rate: 1.0e-3}\n")
     overrides = ["train.learning_rate=3e-4", "train.learning_rate=2e-4", "evaluate.prompts=[a, b]"]

@@ -14,7 +14,7 @@ KEYS = ["a", "b", "c"]
 def read(tmp_path):
     def call(rows):
         path = tmp_path / "responses.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return usable_responses(str(path), KEYS)
 
     return call
@@ -57,11 +57,25 @@ def test_responses_that_answer_nothing_are_refused(read):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": "a", "reply": "x"}, "responses.jsonl:1: expected id and response, found id, reply"),
-        (["a"], "responses.jsonl:1: expected id and response, found list"),
-        ({"id": "a", "response": 4}, "responses.jsonl:1: expected text in response, found int"),
+        (
+            {"id": "a", "reply": "x"},
+            "responses.jsonl line 1 is not a response: expected a JSON object with id, response",
+        ),
+        (["a"], "responses.jsonl line 1 is not a response"),
+        (
+            {"id": "a", "response": 4},
+            "responses.jsonl line 1: expected text in response, found int",
+        ),
     ],
 )
 def test_rows_that_are_no_responses_are_refused(read, row, message):
     with pytest.raises(DistillabError, match=message):
         read([row])
+
+
+def test_a_row_that_a_kill_left_half_written_is_ignored(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"id": "a", "response": "1"}\n{"id": "b", "resp')
+    assert usable_responses(str(path), KEYS)[0] == {"a": ["1"]}
+    path.write_text('{"id": "a", "response": "1"}\n{"id": "b", "response": "2"}')  # 只是没有换行
+    assert usable_responses(str(path), KEYS)[0] == {"a": ["1"], "b": ["2"]}

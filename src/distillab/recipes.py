@@ -145,7 +145,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: found a {type(values).__name__}, expected a mapping with keys like "
             f"student, teacher, data"
         )
-    return values
+    return {key: _unshared(value) for key, value in values.items()}
+
+
+def _unshared(value: Any) -> Any:
+    """YAML 的 ``*别名`` 处处是同一个对象；合并时改了一处，不该处处都变。"""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _with_parents(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from .errors import DistillabError
 
-__all__ = ["ResponseFile", "read_responses"]
+__all__ = ["ResponseFile", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -25,21 +26,27 @@ _RECORDED_ONLY = ("created", "versions", "recipe", "backend.base_url", "filter")
 _ROW_KEYS = {"id", "sample", "response", "kept"}
 
 
-def read_responses(path: Path) -> list[Row]:
-    """读出留下的回答，供训练用；写到一半的最后一行被忽略。
+def read_rows(path: Path, keys: Collection[str] = ("id", "response")) -> list[Row]:
+    """读出全部整行，留下与没留下的都在；写到一半的最后一行被忽略。
 
     Args:
-        path: ``distillab synthesize`` 写的 jsonl。
+        path: ``distillab synthesize`` 写的 jsonl，或别的每行有 ``keys`` 的。
+        keys: 每行必须有的键。
 
     Returns:
-        ``kept`` 为真的行，按文件里的先后。
+        按文件里的先后。
 
     Raises:
         DistillabError: 没有这个文件，或中间有一行不是回答。
     """
     if not path.is_file():
         raise DistillabError(f"{path}: no such file; write it with: distillab synthesize RECIPE")
-    return [row for row in _read(path)[0] if row["kept"] is True]
+    rows, end, _ = _read(path, keys)
+    with suppress(ValueError):  # 手写的文件，最后一行可以没有换行
+        last = json.loads(path.read_bytes()[end:])
+        if isinstance(last, dict) and last.keys() >= set(keys):
+            rows.append(last)
+    return rows
 
 
 class ResponseFile:
@@ -89,7 +96,7 @@ class ResponseFile:
             DistillabError: 文件不是 ``synthesize`` 写的，或来历对不上。
         """
         self._provenance = json.loads(json.dumps(provenance, default=str))
-        rows, end, size = _read(self.path) if self.path.exists() else ([], 0, 0)
+        rows, end, size = _read(self.path, _ROW_KEYS) if self.path.exists() else ([], 0, 0)
         if size and not self.sidecar.exists():
             raise DistillabError(
                 f"{self.path} exists without {self.sidecar.name}, so distillab synthesize did not "
@@ -155,7 +162,7 @@ class ResponseFile:
             )
 
 
-def _read(path: Path) -> tuple[list[Row], int, int]:
+def _read(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
     """``(整行, 最后一个整行的结尾, 文件长度)``，后两个以字节计。"""
     # 按字节切：str.splitlines 会把回答里的 U+2028 也当作换行。
     content = path.read_bytes()
@@ -166,10 +173,10 @@ def _read(path: Path) -> tuple[list[Row], int, int]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not row.keys() >= _ROW_KEYS:
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
             raise DistillabError(
                 f"{path} line {number} is not a response: expected a JSON object with "
-                f"{', '.join(sorted(_ROW_KEYS))}"
+                f"{', '.join(sorted(keys))}"
             )
         rows.append(row)
     return rows, end, len(content)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
-from .articles import read_records, text_files
 from .errors import DistillabError, some
+from .responses import Row, read_rows
 from .sources import fetch, parse_source, require_file
 
 
@@ -26,11 +26,12 @@ def usable_responses(source: str, keys: Collection[str]) -> tuple[dict[str, list
     answered: dict[str, list[str]] = {}
     unknown: list[str] = []
     rejected = unfinished = blank = 0
-    for where, row in _rows(source):
+    for number, row in enumerate(_rows(source), start=1):
         key, response = str(row["id"]), row["response"]
         if not isinstance(response, str):
             raise DistillabError(
-                f"{where}: expected text in response, found {type(response).__name__}"
+                f"{source} line {number}: expected text in response, "
+                f"found {type(response).__name__}"
             )
         if row.get("kept", True) is not True:
             rejected += 1
@@ -62,16 +63,12 @@ def usable_responses(source: str, keys: Collection[str]) -> tuple[dict[str, list
     return answered, [f"{source}: left out {what}" for what in left_out]
 
 
-def _rows(source: str) -> Iterable[tuple[str, Mapping[str, object]]]:
-    if parse_source(source).kind == "path" and not Path(source).expanduser().exists():
+def _rows(source: str) -> list[Row]:
+    path = fetch(source) if parse_source(source).kind != "path" else Path(source).expanduser()
+    if isinstance(path, str):
+        raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
+    if not path.exists():
         raise DistillabError(
             f"data.responses: {source!r} does not exist; write it with: distillab synthesize RECIPE"
         )
-    path = fetch(source)
-    if isinstance(path, str):
-        raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
-    for where, row in read_records(text_files(require_file(path, "a .jsonl file of responses"))):
-        if not isinstance(row, Mapping) or not row.keys() >= {"id", "response"}:
-            found = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
-            raise DistillabError(f"{where}: expected id and response, found {found}")
-        yield where, row
+    return read_rows(require_file(path, "a .jsonl file of responses"))

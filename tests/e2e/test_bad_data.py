@@ -292,11 +292,12 @@ CASES = {
         "data.responses: 'answers.jsonl' does not exist; write it with: distillab synthesize "
         "RECIPE"),
     "responses: empty file": (ANSWERED, write(ANSWERS, ""),
-        "'answers.jsonl' is empty"),
+        "answers.jsonl answers none of the 12 tasks, such as 't0', 't1', 't2', ...; found it is "
+        "empty"),
     "responses: broken JSON": (ANSWERED, line(ANSWERS, 12, '{"id": "t11", "resp'),
-        "answers.jsonl:12: not valid JSON: Unterminated string starting at (column 15)"),
+        "answers.jsonl line 12 is not a response: expected a JSON object with id, response"),
     "responses: no response": (ANSWERED, line(ANSWERS, 3, '{"id": "t2", "answer": "red"}'),
-        "answers.jsonl:3: expected id and response, found id, answer"),
+        "answers.jsonl line 3 is not a response: expected a JSON object with id, response"),
     "responses: a number": (ANSWERED, answer(response=3),
         "answers.jsonl:1: expected text in response, found int"),
     "responses: unknown ids": (ANSWERED, edit(ANSWERS, rename),

@@ -243,21 +243,48 @@ def test_student_from_scratch_without_any_teacher_trains_on_text(command):
     assert "student after" in out
 
 
+TEXT = ["data.source=text.jsonl", "data.max_seq_len=16", "train.warmup_steps=1"]
+PAIRED = ["student.path=teacher", "data.source=plain.jsonl", "data.teacher_source=knowing.jsonl",
+          "teacher.dtype=float32", "train.precision=fp32", "train.batch_size=2",
+          "train.gradient_accumulation_steps=2"]  # fmt: skip
+DEMO = [*PAIRED, "teacher.sha256=null", "student.sha256=null", "data.responses=null",
+        "evaluate.texts.wikipedia.source=text.jsonl", "evaluate.texts.wikipedia.text_field=text",
+        "evaluate.tasks.handbook.max_new_tokens=2",
+        "evaluate.tasks.unrelated.max_new_tokens=2"]  # fmt: skip
 STAND_INS = {
-    "quickstart": ["teacher.sha256=null", "data.sha256=null", "data.text_field=text"],
-    "wiki-zh": ["student.config.hidden_size=32", "student.config.vocab_size=400",
+    "quickstart": [*TEXT, "student.init.layers=2", "teacher.sha256=null", "data.sha256=null",
+                   "data.text_field=text"],
+    "wiki-zh": [*TEXT, "student.config.hidden_size=32", "student.config.vocab_size=400",
                 "student.config.num_layers=2", "data.subset=null", "train.precision=fp32"],
-    "qwen3-chat": ["student.path=teacher", "data.format=text"],
+    "qwen3-chat": ["student.path=teacher", "data.source=guanaco.jsonl", "train.warmup_steps=1",
+                   "teacher.dtype=float32", "train.precision=fp32"],
+    **{f"experience/{method}": PAIRED for method in ("seqkd", "skd", "gkd")},
+    **{f"experience/demo-{method}": DEMO for method in ("seqkd", "skd", "gkd")},
 }  # fmt: skip
+
+
+def chat_files():
+    """几段对话：带与不带经验的一对文件，和 guanaco 的写法；模板有 Qwen3 的选项，上下文长一些。"""
+    config = json.loads(Path("teacher/config.json").read_text())
+    Path("teacher/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    with Path("teacher/chat_template.jinja").open("a") as template:
+        template.write("{% if enable_thinking %}{% endif %}")
+    for name, system in (("plain", []), ("knowing", [{"role": "system", "content": "it is red"}])):
+        rows = [
+            {"id": str(i), "messages": [*system, {"role": "user", "content": f"what is {i}?"},
+                                        {"role": "assistant", "content": "red"}]}
+            for i in range(12)
+        ]  # fmt: skip
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turns = [f"### Human: what is {i}?### Assistant: red" for i in range(12)]
+    Path("guanaco.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in turns))
 
 
 @pytest.mark.parametrize("recipe", sorted(shipped_recipes()))
 def test_every_shipped_recipe_runs_with_small_local_parts(command, recipe):
-    overrides = ["teacher.path=teacher", "data.source=text.jsonl", "data.max_seq_len=16",
-                 "train.max_steps=2", "train.warmup_steps=1", "evaluate.max_new_tokens=4",
+    chat_files()
+    overrides = ["teacher.path=teacher", "train.max_steps=2", "evaluate.max_new_tokens=4",
                  *STAND_INS[recipe]]  # fmt: skip
-    if recipe == "quickstart":
-        overrides.append("student.init.layers=2")
     arguments = [part for override in overrides for part in ("--set", override)]
     code, _, err = command("train", recipe, *arguments)
     assert code == 0, err

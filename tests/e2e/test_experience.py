@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_rows import kept_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distillab.batch import collate_examples
@@ -17,7 +18,6 @@ from distillab.conversations import parse_conversation
 from distillab.language_model import PretrainedLM
 from distillab.metrics import read_metrics
 from distillab.paired import Pair
-from distillab.responses import read_responses
 
 COLOURS = ["red", "green", "blue", "black"]
 
@@ -127,9 +127,9 @@ def test_synthesize_then_seqkd(paired, command, knowing_teacher):
     code, out, err = command("synthesize", "recipe.yaml")
     assert code == 0, err
     assert "asked 40, kept 40" in out
-    assert all(row["response"] in COLOURS for row in read_responses(Path("responses.jsonl")))
+    assert all(row["response"] in COLOURS for row in kept_rows(Path("responses.jsonl")))
     before = Path("responses.jsonl").read_bytes()
-    assert len(read_responses(Path("responses.jsonl"))) == 40
+    assert len(kept_rows(Path("responses.jsonl"))) == 40
     assert command("synthesize", "recipe.yaml")[0] == 0  # 什么都不用再问
     assert Path("responses.jsonl").read_bytes() == before
     provenance = json.loads(Path("responses.jsonl.provenance.json").read_text())
