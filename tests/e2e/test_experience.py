@@ -193,7 +193,7 @@ def test_synthesis_that_was_killed_goes_on_without_repeating_or_losing_a_row(pai
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate()
     before = output.read_bytes()
     kept = before[: before.rfind(b"\n") + 1]
     assert 40 <= kept.count(b"\n") < 1200
