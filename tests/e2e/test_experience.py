@@ -119,6 +119,11 @@ def test_privileged_distillation_leaves_checks_before_and_after(paired, command)
     assert summary["student_before"]["kl"] > 0
     assert summary["student_after"]["kl"] < summary["student_before"]["kl"]
     assert "colours" in out
+    before = sorted(path.name for path in Path("runs/recipe/checks").iterdir())
+    code, again, _ = command("evaluate", "recipe")
+    assert code == 0
+    assert f"{colours['student_after']:.1%}" in again
+    assert sorted(path.name for path in Path("runs/recipe/checks").iterdir()) == before
     assert max(map(len, out.splitlines())) <= 80
     assert "36 for training, 4 for validation" in re.sub(r"\s+", " ", err)
 
