@@ -248,7 +248,8 @@ def _quiet_libraries() -> None:
                           highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip
     logger = logging.getLogger("distillab")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
+    logger.setLevel(logging.INFO if main_process else logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

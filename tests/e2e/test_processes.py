@@ -10,12 +10,13 @@ import pytest
 from distillab.metrics import read_metrics
 
 
-def train(*arguments: str) -> None:
+def train(*arguments: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def rows(run: str, kind: str) -> list[dict]:
@@ -27,9 +28,10 @@ def rows(run: str, kind: str) -> list[dict]:
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(workdir):
     train("-m", "distillab", "train", "recipe.yaml", "--set", "name=one")
-    train("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-          "-m", "distillab", "train", "recipe.yaml", "--set", "name=two",
-          "--set", "train.batch_size=2")  # fmt: skip
+    log = train("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "-m", "distillab", "train", "recipe.yaml", "--set", "name=two",
+                "--set", "train.batch_size=2")  # fmt: skip
+    assert log.count("computing in fp32") == 1  # 每句话只说一遍
     one, two = rows("one", "train"), rows("two", "train")
     assert len(one) == len(two) == 12
     for left, right in zip(one, two, strict=True):
