@@ -49,13 +49,12 @@ def train(
     Everything goes to runs/NAME: the resolved recipe, metrics.jsonl, checkpoints, plots, the
     exported model and summary.json.
 
+    \b
     Examples:
       distillab train quickstart
-
       distillab train quickstart --set loss.alpha=0 --set name=quickstart-ce
-
       distillab train my-recipe.yaml --set train.learning_rate=1e-4 --resume
-    """
+    """  # noqa: D301 - click 靠 \b 字符知道这一段不要重排
     from .recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -108,12 +107,12 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
     synthesize.output; the same command continues after an interruption. Train on them with
     data.responses.
 
+    \b
     Examples:
       distillab synthesize experience/demo-seqkd
-
-      distillab synthesize my-recipe.yaml --set synthesize.samples=4 --set
-      synthesize.sampling.temperature=0.8
-    """
+      distillab synthesize my-recipe.yaml --set synthesize.samples=4 \\
+          --set synthesize.sampling.temperature=0.8
+    """  # noqa: D301
     from .recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
