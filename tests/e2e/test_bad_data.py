@@ -299,7 +299,7 @@ CASES = {
     "responses: no response": (ANSWERED, line(ANSWERS, 3, '{"id": "t2", "answer": "red"}'),
         "answers.jsonl line 3 is not a response: expected a JSON object with id, response"),
     "responses: a number": (ANSWERED, answer(response=3),
-        "answers.jsonl:1: expected text in response, found int"),
+        "answers.jsonl line 1: expected text in response, found int"),
     "responses: unknown ids": (ANSWERED, edit(ANSWERS, rename),
         "answers.jsonl answers none of the 12 tasks, such as 't0', 't1', 't2', ...; found 12 "
         "responses to unknown ids: 'u0', 'u1', 'u2', ..."),
