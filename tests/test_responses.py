@@ -130,7 +130,7 @@ def test_two_writers_cannot_share_a_file(tmp_path):
 def test_filter_change_interrupted_anywhere_is_seen_again(tmp_path, monkeypatch, survived):
     path = tmp_path / "r.jsonl"
     write(path, [row(0)], SOURCE | {"filter": "old"})
-    replace, calls = responses._replace, []
+    replace, calls = responses.replace_file, []
 
     def dying(target, content):
         if len(calls) == survived:
@@ -141,12 +141,12 @@ def test_filter_change_interrupted_anywhere_is_seen_again(tmp_path, monkeypatch,
     with ResponseFile(path) as file:
         file.resume(SOURCE | {"filter": "new"})
         assert file.filter_changed
-        monkeypatch.setattr(responses, "_replace", dying)
+        monkeypatch.setattr(responses, "replace_file", dying)
         try:
             file.rewrite([row(0, kept=False)])
         except KeyboardInterrupt:
             assert survived < 3
-        monkeypatch.setattr(responses, "_replace", replace)
+        monkeypatch.setattr(responses, "replace_file", replace)
     for name in ("old", "new"):
         with ResponseFile(path) as file:
             file.resume(SOURCE | {"filter": name})

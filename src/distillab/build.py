@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .convert import student_from_teacher
 from .engine import DTYPES, resolve_precision
 from .errors import DistillabError
 from .language_model import PretrainedLM
-from .lora import adapter_parameters, add_lora, base_parameters
+from .lora import adapter_parameters, adapters_off, add_lora, base_parameters
 from .model import StudentModel
 from .pretrained import load_pretrained, resolve_model
 from .teachers import AdapterOffTeacher, LocalTeacher
@@ -55,6 +57,13 @@ class Parts:
         if self.teacher is self.student:
             return AdapterOffTeacher(self.teacher)
         return LocalTeacher(self.teacher)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[PretrainedLM]:
+        """教师模型本身，供它生成；它就是学生时，其间关掉 adapter。要有教师。"""
+        assert self.teacher is not None
+        with adapters_off(self.teacher) if self.teacher is self.student else nullcontext():
+            yield self.teacher
 
 
 def build_models(recipe: Recipe) -> Parts:

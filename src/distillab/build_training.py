@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from .config import Recipe, TextConfig
 from .data import WikiDataset
 from .errors import DistillabError
 from .generate import TextGenerator
-from .lora import adapters_off
 from .on_policy import OnPolicy
 from .paired import Pair, load_pairs
 from .rollout import Rollout, answered
@@ -137,11 +135,9 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
     if not missing:
         return validation
     logger.info("the teacher answers the %d validation prompts that have no response", missing)
-    assert parts.teacher is not None
-    generator = TextGenerator(parts.teacher, parts.tokenizer)
     size, length = recipe.synthesize.batch_size, recipe.sampling.max_new_tokens
-    shared = parts.teacher is parts.student
-    with adapters_off(parts.student) if shared else nullcontext():
+    with parts.as_teacher() as teacher:
+        generator = TextGenerator(teacher, parts.tokenizer)
         return [  # type: ignore[return-value]  # 列表也是 map-style 的数据集
             example
             for start in range(0, count, size)

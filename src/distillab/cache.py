@@ -23,6 +23,24 @@ def cache_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "distillab"
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """整个换掉一个文件：任何时候被杀，留下的不是旧的就是新的。
+
+    Args:
+        path: 目标；它的目录已经存在。
+        content: 字节，或写成 UTF-8 的文字；落单的 surrogate 写成 ``?``。
+
+    Raises:
+        OSError: 写不下去；旧的还在。
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def file_sha256(path: Path) -> str:
     """文件内容的 sha256。
 

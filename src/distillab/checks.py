@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +11,8 @@ from typing import Any, Literal
 from .batch import collate_text
 from .build import Parts
 from .build_training import build_text
+from .cache import replace_file
 from .config import Recipe
-from .lora import adapters_off
 from .tasks import TaskSet, accuracy, gap_closed
 from .trainer import DistillationTrainer
 
@@ -90,31 +88,22 @@ class Checks:
                     f"{student['perplexity']:,.2f}")  # fmt: skip
         if path is not None and self.trainer.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps(found))
-            temporary.replace(path)
+            replace_file(path, json.dumps(found))
         return found
 
     def _task(self, task: TaskSet, when: When) -> dict[str, float]:
         tokenizer, parts = self.parts.tokenizer, self.parts
         found = {}
         if parts.teacher is not None:
-            with self._teacher():
+            with parts.as_teacher() as teacher:
                 save_to = self._file(f"{task.name}.teacher.jsonl")
-                found["teacher"] = accuracy(task.ask(parts.teacher, tokenizer, "teacher", save_to))
+                found["teacher"] = accuracy(task.ask(teacher, tokenizer, "teacher", save_to))
         save_to = self._file(f"{task.name}.{when}.jsonl")
         found[when] = accuracy(task.ask(parts.student, tokenizer, "student", save_to))
         logger.info("%s: %s", task.name, ", ".join(
             f"{model.replace('_', ' ')} {value:.1%}" for model, value in found.items()
         ))  # fmt: skip
         return found
-
-    @contextmanager
-    def _teacher(self) -> Iterator[None]:
-        """教师是关掉 adapter 的学生时，关掉它们。"""
-        shared = self.parts.teacher is self.parts.student
-        with adapters_off(self.parts.student) if shared else nullcontext():
-            yield
 
     def _file(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / name

@@ -60,7 +60,6 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from . import run as runs
-    from .report import checks_table, closing_table
 
     try:
         directory, summary = runs.train(resolved, resume)
@@ -71,12 +70,7 @@ def train(
     if not summary:  # 不是主进程
         return
     _print_samples(directory.samples_file)
-    from rich.console import Console
-
-    terminal = Console()
-    for table in (closing_table(summary), checks_table(summary)):
-        if table is not None:
-            terminal.print(table)
+    _print_tables(summary)
     print(f"plots:   {directory.plots}")
     print(f"export:  {directory.export}")
     print(f'next:    distillab generate {resolved.name} --prompt "..."')
@@ -86,16 +80,9 @@ def train(
 def evaluate(run: RunName, checkpoint: Checkpoint = "best") -> None:
     """Measure a run's checkpoint again on its validation data, beside the teacher."""
     _quiet_libraries()
-    from rich.console import Console
-
     from . import run as runs
-    from .report import checks_table, closing_table
 
-    found = runs.evaluate(run, checkpoint)
-    terminal = Console()
-    for table in (closing_table(found), checks_table(found)):
-        if table is not None:
-            terminal.print(table)
+    _print_tables(runs.evaluate(run, checkpoint))
 
 
 @app.command()
@@ -223,6 +210,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_tables(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from .report import checks_table, closing_table
+
+    terminal = Console()
+    for table in (closing_table(summary), checks_table(summary)):
+        if table is not None:
+            terminal.print(table)
 
 
 def _print_samples(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from .cache import replace_file
 from .errors import DistillabError
 
 __all__ = ["ResponseFile", "read_rows"]
@@ -107,7 +108,7 @@ class ResponseFile:
             self._check_same(before)
             self.filter_changed = before.get("filter") != self._provenance.get("filter")
         else:
-            _replace(self.sidecar, json.dumps(self._provenance, indent=1, ensure_ascii=False))
+            replace_file(self.sidecar, json.dumps(self._provenance, indent=1, ensure_ascii=False))
         if size > end:
             os.truncate(self.path, end)
         return rows
@@ -134,10 +135,10 @@ class ResponseFile:
         """换掉已有的全部行（重新过滤之后），来历随之更新；要在 ``append`` 之前。"""
         # 先在来历里记下「正在换」：换到一半被杀，下次对不上任何过滤，会再过滤一遍。
         unfinished = {**self._read_sidecar(), "filter": "being changed"}
-        _replace(self.sidecar, json.dumps(unfinished, indent=1, ensure_ascii=False))
-        _replace(self.path, b"".join(_line(row) for row in rows))
+        replace_file(self.sidecar, json.dumps(unfinished, indent=1, ensure_ascii=False))
+        replace_file(self.path, b"".join(_line(row) for row in rows))
         final = {**unfinished, "filter": self._provenance.get("filter")}
-        _replace(self.sidecar, json.dumps(final, indent=1, ensure_ascii=False))
+        replace_file(self.sidecar, json.dumps(final, indent=1, ensure_ascii=False))
         self.filter_changed = False
 
     def _read_sidecar(self) -> dict[str, Any]:
@@ -187,15 +188,6 @@ def _line(row: Row) -> bytes:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # 落单的 surrogate：UTF-8 写不出，JSON 的转义写得出
         return json.dumps(row).encode() + b"\n"
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import __version__
+from .cache import replace_file
 from .config import Recipe
 from .errors import DistillabError
 from .recipes import differences, dump_recipe, load_recipe
@@ -91,8 +92,8 @@ class RunDirectory:
             raise DistillabError(f"{self.path} is in use by another process") from None
         if begun:
             self._check_same(recipe)
-        self._write(self.recipe_file, dump_recipe(recipe))
-        self._write(self.environment_file, json.dumps(environment(), indent=1))
+        replace_file(self.recipe_file, dump_recipe(recipe))
+        replace_file(self.environment_file, json.dumps(environment(), indent=1))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -110,7 +111,7 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""
-        self._write(self.summary_file, json.dumps(summary, indent=1))
+        replace_file(self.summary_file, json.dumps(summary, indent=1))
 
     def _begun(self) -> bool:
         """除了配方与环境，是否还有别的文件：装配时就失败的运行可以直接重来。"""
@@ -127,12 +128,6 @@ class RunDirectory:
                     f"{self.recipe_file}: {key} was {before!r} and is now {now!r}; a resumed run "
                     f"keeps its recipe: drop the change, or name a new run with --set name=..."
                 )
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from .cache import replace_file
 from .chat import render_prompt
 from .config import DataSection, SamplingConfig, TaskConfig
 from .conversations import Conversation
@@ -27,7 +28,7 @@ BATCH_SIZE = 16
 
 
 class TaskRow(TypedDict):
-    """一个问题的结果，``tasks/NAME.MODEL.jsonl`` 里的一行。"""
+    """一个问题的结果，``checks/NAME.MODEL.jsonl`` 里的一行。"""
 
     id: str
     question: str
@@ -153,7 +154,9 @@ class TaskSet:
         }
         rows = [self._row(pair, answers[pair.key]) for pair in self.pairs]
         if save_to is not None:
-            _write(save_to, rows)
+            save_to.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_file(save_to, "".join(lines))
         return rows
 
     def _row(self, pair: Pair, answer: Answer) -> TaskRow:
@@ -183,11 +186,3 @@ def gap_closed(teacher: float | None, before: float, after: float) -> float | No
     if teacher is None or teacher <= before:
         return None
     return (after - before) / (teacher - before)
-
-
-def _write(path: Path, rows: Sequence[TaskRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(lines, encoding="utf-8", errors="replace")
-    temporary.replace(path)
