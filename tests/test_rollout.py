@@ -137,6 +137,18 @@ def test_response_keeps_its_stop_token_and_nothing_after_it(rollout, monkeypatch
     assert (sums.truncated, sums.empty) == (1, 1)
 
 
+@pytest.mark.parametrize(("prompt", "experience"), [(58, 0), (50, 8), (6, 52)])
+def test_a_row_short_of_room_shortens_no_other_response(rollout, prompt, experience):
+    """余地不足的是学生的上下文、教师的上下文，或两者。"""
+    rollout = Rollout(rollout.generator, SamplingConfig(temperature=0, max_new_tokens=12), LENGTH)
+    roomy, tight = example(3, seed=1), example(3, prompt=prompt, experience=experience, seed=2)
+    apart = [rollout.sample([one], seeds=[0])[0][0] for one in (tight, roomy, tight)]
+    together, sums = rollout.sample([tight, roomy, tight], seeds=[0, 0, 0])
+    assert together == apart
+    assert [len(one.student.response) for one in together] == [6, 12, 6]
+    assert (sums.responses, sums.tokens, sums.truncated) == (3, 24, 3)
+
+
 def test_a_teacher_prompt_that_leaves_no_room_is_refused(rollout):
     with pytest.raises(DistillabError, match=r"teacher prompt has 70 tokens.*64"):
         rollout.sample([example(2, prompt=5, experience=65)], seeds=[0])

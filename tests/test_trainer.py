@@ -359,6 +359,18 @@ def test_best_checkpoint_holds_the_weights_of_the_best_validation(make):
     assert trainer.evaluate()[0]["cross_entropy"] == pytest.approx(values[best], rel=1e-6)
 
 
+def test_other_data_than_the_run_began_with_is_refused_on_resume(make):
+    def chunks(fingerprint, count=40):
+        data = Chunks(count)
+        data.fingerprint = fingerprint
+        return data
+
+    make(data=chunks("a"), save_interval=3).train()
+    with pytest.raises(DistillabError, match="step-00000006: the training data differs"):
+        make(data=chunks("b"), max_steps=8).train(resume=True)
+    assert make(data=chunks("a"), max_steps=8).train(resume=True).current_step == 8
+
+
 def test_unfinished_checkpoint_is_not_resumed_from(make):
     trainer = make(save_interval=3)
     trainer.train()

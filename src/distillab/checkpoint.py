@@ -49,6 +49,7 @@ class TrainerState:
         skipped_in_a_row: 其中最近连续的步数。
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
         guard: 从学生采样时，拿来与以后比较的。
+        data: 训练数据的指纹；``None`` 是没有指纹的数据集。
     """
 
     current_epoch: int = 0
@@ -62,6 +63,7 @@ class TrainerState:
     skipped_in_a_row: int = 0
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
+    data: str | None = None
 
 
 def save_checkpoint(
@@ -122,13 +124,23 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-" + "[0-9]" * 8))
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> TrainerState:
+def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = None) -> TrainerState:
     """恢复 ``save_checkpoint`` 存下的一切。
 
+    Args:
+        accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
+        path: 检查点的路径。
+        data: 现在的训练数据的指纹；换了数据，记下的位置就没有意义。
+
     Raises:
-        DistillabError: 文件缺失或损坏，或形状与当前模型不符。
+        DistillabError: 文件缺失或损坏，形状与当前模型不符，或训练数据不是原来的。
     """
     state = read_state(path)
+    if state.data != data:
+        raise DistillabError(
+            f"{path}: the training data differs from what this run began with: restore "
+            f"data.source, or name a new run with --set name=..."
+        )
     if not list(path.glob("*.safetensors*")):
         raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
     for name in (f"random_states_{accelerator.process_index}.pkl", "scheduler.bin"):

@@ -71,50 +71,64 @@ class Rollout:
         Raises:
             DistillabError: prompt 占满了学生或教师的上下文。
         """
-        prompts = [example.student.prompt for example in examples]
-        teacher_prompts = [example.teacher.prompt for example in examples]
-        length = self._room(teacher_prompts)
+        together: dict[tuple[int, int] | None, list[int]] = {}
+        for row, example in enumerate(examples):
+            together.setdefault(self._room(example), []).append(row)
+        responses: dict[int, list[int]] = {}
+        for room, rows in together.items():
+            length = self.sampling.max_new_tokens if room is None else room[0]
+            prompts = [examples[row].student.prompt for row in rows]
+            found = self._responses(prompts, [seeds[row] for row in rows], length)
+            responses |= zip(rows, found, strict=True)
+        stops = self.generator.stop_ids
+        sampled = [
+            _with_response(example, example.student.prompt, example.teacher.prompt, responses[row])
+            for row, example in enumerate(examples)
+        ]
+        sums = RolloutSums(
+            responses=len(responses),
+            tokens=sum(map(len, responses.values())),
+            truncated=sum(response[-1] not in stops for response in responses.values()),
+            empty=sum(
+                len(response) == 1 and response[0] in stops for response in responses.values()
+            ),
+            repetition=sum(map(repetition, responses.values())),
+        )
+        return sampled, sums
+
+    def _responses(
+        self, prompts: list[list[int]], seeds: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
         ids, mask = left_pad(
             prompts, self.generator.pad_id, self.generator.model.head.weight.device
         )
         strategy, options = sampling_options(self.sampling)
         rows = self.generator.generate_ids(
-            ids,
-            mask,
-            strategy=strategy,
-            max_new_tokens=length,
-            seeds=seeds,
-            **options,
-        ).tolist()
-        stops = self.generator.stop_ids
-        responses = [until_stop(row, stops) for row in rows]
-        sampled = [
-            _with_response(example, prompt, teacher_prompt, response)
-            for example, prompt, teacher_prompt, response in zip(
-                examples, prompts, teacher_prompts, responses, strict=True
-            )
-        ]
-        sums = RolloutSums(
-            responses=len(responses),
-            tokens=sum(map(len, responses)),
-            truncated=sum(response[-1] not in stops for response in responses),
-            empty=sum(len(response) == 1 and response[0] in stops for response in responses),
-            repetition=sum(map(repetition, responses)),
+            ids, mask, strategy=strategy, max_new_tokens=max_new_tokens, seeds=seeds, **options
         )
-        return sampled, sums
+        return [until_stop(row, self.generator.stop_ids) for row in rows.tolist()]
 
-    def _room(self, teacher_prompts: list[list[int]]) -> int:
-        length = self.sampling.max_new_tokens
-        if self.teacher_max_seq_len is None:
-            return length
-        longest = max(map(len, teacher_prompts))
-        room = self.teacher_max_seq_len - longest
+    def _room(self, example: Example) -> tuple[int, int] | None:
+        """余地不足 ``max_new_tokens`` 的，``(余地, prompt 的长度)``：只与这两样都相同的一起采样。
+
+        补齐到别人的长度会让它更早停下，response 便取决于碰巧与谁同批。
+        """
+        prompt, teacher_prompt = len(example.student.prompt), len(example.teacher.prompt)
+        room = self.generator.model.max_seq_len - prompt
         if room < 1:
             raise DistillabError(
-                f"a teacher prompt has {longest} tokens, expected fewer than its longest sequence "
-                f"{self.teacher_max_seq_len}: shorten the experience or lower data.max_seq_len"
+                f"a prompt has {prompt} tokens, expected fewer than the student's longest "
+                f"sequence {self.generator.model.max_seq_len}: lower data.max_seq_len"
             )
-        return min(length, room)
+        if self.teacher_max_seq_len is not None:
+            if teacher_prompt >= self.teacher_max_seq_len:
+                raise DistillabError(
+                    f"a teacher prompt has {teacher_prompt} tokens, expected fewer than its "
+                    f"longest sequence {self.teacher_max_seq_len}: shorten the experience or lower "
+                    f"data.max_seq_len"
+                )
+            room = min(room, self.teacher_max_seq_len - teacher_prompt)
+        return None if room >= self.sampling.max_new_tokens else (room, prompt)
 
 
 def answered(

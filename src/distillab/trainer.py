@@ -105,7 +105,7 @@ class DistillationTrainer:
         precision, device = resolve_precision(config.precision), self.accelerator.device
         logger.info("computing in %s on %s", precision, device)
         self.checkpoint_dir = self.run_dir / config.checkpoint_dir
-        self.state = TrainerState()
+        self.state = TrainerState(data=getattr(train_data, "fingerprint", None))
         self.learning_rate = 0.0  # 最近一步用的
         self.teacher = teacher
         if teacher is not None:
@@ -159,11 +159,11 @@ class DistillationTrainer:
             最后的训练进度。
 
         Raises:
-            DistillabError: 连续多步不是有限值，或检查点损坏。
+            DistillabError: 连续多步不是有限值，检查点损坏，或训练数据不是原来的。
             KeyboardInterrupt: 收到 Ctrl-C；当前步走完、检查点已存好。
         """
         if resume and (saved := checkpoints(self.checkpoint_dir)):
-            self.state = load_checkpoint(self.accelerator, saved[-1])
+            self.state = load_checkpoint(self.accelerator, saved[-1], self.state.data)
             logger.info("resumed from %s at step %d", saved[-1], self.state.current_step)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator)
         log.discard_after(self.state.current_step)

@@ -152,6 +152,10 @@ DROPS_SYSTEM = (
 )
 
 
+def said(text: str) -> Callable[[list], list]:
+    return lambda messages: [*messages[:-1], {"role": "assistant", "content": text}]
+
+
 def rename(number, row):
     return {**row, "id": f"u{number}"}
 
@@ -576,6 +580,10 @@ def unfinished(command, data):
 
 
 LATER = {
+    "resume: a response was edited": (
+        (*TRAIN, "--resume"), both(*(turns(name, said("blue")) for name in (PLAIN, KNOWING))),
+        "runs/recipe/checkpoints/step-00000002: the training data differs from what this run began "
+        "with: restore data.source, or name a new run with --set name=..."),
     "resume: pairs that no longer match": ((*TRAIN, "--resume"), edit(KNOWING, rename),
         "plain.jsonl and knowing.jsonl share no id: found 't0', 't1', 't2', ... in the first and "
         "'u0', 'u1', 'u2', ... in the second"),

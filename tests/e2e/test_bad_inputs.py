@@ -176,6 +176,12 @@ def unfinished(run: Path) -> None:
     (run / "summary.json").unlink()
 
 
+def unfinished_with_another_text(run: Path) -> None:
+    unfinished(run)
+    with Path("text.jsonl").open("a") as file:
+        file.write('{"text": "the student has one more text"}\n')
+
+
 def damaged_and_unfinished(name: str) -> Callable[[Path], None]:
     return lambda run: (unfinished(run), damage(name)(run), None)[2]
 
@@ -187,6 +193,9 @@ AFTER_TRAINING = {
     "run: resumed with another recipe": ((*TRAIN, "--resume", SET, "train.seed=1"), None,
         "runs/recipe/recipe.yaml: train.seed was 0 and is now 1; a resumed run keeps its recipe: "
         "drop the change, or name a new run with --set name=..."),
+    "run: resumed with other texts": ((*TRAIN, "--resume"), unfinished_with_another_text,
+        "runs/recipe/checkpoints/step-00000012: the training data differs from what this run began "
+        "with: restore data.source, or name a new run with --set name=..."),
     "run: no such run": (("evaluate", "recpie"), None,
         "recpie: not a run directory (no recipe.yaml); runs here: recipe"),
     "checkpoint: no such name": (("evaluate", "recipe", "--checkpoint", "step-7"), None,
