@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import DistillabError
-from .on_policy import RolloutGuard
+from .on_policy import PREFIX, RolloutGuard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,6 +64,33 @@ class TrainerState:
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        """记下一步的总和；跳过的一步只有 ``seconds``。"""
+        for key, value in sums.items():
+            self.interval[key] = self.interval.get(key, 0.0) + value
+
+    def close_interval(self) -> dict[str, Any]:
+        """上次以来的总和变成一行 metrics，并重新开始；损失的单位是 nat/token。"""
+        sums, self.interval = self.interval, {}
+        row: dict[str, Any] = {
+            "step": self.current_step,
+            "epoch": self.current_epoch,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "skipped_steps": self.skipped_steps,
+        }
+        if tokens := sums.get("tokens"):
+            row |= {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
+            row["grad_norm"] = sums["grad_norm"] / sums["steps"]
+            row["tokens_per_second"] = round(tokens / sums["seconds"], 1)
+            rollout = {
+                key.removeprefix(PREFIX): value
+                for key, value in sums.items()
+                if key.startswith(PREFIX)
+            }
+            row |= self.guard.row(rollout, self.current_step)
+        return row
 
 
 def save_checkpoint(

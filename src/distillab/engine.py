@@ -66,6 +66,14 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
         ) from None
 
 
+def global_sum(accelerator: Accelerator, value: float) -> float:
+    """各进程的 ``value`` 之和；只有一个进程时不必为此等 GPU。"""
+    if accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(float(value), dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(total, reduction="sum"))
+
+
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW；一维参数（RMSNorm 与 bias）不做 weight decay。"""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .batch import Batch, Example
 from .config import ResponsesConfig
 from .rollout import Rollout, RolloutSums, student_fraction
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger("distillab")
+
+PREFIX = "rollout."
+"""一步的总和里，采样的那些的键以它开头。"""
 
 TRUNCATED, REPEATED, EMPTY = 0.5, 0.5, 0.5
 """超过这些份额就在日志里说：被截断的 response、重复的 4-gram、空的 response。"""
@@ -43,6 +51,26 @@ class Prepared:
     sampled: bool = False
     sums: RolloutSums = field(default_factory=RolloutSums)
     seconds: float = 0.0
+
+    def totals(
+        self, accelerator: Accelerator, losses: Mapping[str, float], scored: float
+    ) -> dict[str, float]:
+        """采样的窗口在所有进程上的总和，键以 ``rollout.`` 开头；所有进程都要调用。
+
+        Args:
+            accelerator: 引擎。
+            losses: 所有进程上的 ``LossSums``；两个交叉熵就是学生与教师的 Σ -log 概率。
+            scored: 算过损失的 token 数，所有进程合计。
+        """
+        counts = torch.tensor(self.sums, dtype=torch.float64, device=accelerator.device)
+        counts = accelerator.reduce(counts, reduction="sum")
+        sums = dict(zip(RolloutSums._fields, counts.tolist(), strict=True)) | {
+            "scored": scored,
+            "student_nll": losses["cross_entropy"],
+            "teacher_nll": losses["teacher_cross_entropy"],
+            "seconds": self.seconds,
+        }
+        return {f"{PREFIX}{name}": value for name, value in sums.items()}
 
 
 class OnPolicy:
@@ -119,12 +147,11 @@ class RolloutGuard:
     first_length: float | None = None
     warned: list[str] = field(default_factory=list)
 
-    def row(self, sums: dict[str, float], step: int) -> dict[str, Any]:
+    def row(self, sums: Mapping[str, float], step: int) -> dict[str, Any]:
         """一个记录间隔的指标，并检查它们。
 
         Args:
-            sums: ``RolloutSums`` 各项，外加 ``student_nll`` 与 ``teacher_nll``：学生与教师在采样的
-                token 上的 Σ -log 概率，以及 ``scored``：这样的 token 数。
+            sums: 间隔里 ``Prepared.totals`` 各项的总和，键不带 ``PREFIX``。
             step: 当前步数，用于日志。
 
         Returns:

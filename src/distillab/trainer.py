@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import skip_first_batches
 from accelerate.utils import set_seed
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
@@ -34,6 +33,7 @@ from .checkpoint import (
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import (
+    global_sum,
     learning_rate_factor,
     make_accelerator,
     make_optimizer,
@@ -48,7 +48,6 @@ from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
 from .progress import StopRequest, TrainingProgress
-from .rollout import RolloutSums
 from .targets import Targets
 from .teachers import LocalTeacher
 
@@ -221,13 +220,13 @@ class DistillationTrainer:
         """一个 optimizer 步；返回全局总和，供记录用。"""
         module, accelerator = self.module.train(), self.accelerator
         window = prepared.batches
-        tokens = self._global_sum(sum(len(batch) for batch in window))
+        tokens = global_sum(accelerator, sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
-            with _sync(accelerator, module, last):
+            with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
@@ -250,7 +249,7 @@ class DistillationTrainer:
         if not finite:
             self._skipped("loss" if not math.isfinite(total) else "gradient norm", len(window))
             return {}
-        rollout = self._rollout_sums(prepared, losses, tokens) if prepared.sampled else {}
+        rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
         return rollout | {
             "steps": 1,
             "tokens": tokens,
@@ -259,20 +258,6 @@ class DistillationTrainer:
             "cross_entropy": losses["cross_entropy"],
             "grad_norm": norm,
         }
-
-    def _rollout_sums(
-        self, prepared: Prepared, losses: dict[str, float], tokens: float
-    ) -> dict[str, float]:
-        """一个采样的窗口在所有进程上的总和，键以 ``rollout.`` 开头。"""
-        counts = torch.tensor(prepared.sums, dtype=torch.float64, device=self.accelerator.device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        sums = dict(zip(RolloutSums._fields, counts.tolist(), strict=True)) | {
-            "scored": tokens,
-            "student_nll": losses["cross_entropy"],
-            "teacher_nll": losses["teacher_cross_entropy"],
-            "seconds": prepared.seconds,
-        }
-        return {f"rollout.{name}": value for name, value in sums.items()}
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
@@ -301,31 +286,14 @@ class DistillationTrainer:
     # ------------------------------------------------------------------ 记录、验证、存盘
 
     def _record(self, sums: dict[str, float], log: MetricsLog, progress: TrainingProgress) -> None:
-        state, interval = self.state, self.state.interval
-        for key, value in sums.items():
-            interval[key] = interval.get(key, 0.0) + value
+        state = self.state
+        state.add(sums)
         if tokens := sums.get("tokens"):
             losses = {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
             progress.step(state.current_step, tokens / sums["seconds"], losses)
         if state.current_step % self.config.log_interval and state.current_step < self.total_steps:
             return
-        row: dict[str, Any] = {
-            "kind": "train",
-            "step": state.current_step,
-            "epoch": state.current_epoch,
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 3),
-            "skipped_steps": state.skipped_steps,
-            "learning_rate": self.learning_rate,
-        }
-        if tokens := interval.get("tokens"):
-            row |= {key: interval[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
-            row["grad_norm"] = interval["grad_norm"] / interval["steps"]
-            row["tokens_per_second"] = round(tokens / interval["seconds"], 1)
-            sampled = {key.removeprefix("rollout."): value for key, value in interval.items()
-                       if key.startswith("rollout.")}  # fmt: skip
-            row |= state.guard.row(sampled, state.current_step)
-        state.interval = {}
+        row = {"kind": "train", **state.close_interval(), "learning_rate": self.learning_rate}
         log.write(row)
         progress.log(row)
 
@@ -404,14 +372,3 @@ class DistillationTrainer:
             batch_size=self.evaluate_config.batch_size,
             max_sequences=max_sequences or self.evaluate_config.max_sequences,
         )
-
-    def _global_sum(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:  # 不必为此等 GPU
-            return value
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(total, reduction="sum"))
-
-
-def _sync(accelerator: Accelerator, module: nn.Module, last: bool) -> Any:
-    """累积窗口里只有最后一个 micro-batch 需要在进程间同步梯度。"""
-    return nullcontext() if last else accelerator.no_sync(module)
