@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "bootstrap",
     "data_config",
     "config",
     "filters",
