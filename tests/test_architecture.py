@@ -26,6 +26,7 @@ ORDER = [
     "products",
     "row_loss",
     "sparse_rows",
+    "agreement",
     "fused",
     "kv_cache",
     "language_model",
