@@ -120,6 +120,7 @@ def evaluate(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
         "bootstrap_samples": SAMPLES,
+        "frequency_counts": "labels of the same data",
         "environment": environment(),
         "models": bench.models,
         "texts": {
@@ -200,7 +201,8 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
             if not subject.same_tokens:
                 measured |= score(_own_tokens(bench, data, subject), None, [subject], size)
         bench.scores.setdefault(name, {}).update(measured)
-        logger.info("%s: %s", name, ", ".join(measured))
+        labels = ", ".join(one.label for one in subjects if one.name in measured)
+        logger.info("%s: measured %s", name, labels)
     if bench.teacher is not None:
         for subject in subjects:
             if subject.same_tokens and subject.name not in (TEACHER, WITHOUT):
