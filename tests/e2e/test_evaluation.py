@@ -465,9 +465,9 @@ ERRORS = {
         ".gguf file"),
     "output nowhere": (("--output", "no/where.json"), None,
         "--output no/where.json: there is no directory no"),
-    "text too short": ((), "short: {source: text.jsonl, max_seq_len: 64, size_mb: 0.0005}",
-        "evaluate.texts.short: the validation split has 41 tokens, less than one chunk of "
-        "max_seq_len=64; give more text (size_mb) or a smaller max_seq_len"),
+    "text too short": ((), "short: {source: text.jsonl, max_seq_len: 3000}",
+        "evaluate.texts.short: the validation split has 485 tokens, less than one chunk of "
+        "max_seq_len=3000; give more text (size_mb) or a smaller max_seq_len"),
     "text longer than a model reads": ((), "long: {source: text.jsonl, max_seq_len: 65}",
         "long: a sequence has 65 tokens, but teacher reads at most 64"),
     "text with the name of the validation data": ((), "validation: {source: text.jsonl}",
