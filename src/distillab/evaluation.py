@@ -239,8 +239,10 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
         Example(example.student, example.student)
         for example in examples_of(validation, recipe.evaluate.max_sequences)
     ]
-    own = Sequences(data.name, examples, subject.tokenizer, subject.model.vocab_size)
-    if own.texts != data.texts:
+    own = None
+    if any(example.student.response for example in examples):  # 否则是教师答的，数据里没有
+        own = Sequences(data.name, examples, subject.tokenizer, subject.model.vocab_size)
+    if own is None or own.texts != data.texts:
         raise DistillabError(
             f"--model {subject.name}: it has another tokenizer, and with its chat template the "
             f"validation responses are not the same text: drop it"

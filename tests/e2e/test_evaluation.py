@@ -439,6 +439,29 @@ def test_model_with_another_tokenizer_reads_conversations_by_its_own_template(
     assert found["tasks"]["colours"]["models"][str(stranger)]["items_per_second"] > 0
 
 
+def test_responses_that_the_teacher_wrote_are_evaluated_by_its_own_tokens_only(
+    chat, command, stranger
+):
+    """数据只有 prompt：验证的 response 由教师来答，别的 tokenizer 无从得到同样的文字。"""
+    for name in ("plain.jsonl", "knowing.jsonl"):
+        rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        asked = (json.dumps(row | {"messages": row["messages"][:-1]}) + "\n" for row in rows)
+        Path(name).write_text("".join(asked))
+    sampled = ("--set", "responses.student_fraction=1.0", "--set", "train.max_steps=2")
+    assert command("train", "recipe.yaml", *sampled)[0] == 0
+    found, _ = evaluated(command)
+    check_contract(found)
+    summary = json.loads((RUN / "summary.json").read_text())
+    teacher = found["texts"]["validation"]["models"]["teacher"]["perplexity"]["value"]
+    assert teacher == pytest.approx(summary["teacher"]["perplexity"], rel=1e-5)
+    code, _, err = command("evaluate", "recipe", "--model", str(stranger))
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"error: --model {stranger}: it has another tokenizer, and with its chat template the "
+        f"validation responses are not the same text: drop it"
+    )
+
+
 # ---------------------------------------------------------------------- 写到哪里，写错了什么
 
 
