@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "bootstrap",
     "data_config",
     "config",
     "filters",
@@ -25,6 +26,7 @@ ORDER = [
     "products",
     "row_loss",
     "sparse_rows",
+    "agreement",
     "fused",
     "kv_cache",
     "language_model",
@@ -54,6 +56,7 @@ ORDER = [
     "distillation_module",
     "metrics",
     "report",
+    "evaluation_tables",
     "run_dir",
     "checkpoint",
     "progress",
@@ -67,6 +70,11 @@ ORDER = [
     "build",
     "build_training",
     "checks",
+    "sequences",
+    "subjects",
+    "scoring",
+    "figures",
+    "evaluation",
     "run",
     "cli",
 ]

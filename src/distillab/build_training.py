@@ -19,6 +19,7 @@ from .config import Recipe, TextConfig
 from .data import WikiDataset
 from .errors import DistillabError
 from .generate import TextGenerator
+from .loaders import evenly
 from .on_policy import OnPolicy
 from .paired import Pair, load_pairs
 from .rollout import Rollout, answered
@@ -129,8 +130,7 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
 
 def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[Any]:
     """验证集里只有 prompt 的，由教师来回答：验证要有一份不随学生而变的 response。"""
-    count = min(len(validation), recipe.evaluate.max_sequences or len(validation))
-    examples = [validation[i * len(validation) // count] for i in range(count)]
+    examples = [validation[i] for i in evenly(len(validation), recipe.evaluate.max_sequences)]
     missing = sum(not example.student.response for example in examples)
     if not missing:
         return validation
@@ -140,7 +140,7 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
         generator = TextGenerator(teacher, parts.tokenizer)
         return [  # type: ignore[return-value]  # 列表也是 map-style 的数据集
             example
-            for start in range(0, count, size)
+            for start in range(0, len(examples), size)
             for example in answered(examples[start : start + size], generator, length)
         ]
 

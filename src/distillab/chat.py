@@ -101,6 +101,14 @@ def render_prompt(
     return _encode(text, tokenizer)[0]
 
 
+def question_prompt(
+    text: str, tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
+) -> list[int]:
+    """一句话当作 user 消息的 prompt；见 :func:`render_prompt`。"""
+    message = {"role": "user", "content": text}
+    return render_prompt([message], tokenizer, template_options=template_options)
+
+
 def generation_prompt_length(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,

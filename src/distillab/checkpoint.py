@@ -207,6 +207,31 @@ def load_student(student: nn.Module, path: Path) -> TrainerState:
     return state
 
 
+def find_checkpoint(directory: Path, name: str) -> Path:
+    """由名字找到一个检查点。
+
+    Args:
+        directory: 检查点目录。
+        name: ``best``、``last``、``directory`` 里的名字，或检查点的路径。
+
+    Raises:
+        DistillabError: 没有这样的检查点。
+    """
+    if name == BEST:
+        path = directory / BEST
+    elif name == "last":
+        saved = checkpoints(directory)
+        if not saved:
+            raise DistillabError(f"{directory}: no checkpoint saved yet")
+        path = saved[-1]
+    else:
+        path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
+    if not path.is_dir():
+        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
+        raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
+    return path
+
+
 def _frozen(module: nn.Module) -> set[str]:
     """不训练的参数的名字，绑定的参数的每个名字都在内。"""
     named = module.named_parameters(remove_duplicate=False)

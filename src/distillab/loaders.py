@@ -16,6 +16,12 @@ Collate = Callable[[Sequence[Any]], Batch]
 """把若干项拼成 ``Batch``。"""
 
 
+def evenly(total: int, limit: int | None = None) -> list[int]:
+    """``total`` 条里从头到尾均匀地取至多 ``limit`` 条的下标；每次都是同样的若干条。"""
+    count = min(total, limit or total)
+    return [i * total // count for i in range(count)]
+
+
 def train_loader(
     data: Dataset[Any],
     accelerator: Accelerator,
@@ -79,13 +85,11 @@ def evaluation_loader(
     Raises:
         DistillabError: 一条也没有。
     """
-    total = len(data)  # type: ignore[arg-type]
-    count = min(total, max_sequences or total)
-    if count == 0:
+    chosen = evenly(len(data), max_sequences)  # type: ignore[arg-type]
+    if not chosen:
         raise DistillabError("the validation data has no sequence")
-    own = range(accelerator.process_index, count, accelerator.num_processes)
     return DataLoader(
-        Subset(data, [i * total // count for i in own]),
+        Subset(data, chosen[accelerator.process_index :: accelerator.num_processes]),
         batch_size=batch_size,
         collate_fn=collate,
         generator=torch.Generator(),

@@ -42,6 +42,15 @@ def make_bar(enabled: bool = True) -> Progress:
     )
 
 
+def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """给一段较长的工作一条自己的进度条。"""
+    with make_bar() as bar:
+        task = bar.add_task(description, total=total, status=description)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
 class StopRequest:
     """把第一次 Ctrl-C 变成「走完这一步再停」；第二次立即退出。"""
 

@@ -1,4 +1,4 @@
-"""命令背后的流程：训练一份配方，评测、导出、续写它的结果。"""
+"""命令背后的流程：训练一份配方，导出、续写它的结果；评测在 ``evaluation.py``。"""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .build import Parts, build_models, build_teacher
 from .build_training import build_trainer, read_pairs
 from .card import model_card
-from .chat import render_prompt
-from .checkpoint import BEST, TrainerState, checkpoints, load_student
+from .chat import question_prompt, render_prompt
+from .checkpoint import BEST, TrainerState, find_checkpoint, load_student
 from .checks import Checks, load_tasks, merged
 from .config import Recipe
 from .convert import export_student
@@ -35,7 +34,7 @@ from .pretrained import load_pretrained
 from .questions import Backend, Task
 from .recipes import dump_recipe
 from .report import plot_run
-from .run_dir import RUNS, RunDirectory
+from .run_dir import RUNS, RunDirectory, exported_model
 from .server import ServerBackend
 from .synthesize import SynthesisReport
 from .synthesize import synthesize as ask
@@ -129,35 +128,6 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     )
 
 
-def evaluate(name: str, checkpoint: str) -> dict[str, Any]:
-    """在一次运行的验证集上重新评测它的检查点。
-
-    Args:
-        name: 运行目录的名字或路径。
-        checkpoint: ``best``、``last``，或检查点的路径。
-
-    Returns:
-        与 ``summary.json`` 同形的字典，只含 ``teacher`` 与 ``student_after``。
-    """
-    run = RunDirectory.find(name)
-    recipe = run.recipe
-    path = _checkpoint(run, recipe, checkpoint)
-    pairs, tasks = read_pairs(recipe), load_tasks(recipe)
-    parts = build_models(recipe)
-    state = load_student(parts.student, path)
-    trainer = build_trainer(recipe, parts, run.path, pairs)
-    checks = Checks(recipe, tasks, parts, trainer, None)
-    student, teacher = trainer.evaluate()
-    return {
-        "name": f"{run.path.name}, {path.name}",
-        **({"teacher": teacher} if teacher else {}),
-        "student_after": student,
-        **merged(checks.measure("student_after")),
-        **_cost(state),
-        "parameters": parts.parameters,
-    }
-
-
 def export(name: str, checkpoint: str, output: Path | None) -> Path:
     """把一次运行的检查点导出成普通的 Hugging Face 目录。
 
@@ -174,7 +144,7 @@ def export(name: str, checkpoint: str, output: Path | None) -> Path:
     """
     run = RunDirectory.find(name)
     recipe = run.recipe
-    path = _checkpoint(run, recipe, checkpoint)
+    path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     target = output or run.export
     if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型
         raise DistillabError(f"{target} exists already; name another directory with --output")
@@ -191,14 +161,7 @@ def export(name: str, checkpoint: str, output: Path | None) -> Path:
 
 def load_generator(name: str) -> TextGenerator:
     """由运行目录（用它的 ``export/``）或任意模型来源得到 ``TextGenerator``。"""
-    try:
-        run = RunDirectory.find(name)
-    except DistillabError:
-        source = name
-    else:
-        if not run.export.exists():
-            raise DistillabError(f"{run.path}: nothing exported yet; run: distillab export {name}")
-        source = str(run.export)
+    source = exported_model(name)
     tokenizer = load_tokenizer(source)
     model = PretrainedLM(load_pretrained(source, dtype=torch.float32))
     if torch.cuda.is_available():
@@ -212,14 +175,7 @@ def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> lis
         options = RunDirectory.find(name).recipe.data.template_options
     except DistillabError:
         options = {}
-    return [_question(prompt, generator.tokenizer, options) for prompt in prompts]
-
-
-def _question(
-    text: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> list[int]:
-    message = {"role": "user", "content": text}
-    return render_prompt([message], tokenizer, template_options=options)
+    return [question_prompt(prompt, generator.tokenizer, options) for prompt in prompts]
 
 
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
@@ -280,7 +236,7 @@ def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
     asked: Sequence[str] | Sequence[list[int]] = prompts
     if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
         options = recipe.data.template_options
-        asked = [_question(prompt, parts.tokenizer, options) for prompt in prompts]
+        asked = [question_prompt(prompt, parts.tokenizer, options) for prompt in prompts]
     completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
     rows = [
         {"prompt": prompt, "student": text}
@@ -304,23 +260,6 @@ def _export(
     )
     export_student(parts.student, parts.tokenizer, target, vocab_limit=parts.vocab_limit, card=card)
     logger.info("exported to %s", target)
-
-
-def _checkpoint(run: RunDirectory, recipe: Recipe, name: str) -> Path:
-    directory = run.checkpoint_dir(recipe)
-    if name == BEST:
-        path = directory / BEST
-    elif name == "last":
-        saved = checkpoints(directory)
-        if not saved:
-            raise DistillabError(f"{directory}: no checkpoint saved yet")
-        path = saved[-1]
-    else:
-        path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
-    if not path.is_dir():
-        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
-        raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
-    return path
 
 
 def _metrics(row: dict[str, Any]) -> Metrics:

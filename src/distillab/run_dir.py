@@ -42,6 +42,7 @@ class RunDirectory:
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
+        self.evaluation_file = path / "evaluation.json"
         self.samples_file = path / "samples.jsonl"
         self.export = path / "export"
         self.plots = path / "plots"
@@ -128,6 +129,21 @@ class RunDirectory:
                     f"{self.recipe_file}: {key} was {before!r} and is now {now!r}; a resumed run "
                     f"keeps its recipe: drop the change, or name a new run with --set name=..."
                 )
+
+
+def exported_model(name: str) -> str:
+    """一个模型的来源：运行目录的是它的 ``export/``，其余的原样返回。
+
+    Raises:
+        DistillabError: 运行目录还没有导出。
+    """
+    try:
+        run = RunDirectory.find(name)
+    except DistillabError:
+        return name
+    if not run.export.exists():
+        raise DistillabError(f"{run.path}: nothing exported yet; run: distillab export {name}")
+    return str(run.export)
 
 
 def environment() -> dict[str, Any]:
