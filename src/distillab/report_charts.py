@@ -1,7 +1,7 @@
 """报告里的图：plotly.js 的 trace 与 layout，纯字典，不导入绘图库。
 
-训练曲线的横轴（token、步、秒）由页面上的开关决定：trace 只带 y，``meta.axis`` 指向 ``axes`` 里它的三列，
-由页面填上；同一次运行的各条曲线因而共用一份横轴，文件小得多。
+训练曲线的横轴（token、步、秒）由页面上的开关决定：trace 只带 y，``meta.axis`` 指向 ``axes`` 里它的
+三列，由页面填上；同一次运行的各条曲线因而共用一份横轴，文件小得多。
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import escape
 
 from .report_data import RunData
-from .report_tables import LABELS, Measure, measures
+from .report_measures import LABELS, Measure, measures
 
 COLORS = ("#3b82f6", "#d97706", "#059669", "#8b5cf6", "#db2777", "#0891b2")
 """每次运行一种颜色，全页一致；在白底与深底上对比度都不低于 3:1。"""
@@ -235,10 +235,9 @@ def _training(
         for column, name, dash in columns:
             values = [row.get(column) for row in rows]
             if any(values):  # 不计算的一项全是 0
-                label = str(escape(run.label)) + (f", {name}" if name else "")
-                single = len(runs) == 1
-                data.append(_line(f"{index}/train", values, name or title.lower() if single
-                                  else label, color(index), dash))  # fmt: skip
+                names = [str(escape(run.label))] * (len(runs) > 1) + [name] * (len(columns) > 1)
+                label = ", ".join(names) or title.lower()
+                data.append(_line(f"{index}/train", values, label, color(index), dash))
     return _chart(key, title, unit, data, note=note, **layout)
 
 
@@ -298,6 +297,7 @@ def _chart(
         "yaxis": y,
         "xaxis": {"type": "category"} if category else {"rangemode": "tozero"},
         "barmode": "group",
+        "bargap": 0.35,
         "showlegend": len(data) > 1,
     }
     return {"key": key, "title": title, "unit": unit, "note": note, "data": data,

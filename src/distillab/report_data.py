@@ -81,18 +81,17 @@ class RunData:
         last = self.train[-1]
         if (steps := self.get("train.max_steps")) is not None:
             return f"step {last['step']} of {steps}"
-        epochs = self.get("train.num_epochs", "?")
-        return f"step {last['step']}, epoch {last.get('epoch', 0) + 1} of {epochs}"
+        epochs = self.get("train.num_epochs", 1)
+        return f"step {last['step']}, epoch {min(last.get('epoch', 0) + 1, epochs)} of {epochs}"
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """教师、训练前、训练后在验证集上的成绩；还没走完时，训练后取至今最好的一次。"""
-        known = {model: self.summary[model] for model in ("teacher", "student_before",
-                 "student_after") if model in self.summary}  # fmt: skip
-        if known:
-            return known
+        if self.summary:
+            models = ("teacher", "student_before", "student_after")
+            return {model: self.summary[model] for model in models if model in self.summary}
         found = dict(self.reference)
-        scored = [row for row in self.validation if row["cross_entropy"] is not None]
+        scored = [row for row in self.validation if row.get("cross_entropy") is not None]
         if scored:
             found["student_after"] = min(scored, key=lambda row: row["cross_entropy"])
         return found

@@ -1,7 +1,7 @@
 """运行目录 -> 一页自足的 HTML：双击就能看，不要网络，不要服务。
 
-图用 plotly.js 画：悬停时各条曲线的数并列、误差线、对数轴、触屏都是现成的，而且它的 PyPI 包里就有完整的
-脚本，只依赖 narwhals 与 packaging。脚本 4.8 MB，gzip 再 base64 之后不到 2 MB，页面打开时由浏览器解开。
+图用 plotly.js 画：悬停时各条曲线的数并列、误差线、对数轴、触屏都是现成的；它的 PyPI 包里就有完整的
+脚本，只依赖 narwhals 与 packaging。脚本 4.8 MB，gzip 再 base64 之后不到 2 MB，由浏览器解开。
 Bokeh 的脚本较小（1.3 MB），但悬停时每条曲线各出一个框；Altair 要靠 33 MB 的 vl-convert 才能离线。
 """
 
@@ -28,24 +28,18 @@ from .report_charts import (
     rollout_charts,
     task_charts,
 )
-from .report_data import RunData, differing, leaves, read_runs, signature
-from .report_tables import (
+from .report_data import RunData, differing, read_runs, signature
+from .report_measures import (
     LABELS,
     Key,
-    answers,
-    costs,
     difference,
     duration,
-    flat,
     headline,
     measures,
     memory,
-    method,
     number,
-    results,
-    samples,
-    shown,
 )
+from .report_tables import answers, costs, flat, method, results, samples, shown
 
 logger = logging.getLogger("distillab")
 
@@ -71,7 +65,8 @@ def write_report(
     """
     runs = read_runs(paths)
     complete = all(run.complete for run in runs)
-    target = output or (paths[0] if len(runs) == 1 else paths[0].resolve().parent) / FILE_NAME
+    beside = paths[0].parent if paths[0].name else paths[0].resolve().parent
+    target = output or (paths[0] if len(runs) == 1 else beside) / FILE_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, page(runs, None if complete else reload_seconds))
     return target, complete

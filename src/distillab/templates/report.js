@@ -29,14 +29,18 @@
       margin: { l: 48, r: 12, t: 8, b: 40 },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
       hovermode: "x unified",
-      hoverlabel: { bgcolor: style.backgroundColor, bordercolor: style.borderTopColor, font: { color: style.outlineColor } },
+      hoverlabel: { bgcolor: style.backgroundColor, bordercolor: style.borderTopColor, font: { color: getComputedStyle(document.body).color } },
       dragmode: false, // a finger on a chart scrolls the page
     };
   }
 
   function traces(key) {
-    return charts[key].data.map((trace) => trace.meta?.axis
-      ? { ...trace, x: axes[trace.meta.axis][select.value] } : trace);
+    const ink = getComputedStyle(document.body).color;
+    return charts[key].data.map((trace) => ({
+      ...trace,
+      ...(trace.meta?.axis && { x: axes[trace.meta.axis][select.value] }),
+      ...(trace.error_y && { error_y: { ...trace.error_y, color: ink } }),
+    }));
   }
 
   function draw(element) {
@@ -72,7 +76,12 @@
     }
     root.dataset.ready = "true";
   }
-  start();
-
-  if (document.body.dataset.reload) setTimeout(() => location.reload(), Number(document.body.dataset.reload));
+  start().catch((error) => {
+    for (const element of document.querySelectorAll(".chart:not(.js-plotly-plot)")) {
+      element.textContent = `Not drawn: ${error.message}`; // a browser from before 2023
+    }
+  }).finally(() => {
+    const wait = document.body.dataset.reload;
+    if (wait) setTimeout(() => location.reload(), Number(wait));
+  });
 })();
