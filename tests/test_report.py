@@ -156,6 +156,15 @@ def test_every_chart_is_valid_plotly_and_skips_what_was_never_measured(kd, ce):
     assert not agreement_charts(read_runs([ce]))
 
 
+def test_bars_of_what_runs_share_are_drawn_once(kd, ce, tmp_path):
+    runs = read_runs([kd, ce, write_run(tmp_path / "again", evaluated=True)])
+    (chart,) = task_charts(runs)
+    assert [(trace["name"], trace["y"]) for trace in chart["data"]] == [
+        ("teacher", [0.75]), ("student before", [0.25]), ("student after, kd", [0.6]),
+        ("student after, ce", [0.5]), ("student after, again", [0.6]),
+    ]  # fmt: skip
+
+
 def test_one_colour_per_run_in_every_chart(kd, ce):
     for chart in curve_charts(read_runs([kd, ce])) + optimisation_charts(read_runs([kd, ce])):
         shades = {trace["name"]: trace["line"]["color"] for trace in chart["data"]}

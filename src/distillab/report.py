@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .metrics import read_metrics
 from .report_data import RunData
-from .report_measures import Measure, headline, measures
+from .report_measures import Measure, measures
 from .report_tables import costs
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ def runs_table(runs: Sequence[RunData]) -> Table:
     for run in sorted(runs, key=lambda run: -run.changed):
         found, cost = measures(run), costs(run)
         validation = found.get(("perplexity", "validation"))
-        key = headline([run])
-        task = found[key] if key and key[0] == "accuracy" else None
+        task = next((measure for key, measure in found.items() if key[0] == "accuracy"), None)
         table.add_row(
             run.label,
             run.state,

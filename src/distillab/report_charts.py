@@ -139,20 +139,24 @@ def agreement_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def task_charts(runs: Sequence[RunData]) -> list[Chart]:
     """各任务的正确率，带 95 % 区间；几次运行的教师或训练前相同时只画一次。"""
-    data: list[dict[str, Any]] = []
-    drawn: list[tuple[str, list[float | None]]] = []
     each = [
         {key[1]: measure for key, measure in measures(run).items() if key[0] == "accuracy"}
         for run in runs
     ]
     tasks = list(dict.fromkeys(task for found in each for task in found))
+    data = []
     for model in ("teacher", "teacher_without", "student_before", "student_after"):
-        for index, (run, found) in enumerate(zip(runs, each, strict=True)):
-            values = [found[task].value(model) if task in found else None for task in tasks]
-            if all(value is None for value in values) or (model, values) in drawn:
-                continue
-            drawn.append((model, values))
-            data.append(_bars(run, index, model, tasks, found, len(runs) == 1))
+        drawn: dict[tuple[Any, ...], int] = {}
+        for index, found in enumerate(each):
+            values = tuple(found[task].value(model) if task in found else None for task in tasks)
+            own = (index,) if model == "student_after" else ()
+            if any(value is not None for value in values):
+                drawn.setdefault(values + own, index)
+        for index in drawn.values():
+            shared = len(drawn) == 1 and (len(runs) == 1 or model != "student_after")
+            name = "" if shared else str(escape(runs[index].label))
+            shade = TEACHER if shared and len(runs) > 1 else color(index)
+            data.append(_bars(each[index], model, tasks, name, shade))
     if not data:
         return []
     return [_chart("tasks", "Correct answers", "share of the items, with 95 % intervals where "
@@ -161,16 +165,16 @@ def task_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def _bars(
-    run: RunData, index: int, model: str, tasks: list[str], found: dict[str, Measure], single: bool
+    found: dict[str, Measure], model: str, tasks: list[str], run: str, shade: str
 ) -> dict[str, Any]:
     figures = [found[task].values.get(model) or {} if task in found else {} for task in tasks]
     trace: dict[str, Any] = {
         "type": "bar",
-        "name": LABELS[model] if single else f"{LABELS[model]}, {escape(run.label)}",
+        "name": f"{LABELS[model]}, {run}" if run else LABELS[model],
         "x": [str(escape(task)) for task in tasks],
         "y": [figure.get("value") for figure in figures],
         "marker": {
-            "color": TEACHER if model.startswith("teacher") else color(index),
+            "color": TEACHER if model.startswith("teacher") else shade,
             "opacity": 1 if model in ("teacher", "student_after") else 0.45,
         },
         "hovertemplate": "%{y:.1%}<extra>%{fullData.name}</extra>",

@@ -51,14 +51,15 @@ def costs(run: RunData) -> dict[str, Any]:
     last = run.train[-1] if run.train else {}
     found = {key: run.summary.get(key, last.get(key))
              for key in ("tokens", "seconds", "skipped_steps")}  # fmt: skip
-    speed = run.summary.get("tokens_per_second", last.get("tokens_per_second"))
+    tokens, seconds = found["tokens"], found["seconds"]
+    speed = tokens / seconds if tokens is not None and seconds else None
     parameters = run.summary.get("parameters", {}) or {
         model: info.get("parameters")
         for model, info in run.evaluation.get("models", {}).items()
     }  # fmt: skip
     return found | {
         "steps": run.summary.get("steps", last.get("step")),
-        "tokens_per_second": speed,
+        "tokens_per_second": run.summary.get("tokens_per_second", speed),
         "peak_memory_bytes": run.summary.get("peak_memory_bytes"),
         "student": parameters.get("student", parameters.get("student_after")),
         "teacher": parameters.get("teacher"),

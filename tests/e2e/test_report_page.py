@@ -85,6 +85,21 @@ def test_curves_hold_the_values_of_the_files_and_are_drawn(opened, runs):
 
 
 @needs_browser
+def test_hovering_shows_the_values_of_every_run(opened, runs):
+    area = opened.page.locator("#chart-perplexity .nsewdrag")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    opened.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.5 * box["height"])
+    hover = opened.page.locator("#chart-perplexity .hoverlayer")
+    hover.locator("text=teacher").wait_for()
+    for run in runs:
+        rows = read_metrics(run / "metrics.jsonl")
+        value = next(row["perplexity"] for row in rows
+                     if row["kind"] == "validation" and row["step"] == 40)  # fmt: skip
+        assert f"{run.name} : {value:.5g}" in hover.inner_html()
+
+
+@needs_browser
 def test_axis_switch_moves_every_training_curve(opened):
     opened.page.select_option("#axis", "seconds")
     assert opened.traces("loss")[0]["x"][-1] == 250.0

@@ -18,17 +18,18 @@
     const style = getComputedStyle(element);
     const axis = { gridcolor: style.borderTopColor, linecolor: style.borderTopColor, zerolinecolor: style.borderTopColor };
     const { layout, training } = charts[key];
-    const x = training ? { title: { text: names[select.value], font: { size: 11 } }, tickformat: "~s" } : {};
+    const x = training ? { title: { text: names[select.value], font: { size: 11 } }, tickformat: "~s", hoverformat: "," } : {};
     return {
       ...layout,
-      xaxis: { ...axis, automargin: true, ...layout.xaxis, ...x },
+      xaxis: { ...axis, automargin: true, spikecolor: style.color, spikethickness: 1, spikedash: "solid", ...layout.xaxis, ...x },
       yaxis: { ...axis, ...layout.yaxis },
       font: { family: style.fontFamily, size: 12, color: style.color },
       paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: style.backgroundColor,
       margin: { l: 48, r: 12, t: 8, b: 40 },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
       hovermode: "x unified",
+      hoverdistance: -1, // the nearest point, however far apart they are
       hoverlabel: { bgcolor: style.backgroundColor, bordercolor: style.borderTopColor, font: { color: getComputedStyle(document.body).color } },
       dragmode: false, // a finger on a chart scrolls the page
     };
