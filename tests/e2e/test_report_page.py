@@ -155,7 +155,9 @@ def test_theme_follows_the_system_until_it_is_chosen_and_charts_follow(opened):
 @needs_browser
 def test_phone_never_scrolls_sideways(opened):
     opened.page.set_viewport_size({"width": 375, "height": 700})
-    opened.page.wait_for_function("document.querySelector('.chart svg').clientWidth < 375")
+    opened.page.wait_for_function(
+        "[...document.querySelectorAll('.chart .main-svg')].every(svg => svg.clientWidth < 375)"
+    )
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 375
 
 
