@@ -55,6 +55,11 @@ ORDER = [
     "evaluate",
     "distillation_module",
     "metrics",
+    "report_data",
+    "report_measures",
+    "report_tables",
+    "report_charts",
+    "report_page",
     "report",
     "evaluation_tables",
     "run_dir",
@@ -111,7 +116,17 @@ def test_recipe_files_are_read_by_the_run_directory_and_the_commands_alone():
 def test_help_needs_none_of_the_heavy_libraries():
     code = (
         "import sys, distillab.cli; "
-        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'rich'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'plotly', 'jinja2', 'rich'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_reads_files_alone():
+    code = (
+        "import sys, distillab.report_page, distillab.report; "
+        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'plotly'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

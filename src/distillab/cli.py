@@ -72,6 +72,8 @@ def train(
     _print_samples(directory.samples_file)
     _print_tables(summary)
     print(f"plots:   {directory.plots}")
+    if directory.report.exists():
+        print(f"report:  {directory.report}")
     print(f"export:  {directory.export}")
     print(f'next:    distillab generate {resolved.name} --prompt "..."')
 
@@ -204,6 +206,58 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs: names under runs/, or directories.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file; default: report.html in the run, or beside the runs."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep the page fresh until the runs are complete.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="For --watch: how often to look.")
+    ] = 10.0,
+) -> None:
+    """Write one HTML page about a run, or about several beside each other.
+
+    The page needs no network and no server. The first run is what the others are compared with.
+
+    \b
+    Examples:
+      distillab report quickstart
+      distillab report quickstart quickstart-ce --output compare.html
+      distillab report quickstart --watch
+    """  # noqa: D301
+    from .report_page import watch_report, write_report
+    from .run_dir import RunDirectory
+
+    paths = [RunDirectory.find(run).path for run in runs]
+    if watch:
+        watch_report(paths, output, every, _print_written)
+    else:
+        _print_written(write_report(paths, output)[0])
+
+
+@app.command(name="runs")
+def list_runs() -> None:
+    """List the runs under runs/, newest first."""
+    from rich.console import Console
+
+    from .report import runs_table
+    from .report_data import read_run
+    from .run_dir import RUNS
+
+    found = [read_run(file.parent) for file in RUNS.glob("*/recipe.yaml")]
+    if not found:
+        print(f"no runs under {RUNS}/ yet; start one: distillab train quickstart")
+        return
+    Console().print(runs_table(found))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipe files, for editors."""
     import json
@@ -241,6 +295,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_written(path: Path) -> None:
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
 
 
 def _print_tables(summary: dict[str, Any]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .metrics import read_metrics
+from .report_data import RunData
+from .report_measures import Measure, measures
+from .report_tables import costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,3 +154,53 @@ def closing_table(summary: dict[str, Any]) -> Table:
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
     return table
+
+
+def runs_table(runs: Sequence[RunData]) -> Table:
+    """一行一次运行，新的在前：到了哪一步，困惑度与头一个任务从多少到多少，花了多少。
+
+    Args:
+        runs: 读好的运行目录。
+
+    Returns:
+        rich 的 ``Table``，80 列放得下。
+    """
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("run", "state", "perplexity", "teacher", "task", "tokens", "time", "date"):
+        words = column in ("run", "state")
+        table.add_column(column, justify="left" if words else "right", overflow="fold",
+                         no_wrap=column not in ("run", "state"))  # fmt: skip
+    for run in sorted(runs, key=lambda run: -run.changed):
+        found, cost = measures(run), costs(run)
+        validation = found.get(("perplexity", "validation"))
+        task = next((measure for key, measure in found.items() if key[0] == "accuracy"), None)
+        table.add_row(
+            run.label,
+            run.state,
+            _from_to(validation, _short),
+            "-" if validation is None else _short(validation.value("teacher")),
+            _from_to(task, "{:.0%}".format),
+            _short(cost["tokens"]),
+            "-" if cost["seconds"] is None else f"{cost['seconds'] / 60:,.0f}m",
+            datetime.fromtimestamp(run.changed).strftime("%m-%d"),
+        )  # fmt: skip
+    return table
+
+
+def _from_to(measure: Measure | None, write: Callable[[float], str]) -> str:
+    if measure is None:
+        return "-"
+    ends = (measure.value("student_before"), measure.value("student_after"))
+    return "→".join("?" if value is None else write(value) for value in ends)
+
+
+def _short(value: float | None) -> str:
+    """三位有效数字上下：``18.4``、``785k``、``1.2M``。"""
+    if value is None:
+        return "-"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

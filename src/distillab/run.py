@@ -34,6 +34,7 @@ from .pretrained import load_pretrained
 from .questions import Backend, Task
 from .recipes import dump_recipe
 from .report import plot_run
+from .report_page import write_report
 from .run_dir import RUNS, RunDirectory, exported_model
 from .server import ServerBackend
 from .synthesize import SynthesisReport
@@ -227,7 +228,17 @@ def _finish(
         "parameters": parts.parameters,
     }  # fmt: skip
     run.write_summary(summary)
+    _report(run)
     return summary
+
+
+def _report(run: RunDirectory) -> None:
+    """报告只是锦上添花：写不成也不该让走完的训练失败。"""
+    try:
+        write_report([run.path], run.report)
+    except Exception as error:
+        logger.warning("no report: %s: %s; try: distillab report %s",
+                       type(error).__name__, error, run.path.name)  # fmt: skip
 
 
 def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:

@@ -46,6 +46,7 @@ class RunDirectory:
         self.samples_file = path / "samples.jsonl"
         self.export = path / "export"
         self.plots = path / "plots"
+        self.report = path / "report.html"
         self.checks = path / "checks"
         self._lock = FileLock(path / ".lock")
 
