@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "data_config",
     "config",
+    "memory",
     "filters",
     "cache",
     "responses",
