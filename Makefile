@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint schema clean
+.PHONY: demo test lint schema docs clean
 
 demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two CPU cores
 	$(BIN)/distillab train quickstart --resume
@@ -20,8 +20,12 @@ lint: .venv/.installed-dev  ## formatting, lint rules, types, and the recipe sch
 schema: .venv/.installed  ## write recipes/schema.json again after a change of config.py
 	$(BIN)/distillab schema > recipes/schema.json
 
+# Not with --quiet: it hides the warnings that strict counts.
+docs: .venv/.installed-docs  ## the guides, into site/; a broken link or a missing docstring fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -29,6 +33,10 @@ clean:
 .venv/.installed: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	touch $@
+
+.venv/.installed-docs: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[docs]'
+	touch $@ .venv/.installed
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'

@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown_table
+
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
 
@@ -65,11 +67,9 @@ def title(record: Record) -> str:
 
 
 def markdown(records: Iterable[Record], columns: list[Column]) -> str:
-    """一张表，首列左对齐，其余右对齐。"""
-    names = [name for name, _ in columns]
-    lines = [names, ["---", *["--:"] * (len(names) - 1)]]
-    lines += [[text(record) for _, text in columns] for record in records]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """一张表，一条记录一行。"""
+    rows = [[text(record) for _, text in columns] for record in records]
+    return markdown_table([name for name, _ in columns], rows)
 
 
 def main(paths: list[str]) -> None:

@@ -14,6 +14,7 @@ ORDER = [
     "bootstrap",
     "data_config",
     "config",
+    "memory",
     "filters",
     "cache",
     "responses",

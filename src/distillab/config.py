@@ -115,7 +115,9 @@ class TrainingConfig(Section):
     save_interval: int = Field(1000, gt=0, description="Optimizer steps between checkpoints.")
 
     min_learning_rate: float = Field(1e-5, ge=0, description="Floor that the schedule ends at.")
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
     warmup_ratio: float | None = Field(
         None, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
     )

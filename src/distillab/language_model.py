@@ -60,7 +60,7 @@ class LanguageModel(nn.Module, ABC):
         return int(self.head.weight.shape[1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden: [..., H]`` → ``[..., V]``，float32。"""
+        """``hidden: [..., H]`` 过 head → logits ``[..., V]``，float32。"""
         return self.head.logits(hidden)
 
     def num_parameters(self) -> int:

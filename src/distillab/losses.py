@@ -18,12 +18,12 @@ from .targets import DenseTargets, SparseTargets, Targets
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p||q) = Σ p (log p - log q)。Hinton et al. 2015, arXiv:1503.02531。"""
+    """前向 KL：KL(p||q) = Σ p (log p - log q)。Hinton et al. 2015, arXiv:1503.02531。"""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q||p) = Σ q (log q - log p)。MiniLLM, Gu et al. 2023, arXiv:2306.08543。"""
+    """反向 KL：KL(q||p) = Σ q (log q - log p)。MiniLLM, Gu et al. 2023, arXiv:2306.08543。"""
     return forward_kl(log_q, log_p)
 
 
@@ -37,12 +37,18 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    """KL(p || s p + (1-s) q)。DistiLLM, Ko et al. 2024, arXiv:2402.03898，式 (3)。"""
+    """到混合分布的前向 KL：KL(p || s p + (1-s) q)。
+
+    DistiLLM, Ko et al. 2024, arXiv:2402.03898，式 (3)。
+    """
     return forward_kl(log_p, mixture(log_p, log_q, skew))
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    """KL(q || (1-s) p + s q)。DistiLLM, Ko et al. 2024, arXiv:2402.03898，式 (4)。"""
+    """到混合分布的反向 KL：KL(q || (1-s) p + s q)。
+
+    DistiLLM, Ko et al. 2024, arXiv:2402.03898，式 (4)。
+    """
     return forward_kl(log_q, mixture(log_q, log_p, skew))
 
 

@@ -81,12 +81,12 @@ class HeadProducts:
         return d_logits
 
     def logits(self, rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        """``out [R, V] = rows @ weight.T``。"""
+        """把 logits 写进 ``out``：``out [R, V] = rows @ weight.T``。"""
         for part, columns in self._tiles(weight):
             torch.mm(rows, part.T, out=out[:, columns])
 
     def d_rows(self, d_logits: Tensor, weight: Tensor) -> Tensor:
-        """``d_logits @ weight``：``[R, H]``，``dtype``。"""
+        """对行的梯度 ``d_logits @ weight``：``[R, H]``，``dtype``。"""
         total = d_logits.new_zeros(len(d_logits), weight.shape[1])
         for part, columns in self._tiles(weight):
             total.addmm_(d_logits[:, columns], part)
@@ -135,11 +135,11 @@ class MixedProducts(HeadProducts):
         return (d_logits if self.scale == 1 else d_logits * self.scale).to(self.compute)
 
     def logits(self, rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        """``out [R, V] = rows @ weight.T``，float32。"""
+        """把 logits 写进 ``out``：``out [R, V] = rows @ weight.T``，float32。"""
         torch.mm(rows, weight.T, out_dtype=torch.float32, out=out)
 
     def d_rows(self, d_logits: Tensor, weight: Tensor) -> Tensor:
-        """``d_logits @ weight``：``[R, H]``，float32。"""
+        """对行的梯度 ``d_logits @ weight``：``[R, H]``，float32。"""
         return torch.mm(d_logits, weight, out_dtype=torch.float32) / self.scale
 
     def add_d_weight(self, total: Tensor, d_logits: Tensor, rows: Tensor) -> None:

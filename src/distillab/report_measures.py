@@ -197,7 +197,7 @@ def difference(value: float | None, reference: float | None, kind: Kind) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``538 s``、``9.0 min``、``2.3 h``。"""
+    """秒数写成人读的样子：``538 s``、``9.0 min``、``2.3 h``；不知道的是一道短横。"""
     if seconds is None:
         return "–"
     if seconds < 600:

@@ -64,7 +64,7 @@ class Logits(NamedTuple):
     slope: Tensor | float  # logits 对矩阵乘结果的导数
 
     def log_sum(self, temperature: float) -> Tensor:
-        """``log Σ exp(shifted / T)``，``[R, 1]``。"""
+        """归一化项 ``log Σ exp(shifted / T)``，``[R, 1]``。"""
         return total((self.shifted * (1 / temperature)).exp()).log()
 
     def log_softmax(self, temperature: float) -> Tensor:
