@@ -64,6 +64,7 @@ ORDER = [
     "generated",
     "choices",
     "tasks",
+    "harness_lm",
     "harness",
     "engine",
     "loaders",

@@ -14,6 +14,7 @@ from .build import Parts
 from .build_training import build_text
 from .cache import replace_file
 from .config import Recipe
+from .harness import check_harness
 from .language_model import LanguageModel
 from .tasks import TaskSet, View, accuracy, gap_closed
 from .trainer import DistillationTrainer
@@ -123,6 +124,8 @@ class Checks:
 
 def load_tasks(recipe: Recipe) -> list[TaskSet]:
     """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
+    if recipe.evaluate.lm_eval is not None:
+        check_harness(recipe.evaluate.lm_eval)
     return [
         TaskSet.load(name, config, recipe.data.template_options)
         for name, config in recipe.evaluate.tasks.items()
