@@ -21,7 +21,9 @@ def by_hand(model, context, continuation, limit=400):
     log_p = logits.double().log_softmax(-1)
     places = range(len(context) - 1, len(context) + len(continuation) - 1)
     total = sum(float(log_p[i, token]) for i, token in zip(places, continuation, strict=True))
-    greedy = all(int(log_p[i].argmax()) == token for i, token in zip(places, continuation, strict=True))
+    greedy = all(
+        int(log_p[i].argmax()) == token for i, token in zip(places, continuation, strict=True)
+    )
     return total, greedy
 
 
