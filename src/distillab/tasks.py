@@ -127,10 +127,12 @@ class TaskSet(ABC):
             self.pairs, self.prompts(tokenizer, view), after, strict=True
         ):
             if len(prompt) + more > limit:
-                longest = f" and its longest choice {more}" if more > 1 else ""
+                expected = f", expected fewer than its longest sequence {limit}"
+                if more > 1:
+                    expected = f" and its longest choice {more}, expected at most {limit} together"
                 raise DistillabError(
                     f"{self._where(getattr(pair, view))}: the {view}'s prompt has {len(prompt)} "
-                    f"tokens{longest}, expected fewer than its longest sequence {limit}"
+                    f"tokens{expected}"
                 )
 
     def ask(
