@@ -51,10 +51,21 @@ SAMPLING: list[Column] = [
     ("seconds", number("seconds", ".2f")),
     ("tokens", number("tokens", ".0f")),
 ]
+EVALUATION: list[Column] = [
+    ("case", lambda record: record["case"]),
+    ("implementation", lambda record: record["implementation"]),
+    ("items/s", number("items_per_second", ".2f")),
+    ("seconds", number("seconds", ".2f")),
+    ("items", number("items", ".0f")),
+    ("same answers", number("same_answers", ".0f")),
+    ("/ plain loop", number("ratio_to_loop", ".2f")),
+]
 
 
 def title(record: Record) -> str:
     """一格的标题。"""
+    if "items" in record:
+        return f"tasks, {record['dtype']}"
     if "rounds" in record:
         return f"sampling, {record['dtype']}"
     if "case" in record:
@@ -81,6 +92,7 @@ def main(paths: list[str]) -> None:
             cell = list(group)
             columns = TRAIN_STEP if "case" in cell[0] else LOSS_HEAD
             columns = SAMPLING if "rounds" in cell[0] else columns
+            columns = EVALUATION if "items" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

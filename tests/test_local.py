@@ -44,14 +44,14 @@ def questions():
 
 @pytest.fixture
 def backend(model, tiny_tokenizer):
-    def render(messages):
+    def prompt(task):
         return tiny_tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            task.messages, add_generation_prompt=True, return_dict=False
         )
 
     def backend(batch_size=4, temperature=0.0, max_new_tokens=12, **options):
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, **options)
-        return LocalBackend(model, tiny_tokenizer, render, sampling, batch_size, name="tiny")
+        return LocalBackend(model, tiny_tokenizer, prompt, sampling, batch_size, name="tiny")
 
     return backend
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from .build import Parts
 from .build_training import build_text
 from .cache import replace_file
 from .config import Recipe
-from .tasks import TaskSet, accuracy, gap_closed
+from .harness import check_harness
+from .language_model import LanguageModel
+from .tasks import TaskSet, View, accuracy, gap_closed
 from .trainer import DistillationTrainer
 
 logger = logging.getLogger("distillab")
@@ -46,6 +49,7 @@ class Checks:
         directory: Path | None,
     ) -> None:
         self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
+        self.teacher: dict[str, float] = {}  # 教师在各份文本上的困惑度：训练不改变它
         for task in tasks:
             if parts.teacher is not None:
                 task.check_fits(parts.teacher, parts.tokenizer, "teacher")
@@ -80,9 +84,14 @@ class Checks:
         path = self._file(f"{name}.{when}.json")
         if path is not None and path.exists():
             saved: dict[str, float] = json.loads(path.read_text())
+            if "teacher" in saved:
+                self.teacher[name] = saved["teacher"]
             return saved
-        student, teacher = self.trainer.evaluate(loader=self.texts[name])
-        found = {"teacher": teacher["perplexity"]} if teacher is not None else {}
+        known = name in self.teacher
+        student, teacher = self.trainer.evaluate(loader=self.texts[name], teacher=not known)
+        if teacher is not None:
+            self.teacher[name] = teacher["perplexity"]
+        found = {"teacher": self.teacher[name]} if name in self.teacher else {}
         found[when] = student["perplexity"]
         logger.info("%s: perplexity on %s %s", when.replace("_", " "), name,
                     f"{student['perplexity']:,.2f}")  # fmt: skip
@@ -92,18 +101,22 @@ class Checks:
         return found
 
     def _task(self, task: TaskSet, when: When) -> dict[str, float]:
-        tokenizer, parts = self.parts.tokenizer, self.parts
         found = {}
-        if parts.teacher is not None:
-            with parts.as_teacher() as teacher:
-                save_to = self._file(f"{task.name}.teacher.jsonl")
-                found["teacher"] = accuracy(task.ask(teacher, tokenizer, "teacher", save_to))
-        save_to = self._file(f"{task.name}.{when}.jsonl")
-        found[when] = accuracy(task.ask(parts.student, tokenizer, "student", save_to))
-        logger.info("%s: %s", task.name, ", ".join(
-            f"{model.replace('_', ' ')} {value:.1%}" for model, value in found.items()
-        ))  # fmt: skip
+        if self.parts.teacher is not None:
+            with self.parts.as_teacher() as teacher:
+                found["teacher"] = self._score(task, teacher, "teacher", "teacher")
+        found[when] = self._score(task, self.parts.student, "student", when)
         return found
+
+    def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
+        save_to = self._file(f"{task.name}.{name}.jsonl")
+        known = save_to is not None and save_to.exists()
+        started = time.perf_counter()
+        rows = task.ask(model, self.parts.tokenizer, view, save_to)
+        speed = len(rows) / (time.perf_counter() - started)
+        logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
+                    "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
+        return accuracy(rows)
 
     def _file(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / name
@@ -111,6 +124,8 @@ class Checks:
 
 def load_tasks(recipe: Recipe) -> list[TaskSet]:
     """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
+    if recipe.evaluate.lm_eval is not None:
+        check_harness(recipe.evaluate.lm_eval)
     return [
         TaskSet.load(name, config, recipe.data.template_options)
         for name, config in recipe.evaluate.tasks.items()

@@ -13,6 +13,9 @@ from pydantic import ConfigDict, Field, model_validator
 from .data_config import (
     DataSection,
     FilterConfig,
+    GeneratorConfig,
+    LmEvalConfig,
+    MatchConfig,
     ResponsesConfig,
     SamplingConfig,
     Section,
@@ -27,9 +30,12 @@ __all__ = [
     "Divergence",
     "EvaluateConfig",
     "FilterConfig",
+    "GeneratorConfig",
     "InitConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "LossConfig",
+    "MatchConfig",
     "ModelConfig",
     "ModelSource",
     "Precision",
@@ -285,6 +291,9 @@ class EvaluateConfig(Section):
     )
     texts: dict[FileName, TextConfig] = Field(
         {}, description="Perplexity on these, before and after training."
+    )
+    lm_eval: LmEvalConfig | None = Field(
+        None, description="Tasks of lm-evaluation-harness, measured by `distillab evaluate`."
     )
 
 

@@ -37,7 +37,7 @@ class SamplingConfig(Section):
 
 
 class FilterConfig(Section):
-    """怎样的回答算对：三选一。"""
+    """怎样的回答算对：恰好选一种。"""
 
     exact: bool = Field(False, description="It equals the record's answer.")
     regex: str | None = Field(
@@ -49,15 +49,25 @@ class FilterConfig(Section):
 
     @model_validator(mode="after")
     def _one_filter(self) -> FilterConfig:
-        if sum((self.exact, self.regex is not None, self.function is not None)) != 1:
-            raise ValueError("set exactly one of exact, regex and function")
+        names = list(type(self).model_fields)
+        if sum(getattr(self, name) not in (None, False) for name in names) != 1:
+            raise ValueError(f"set exactly one of {', '.join(names[:-1])} and {names[-1]}")
         return self
 
 
-class Records(Section):
-    """从哪里读记录。"""
+class MatchConfig(FilterConfig):
+    """任务怎样判分：核对模型写的回答，或由它在 ``choices`` 里选一个。"""
 
-    source: str = Field(min_length=1, description=LOCAL_OR_HUB)
+    choice: Literal["sum", "mean"] | None = Field(
+        None,
+        description="The likeliest of the record's choices is its answer: log-likelihood summed "
+        "over the choice's tokens, or their mean.",
+    )
+
+
+class _Place(Section):
+    """记录在来源里的什么地方。"""
+
     subset: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     text_field: str = Field("text", description="Field that holds an article's text.")
@@ -66,8 +76,14 @@ class Records(Section):
     )
 
 
-class Prompts(Records):
-    """对话，以及只有教师读到的经验。"""
+class Records(_Place):
+    """从哪里读记录。"""
+
+    source: str = Field(min_length=1, description=LOCAL_OR_HUB)
+
+
+class Experience(Section):
+    """只有教师读到的经验。"""
 
     teacher_source: str | None = Field(
         None, min_length=1, description="The same tasks with experience in the prompt."
@@ -81,7 +97,7 @@ class Prompts(Records):
     experience_template: str = Field(JOINED, description="How experience and message are joined.")
 
     @model_validator(mode="after")
-    def _one_experience(self) -> Prompts:
+    def _one_experience(self) -> Experience:
         if self.teacher_source is not None and self.experience is not None:
             raise ValueError(
                 "teacher_source and experience disagree: both give the teacher its experience; "
@@ -97,7 +113,7 @@ class Prompts(Records):
         return self
 
 
-class DataSection(Prompts):
+class DataSection(Experience, Records):
     """训练数据：来源、取多少、怎样切块或渲染。"""
 
     format: Literal["text", "chat"] = Field("text", description="Running text, or prompt/response.")
@@ -132,11 +148,51 @@ class DataSection(Prompts):
         return self
 
 
-class TaskConfig(Prompts):
-    """训练前后各考一次的任务：教师读得到经验，学生读不到；回答由程序核对。"""
+class GeneratorConfig(Section):
+    """``reasoning-gym`` 现出的题，同样的种子总是同样的题。"""
 
-    match: FilterConfig = Field(description="Which responses are right.")
+    name: str = Field(min_length=1, description="A data set of reasoning-gym.")
+    size: int = Field(100, gt=0, description="Problems.")
+    seed: int = Field(0, ge=0, description="Of the problems.")
+    options: dict[str, Any] = Field({}, description="Of this data set, such as max_terms.")
+
+
+class TaskConfig(Experience, _Place):
+    """训练前后各考一次的任务：教师读得到经验，学生读不到；对不对由程序核对。"""
+
+    source: str | None = Field(None, min_length=1, description=LOCAL_OR_HUB)
+    generator: GeneratorConfig | None = Field(
+        None, description="Problems that reasoning-gym writes and scores, instead of source."
+    )
+    match: MatchConfig | None = Field(None, description="Which responses are right.")
     max_new_tokens: int = Field(64, gt=0, description="Longest response, in tokens.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TaskConfig:
+        if (self.source is None) == (self.generator is None):
+            raise ValueError("set exactly one of source and generator")
+        if self.source is not None:
+            if self.match is None:
+                raise ValueError("source needs match: exact, regex, function or choice")
+            return self
+        for key in ("match", "teacher_source", "subset", "sha256"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} and generator disagree: the generator writes and scores its problems; "
+                    f"drop one"
+                )
+        return self
+
+
+class LmEvalConfig(Section):
+    """``distillab evaluate`` 里由 lm-evaluation-harness 量的任务，结果可与发表的相比。"""
+
+    tasks: list[str] = Field(min_length=1, description="Names of tasks, groups or tags.")
+    limit: int | None = Field(None, gt=0, description="Documents per task; default: all.")
+    num_fewshot: int | None = Field(None, ge=0, description="Default: the task's own.")
+    include_path: str | None = Field(
+        None, min_length=1, description="Directory of your own task YAML files."
+    )
 
 
 class TextConfig(Records):

@@ -8,19 +8,22 @@ class DistillabError(Exception):
     """输入有误：信息要说清是哪个键或文件、找到了什么、期望什么、最接近的合法选择。"""
 
 
-def nearest(found: str, choices: Iterable[str]) -> str:
+def nearest(found: str, choices: Iterable[str], otherwise: str | None = None) -> str:
     """给出最接近 ``found`` 的合法选择，供错误信息结尾使用。
 
     Args:
         found: 使用者写下的名字。
         choices: 合法的名字。
+        otherwise: 没有相近的时说什么；名字多得列不下才需要。
 
     Returns:
         ``"did you mean 'x'?"``；没有相近的就列出全部：``"choose from a, b"``。
     """
     names = sorted(choices)
     close = difflib.get_close_matches(found, names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(names)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return otherwise or f"choose from {', '.join(names)}"
 
 
 def shown(text: str) -> str:

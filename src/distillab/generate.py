@@ -154,7 +154,7 @@ class TextGenerator:
         top_k: int = 50,
         top_p: float = 0.9,
         seeds: Sequence[int] | None = None,
-        on_token: Callable[[Tensor], object] | None = None,
+        on_token: Callable[[Tensor], Tensor | None] | None = None,
     ) -> Tensor:
         """续写一批已编码的提示。
 
@@ -167,7 +167,7 @@ class TextGenerator:
             top_k: 见 ``generate``。
             top_p: 见 ``generate``。
             seeds: 每行的种子，一行的采样不取决于它与谁同批；``None`` 则每次不同。
-            on_token: 每一步得到 ``[B]`` 个新 token 后调用。
+            on_token: 每一步得到 ``[B]`` 个新 token 后调用；返回 ``[B]`` 的 bool，为真的行就停下。
 
         Returns:
             ``[B, N]``，int64，N 不超过 ``max_new_tokens``。每行到第一个停止 token（含）为止有效，
@@ -212,9 +212,10 @@ class TextGenerator:
                     uniform=None if uniform is None else uniform[:, step],
                 ).masked_fill(finished, self.pad_id)
                 new_ids[rows, step] = chosen
-                if on_token is not None:
-                    on_token(new_ids[:, step])
                 finished = finished | torch.isin(chosen, stops)
+                ended_here = None if on_token is None else on_token(new_ids[:, step])
+                if ended_here is not None:
+                    finished = finished | ended_here.to(device)[rows]
                 ended = int(finished.sum())
                 if ended == len(rows):
                     return new_ids[:, : step + 1]

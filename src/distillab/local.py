@@ -19,7 +19,7 @@ from .config import SamplingConfig
 from .errors import DistillabError
 from .generate import TextGenerator, left_pad, until_stop
 from .language_model import LanguageModel
-from .questions import TOO_LONG, Answer, Outcome, Question
+from .questions import TOO_LONG, Answer, Outcome, Question, Task
 from .sampling import sampling_options
 
 __all__ = ["LocalBackend"]
@@ -31,7 +31,7 @@ class LocalBackend:
     Args:
         model: 教师。
         tokenizer: 它的 tokenizer。
-        render_prompt: 消息 → 提示的 token，到轮到教师开口为止。
+        prompt: 任务 → 提示的 token，到轮到教师开口为止。
         sampling: 采样。
         batch_size: 一起生成的问题数。
         name: 写进每一行的模型名。
@@ -41,14 +41,14 @@ class LocalBackend:
         self,
         model: LanguageModel,
         tokenizer: Any,
-        render_prompt: Callable[[list[dict[str, Any]]], list[int]],
+        prompt: Callable[[Task], list[int]],
         sampling: SamplingConfig,
         batch_size: int,
         *,
         name: str,
     ) -> None:
         self.name = name
-        self._render = render_prompt
+        self._prompt = prompt
         self._sampling, self._batch_size = sampling, batch_size
         self._model = model
         self._generator = TextGenerator(model, tokenizer)
@@ -68,7 +68,7 @@ class LocalBackend:
         prompts: dict[str, list[int]] = {}
         for question in questions:
             if question.task.id not in prompts:
-                prompts[question.task.id] = self._render(question.task.messages)
+                prompts[question.task.id] = self._prompt(question.task)
         limit = self._model.max_seq_len
         too_long = [q for q in questions if len(prompts[q.task.id]) >= limit]
         if too_long:

@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from .config import DataSection
 from .conversations import Conversation, Message, read_conversations
+from .data_config import Experience
 from .errors import DistillabError, shown, some
+from .questions import Task
 from .sources import SHIPPED, fetch, require_file
 from .usable_responses import usable_responses
 
@@ -38,6 +41,11 @@ class Pair:
     def key(self) -> str:
         """这个任务的键，``responses`` 文件里的 ``id``。"""
         return self.student.key
+
+    def task(self, view: Literal["student", "teacher"]) -> Task:
+        """从一个视角提的问题。"""
+        conversation: Conversation = getattr(self, view)
+        return Task(self.key, conversation.prompt, self.student.answer, self.student.record)
 
     def answered(self, response: str) -> Pair:
         """换一个 response，两个视角一起换。"""
@@ -71,10 +79,8 @@ def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[P
     if data.teacher_source is not None:
         teachers = list(_read(data, data.teacher_source, None, False))
         pairs = _merged(students, teachers, data, notes, problems)
-    elif data.experience is not None:
-        pairs = _with_experience(students, data, problems)
     else:
-        pairs = [Pair(student, student) for student in students]
+        pairs = _with_experience(students, data, problems)
     if data.responses is not None:
         pairs = _with_responses(pairs, data.responses, notes, problems)
     if need_response:
@@ -83,6 +89,18 @@ def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[P
                 problems.add("no response in either file", pair.student)
     problems.raise_any(" and ".join(filter(None, (data.source, data.teacher_source))))
     return pairs, notes
+
+
+def with_experience(conversations: list[Conversation], config: Experience) -> list[Pair]:
+    """给教师的视角拼上 ``config.experience``；没有经验则两个视角相同。
+
+    Raises:
+        DistillabError: 经验读不了，或学生的 prompt 里已有它。
+    """
+    problems = _Problems()
+    pairs = _with_experience(conversations, config, problems)
+    problems.raise_any("experience")
+    return pairs
 
 
 def read_experience(text: str) -> str:
@@ -275,9 +293,10 @@ def _one_response(pair: Pair) -> Pair:
 
 
 def _with_experience(
-    students: list[Conversation], data: DataSection, problems: _Problems
+    students: list[Conversation], data: Experience, problems: _Problems
 ) -> list[Pair]:
-    assert data.experience is not None
+    if data.experience is None:
+        return [Pair(student, student) for student in students]
     experience = read_experience(data.experience)
     squeezed = _squeezed([experience])
     pairs = []
@@ -289,7 +308,7 @@ def _with_experience(
     return pairs
 
 
-def _joined(messages: list[Message], experience: str, data: DataSection) -> list[Message]:
+def _joined(messages: list[Message], experience: str, data: Experience) -> list[Message]:
     role = data.experience_role
     if role == "system":
         at = 0

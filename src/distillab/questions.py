@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["TOO_LONG", "Answer", "Backend", "Outcome", "Question", "Task", "Unanswered"]
+from .errors import DistillabError
+
+__all__ = [
+    "TOO_LONG",
+    "Answer",
+    "Backend",
+    "Outcome",
+    "Question",
+    "Task",
+    "Unanswered",
+    "check_tasks",
+]
 
 TOO_LONG = "prompt_too_long"
 """提示放不进教师的上下文时的 ``finish_reason``：记下来，不再问。"""
@@ -27,6 +39,29 @@ class Task:
     messages: list[dict[str, Any]]
     answer: str | None
     record: dict[str, Any]
+
+
+def check_tasks(tasks: Sequence[Task], compares: str | None) -> None:
+    """提问之前查对：有任务，``id`` 各不相同，要核对的都有标准答案。
+
+    Args:
+        tasks: 全部任务。
+        compares: 与标准答案比较的那个键，写进错误信息；``None`` 表示用不到标准答案。
+
+    Raises:
+        DistillabError: 有一条不满足。
+    """
+    if not tasks:
+        raise DistillabError("there is nothing to ask: the data has no tasks")
+    twice, count = Counter(task.id for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise DistillabError(f"the id {twice!r} names {count} tasks, expected one")
+    without = [task.id for task in tasks if task.answer is None]
+    if compares is not None and without:
+        raise DistillabError(
+            f"{compares} compares with the record's answer, but {len(without)} of "
+            f"{len(tasks)} records have none, such as {without[0]!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +102,7 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     pairs, notes = load_pairs(data.model_copy(update={"responses": None}), need_response=False)
     for note in notes:
         logger.info("%s", note)
-    tasks = [
-        Task(pair.key, pair.teacher.prompt, pair.student.answer, pair.student.record)
-        for pair in pairs
-    ]
+    tasks = [pair.task("teacher") for pair in pairs]
     provenance: dict[str, Any] = {"recipe": recipe.name}
     backend: Backend
     if config.server is not None:
@@ -120,9 +116,12 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
             "template_options": data.template_options,
         }
-        render = partial(render_prompt, tokenizer=tokenizer, template_options=data.template_options)
+
+        def prompt(task: Task) -> list[int]:
+            return render_prompt(task.messages, tokenizer, template_options=data.template_options)
+
         backend = LocalBackend(
-            teacher, tokenizer, render, config.sampling, config.batch_size, name=recipe.teacher.path
+            teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path
         )
     return ask(
         tasks, backend, config, Path(config.output), provenance=provenance, seed=recipe.train.seed

@@ -23,7 +23,7 @@ from .config import SynthesizeConfig
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
 from .progress import StopRequest, make_bar
-from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered
+from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered, check_tasks
 from .responses import ResponseFile
 
 __all__ = ["Backend", "SynthesisReport", "Task", "synthesize"]
@@ -148,7 +148,7 @@ def synthesize(
         KeyboardInterrupt: Ctrl-C；答好的都已存下。
     """
     judge = make_filter(config.filter)
-    _check_tasks(tasks, needs_answer(config.filter))
+    check_tasks(tasks, "synthesize.filter" if needs_answer(config.filter) else None)
     report = SynthesisReport(output, asked=len(tasks) * config.samples)
     prompts = {task.id: _sha256(task.messages) for task in tasks}
     with ResponseFile(output) as file:
@@ -247,20 +247,6 @@ def _row(answer: Answer, prompts: Mapping[str, str]) -> dict[str, Any]:
         "tokens": answer.tokens,
     }
     return row if answer.error is None else row | {"error": answer.error}
-
-
-def _check_tasks(tasks: Sequence[Task], answers_needed: bool) -> None:
-    if not tasks:
-        raise DistillabError("there is nothing to ask: the data has no tasks")
-    twice, count = Counter(task.id for task in tasks).most_common(1)[0]
-    if count > 1:
-        raise DistillabError(f"the id {twice!r} names {count} tasks, expected one")
-    without = [task.id for task in tasks if task.answer is None]
-    if answers_needed and without:
-        raise DistillabError(
-            f"synthesize.filter compares with the record's answer, but {len(without)} of "
-            f"{len(tasks)} records have none, such as {without[0]!r}"
-        )
 
 
 def _provenance(

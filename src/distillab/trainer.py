@@ -318,16 +318,19 @@ class DistillationTrainer:
         self,
         progress: TrainingProgress | None = None,
         loader: DataLoader[Any] | None = None,
+        teacher: bool = True,
     ) -> tuple[Metrics, Metrics | None]:
         """评测当前的学生；教师的成绩由同一次前向得出。
 
         Args:
             progress: 显示验证进度的进度条，可以没有。
             loader: ``evaluation_loader`` 的返回值；缺省为验证集。
+            teacher: 要不要与教师比较。
 
         Returns:
-            ``(学生, 教师)``；没有教师时后者为 ``None``。
+            ``(学生, 教师)``；没有或不要教师时后者为 ``None``。
         """
+        compared = teacher and self.teacher is not None
         module = self.module.eval()
         totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
         totals = totals.to(self.accelerator.device)
@@ -338,14 +341,14 @@ class DistillationTrainer:
         with torch.no_grad():
             for batch in batches:
                 batch = batch.to(self.accelerator.device)
-                sums: LossSums = module(batch, self._targets(batch))
+                sums: LossSums = module(batch, self._targets(batch) if compared else None)
                 totals[0] += len(batch)
                 totals[1:] += torch.stack(sums)
         totals = self.accelerator.reduce(totals, reduction="sum")
         tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
         module.train()
-        student = student_metrics(sums, tokens, self.teacher is not None)
-        return student, teacher_metrics(sums, tokens) if self.teacher is not None else None
+        student = student_metrics(sums, tokens, compared)
+        return student, teacher_metrics(sums, tokens) if compared else None
 
     # ------------------------------------------------------------------ 数据
 

@@ -329,10 +329,10 @@ CASES = {
         "evaluate.tasks.colours: plain.jsonl and other.jsonl share no id: found 't0', 't1', "
         "'t2', ... in the first and 'u0' in the second"),
     "task: no answer to compare": (TASK, both(without_answer(PLAIN), without_answer(KNOWING)),
-        "evaluate.tasks.colours: plain.jsonl:1: expected answer, which match compares with"),
+        "evaluate.tasks.colours: match compares with the record's answer, but 12 of 12 records have "
+        "none, such as 't0'"),
     "task: no match": ((*TASK, SET, "evaluate.tasks.colours.match=null"), None,
-        "--set: evaluate.tasks.colours.match: found None, expected a mapping with keys exact, "
-        "regex, function"),
+        "--set: evaluate.tasks.colours: source needs match: exact, regex, function or choice"),
     "task: invalid regex": ((*TASK, SET, "evaluate.tasks.colours.match={exact: false, regex: '('}"), None,
         "evaluate.tasks.colours.match.regex '(' is not a regular expression: missing ), "
         "unterminated subpattern at position 0"),

@@ -364,9 +364,9 @@ def test_a_real_server_gives_the_answers_of_the_local_model(
     config = SynthesizeConfig(sampling=sampling, filter=FilterConfig(regex=r"\b{answer}\b"))
     tokenizer = load_tokenizer(str(smollm2_dir))
 
-    def render(messages):
+    def prompt(task):
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            task.messages, add_generation_prompt=True, return_dict=False
         )
 
     backends = {
@@ -375,7 +375,7 @@ def test_a_real_server_gives_the_answers_of_the_local_model(
         ),
         "local": LocalBackend(
             PretrainedLM(load_pretrained(str(smollm2_dir), dtype=torch.float32)),
-            tokenizer, render, sampling, 4, name="SmolLM2",
+            tokenizer, prompt, sampling, 4, name="SmolLM2",
         ),
     }  # fmt: skip
     found = {}
