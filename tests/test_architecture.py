@@ -54,6 +54,7 @@ ORDER = [
     "distillation_module",
     "metrics",
     "report",
+    "curves",
     "run_dir",
     "checkpoint",
     "progress",
