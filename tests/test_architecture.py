@@ -64,6 +64,7 @@ ORDER = [
     "report_page",
     "report",
     "evaluation_tables",
+    "curves",
     "run_dir",
     "checkpoint",
     "progress",

@@ -101,6 +101,12 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(make, teacher):
         assert torch.equal(parameter, old)
 
 
+def test_whoever_watches_the_metrics_is_called_after_each_row(make):
+    trainer, seen = make(max_steps=4, eval_interval=2), []
+    trainer.train(on_metrics=lambda path: seen.append(len(read_metrics(path))))
+    assert seen == [1, 2, 3, 4, 5, 6]  # 四步，两次验证；调用时那一行已能读到
+
+
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (2, 4), (4, 2)])
 def test_one_step_is_the_same_however_it_is_split_into_micro_batches(make, size, accumulation):
     whole = make("whole", batch_size=8, max_steps=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from .batch import Batch, collate_examples, collate_text
 from .build import Parts
@@ -84,10 +85,30 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
             )
     if data.format == "chat":
         return _chat_data(recipe, parts, pairs, data.max_seq_len or min(longest.values()))
+    train, validation = text_splits(
+        recipe, parts.tokenizer, data.max_seq_len or parts.student.max_seq_len
+    )
+    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
+
+
+def text_splits(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+) -> tuple[WikiDataset, WikiDataset]:
+    """文本数据的训练集与验证集；切好的存在缓存里，第二次很快。
+
+    Args:
+        recipe: 配方，``data.format`` 是 ``text``。
+        tokenizer: 学生的 tokenizer。
+        max_seq_len: 每条序列的 token 数。
+
+    Raises:
+        DistillabError: 见 ``WikiDataset.build``。
+    """
+    data = recipe.data
     train, validation = WikiDataset.build(
         data.source,
-        parts.tokenizer,
-        max_seq_len=data.max_seq_len or parts.student.max_seq_len,
+        tokenizer,
+        max_seq_len=max_seq_len,
         size_mb=data.size_mb,
         validation_fraction=data.validation_fraction,
         text_field=data.text_field,
@@ -100,7 +121,7 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
         "%s training tokens, %s for validation, in sequences of %d",
         f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,
     )  # fmt: skip
-    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
+    return train, validation
 
 
 def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:

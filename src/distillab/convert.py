@@ -24,6 +24,7 @@ from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 from .language_model import PretrainedLM
 from .lora import has_lora, merged_copy
 from .model import StudentModel
+from .pretrained import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -243,7 +244,9 @@ def export_student(
     partial.mkdir(parents=True)
     try:
         if isinstance(model, PretrainedLM):
-            (merged_copy(model) if has_lora(model) else model.model).save_pretrained(partial)
+            whole = merged_copy(model) if has_lora(model) else model.model
+            with quiet_transformers():
+                whole.save_pretrained(partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
         for weights in partial.glob("*.safetensors"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,11 +18,18 @@ class MetricsLog:
     Args:
         path: ``metrics.jsonl``。
         accelerator: 引擎。
+        on_write: 每写一行就以文件的路径调用，只在主进程。
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        on_write: Callable[[Path], object] | None = None,
+    ) -> None:
         self.path = path
         self.accelerator = accelerator
+        self._on_write = on_write
         self._file: IO[str] | None = None
 
     def discard_after(self, step: int) -> None:
@@ -52,6 +60,8 @@ class MetricsLog:
             finite = {key: None if _not_finite(value) else value for key, value in row.items()}
             self._file.write(f"{json.dumps(finite)}\n")
             self._file.flush()
+            if self._on_write is not None:
+                self._on_write(self.path)
         if self.accelerator.log_with:
             prefix = row["kind"]
             numbers = {

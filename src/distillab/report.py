@@ -1,19 +1,16 @@
-"""把运行目录变成给人看的东西；只读运行目录里的文件，不导入 torch。"""
+"""把一次运行的结果变成给人看的表；只读运行目录里的文件，不导入 torch。"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metrics import read_metrics
 from .report_data import RunData
 from .report_measures import Measure, measures
 from .report_tables import costs
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
 
 MODELS = {
@@ -21,76 +18,6 @@ MODELS = {
     "student_before": "student before",
     "student_after": "student after",
 }
-
-
-def plot_run(run_dir: Path) -> list[Path]:
-    """画出损失与困惑度曲线。
-
-    Args:
-        run_dir: 运行目录，要有 ``metrics.jsonl``。
-
-    Returns:
-        写下的 PNG：``plots/loss.png`` 与 ``plots/perplexity.png``。
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train" and "loss" in row]
-    validation = [row for row in rows if row["kind"] == "validation"]
-    reference = {row["model"]: row for row in rows if row["kind"] == "reference"}
-    written = []
-    for name, draw, data in (
-        ("loss", _draw_loss, train),
-        ("perplexity", _draw_perplexity, validation),
-    ):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw(axes, data, reference)
-        axes.grid(alpha=0.25)
-        axes.set_xlabel("training tokens")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{run_dir.name}: {name}", loc="left", fontweight="bold")
-        path = run_dir / "plots" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        written.append(path)
-    return written
-
-
-def _draw_loss(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    tokens = [row["tokens"] for row in rows]
-    labels = {"loss": "training loss", "divergence": "divergence", "cross_entropy": "cross-entropy"}
-    for key, label in labels.items():
-        values = [row[key] for row in rows]
-        if any(values):  # alpha 为 0 或 1 时有一项不计算
-            axes.plot(tokens, values, label=label, linewidth=2 if key == "loss" else 1.2)
-    axes.set_ylabel("nats per token")
-    axes.legend(frameon=False)
-
-
-def _draw_perplexity(axes: Axes, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    rows = [{"tokens": 0, **reference["student_before"]}, *rows]
-    tokens, values = [row["tokens"] for row in rows], [row["perplexity"] for row in rows]
-    axes.plot(tokens, values, marker="o", label="student (validation)")
-    for x, y in zip(tokens, values, strict=True):
-        axes.annotate(f"{y:,.1f}", (x, y), xytext=(4, 6), textcoords="offset points")
-    if "teacher" in reference:
-        value = reference["teacher"]["perplexity"]
-        axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(f"teacher {value:.1f}", (0, value), xytext=(4, 4),
-                      xycoords=("axes fraction", "data"), textcoords="offset points",
-                      color="gray")  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(lambda *_: "")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel("perplexity (log scale)")
-    axes.legend(frameon=False)
 
 
 def checks_table(summary: dict[str, Any]) -> Table | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .checkpoint import BEST, TrainerState, find_checkpoint, load_student
 from .checks import Checks, load_tasks, merged
 from .config import Recipe
 from .convert import export_student
+from .curves import plot_run
 from .errors import DistillabError
 from .evaluate import Metrics
 from .generate import TextGenerator
@@ -32,7 +33,6 @@ from .paired import load_pairs
 from .pretrained import load_pretrained
 from .questions import Backend, Task
 from .recipes import dump_recipe
-from .report import plot_run
 from .report_page import write_report
 from .run_dir import RUNS, RunDirectory, exported_model
 from .server import ServerBackend
@@ -44,12 +44,20 @@ from .trainer import DistillationTrainer
 logger = logging.getLogger("distillab")
 
 
-def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str, Any]]:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    *,
+    parts: Parts | None = None,
+    on_metrics: Callable[[Path], object] | None = None,
+) -> tuple[RunDirectory, dict[str, Any]]:
     """走完一次训练：评测训练前、训练、再评测、生成样例、导出、画图、写 ``summary.json``。
 
     Args:
         recipe: 配方；运行目录是 ``runs/<recipe.name>``。
         resume: 运行目录已存在时接着来；已经走完的直接返回它的结果。
+        parts: ``build_models(recipe)`` 刚装配好、没有训练过的模型；缺省为在这里装配。
+        on_metrics: 见 ``DistillationTrainer.train``。
 
     Returns:
         ``(运行目录, summary.json 的内容)``。
@@ -65,7 +73,7 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
             logger.info("%s is complete already", run.path)
             return run, done
         pairs, tasks = read_pairs(recipe), load_tasks(recipe)
-        parts = build_models(recipe)
+        parts = parts or build_models(recipe)
         logger.info(
             "parameters: %s",
             ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parts.parameters.items()),
@@ -74,7 +82,7 @@ def train(recipe: Recipe, resume: bool = False) -> tuple[RunDirectory, dict[str,
         checks = Checks(recipe, tasks, parts, trainer, run.checks)
         reference = _reference(run, trainer)
         before = checks.measure("student_before")
-        state = trainer.train(resume=resume)
+        state = trainer.train(resume, on_metrics)
         load_student(trainer.student, trainer.checkpoint_dir / BEST)
         checked = merged(before, checks.measure("student_after"))
         if not trainer.accelerator.is_main_process:

@@ -148,11 +148,14 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 训练
 
-    def train(self, resume: bool = False) -> TrainerState:
+    def train(
+        self, resume: bool = False, on_metrics: Callable[[Path], object] | None = None
+    ) -> TrainerState:
         """训练到 ``total_steps``。
 
         Args:
             resume: 从最新的检查点接着训练；没有检查点就从头开始。
+            on_metrics: 每写一行指标就以 ``metrics.jsonl`` 的路径调用，如 ``LiveCurves()``。
 
         Returns:
             最后的训练进度。
@@ -164,7 +167,7 @@ class DistillationTrainer:
         if resume and (saved := checkpoints(self.checkpoint_dir)):
             self.state = load_checkpoint(self.accelerator, saved[-1], self.state.data)
             logger.info("resumed from %s at step %d", saved[-1], self.state.current_step)
-        log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator)
+        log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator, on_metrics)
         log.discard_after(self.state.current_step)
         progress = TrainingProgress(
             self.total_steps, self.state.current_step, self.accelerator.is_main_process

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillab.build import build_models
 from distillab.metrics import read_metrics
-from distillab.recipes import shipped_recipes
+from distillab.recipes import load_recipe, shipped_recipes
+from distillab.run import train
 
 
 def losses(run="runs/recipe"):
@@ -227,6 +229,20 @@ def test_student_from_a_pretrained_path_trains_too(command):
     summary = json.loads(Path("runs/path/summary.json").read_text())
     assert summary["student_before"]["kl"] == pytest.approx(0, abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained("runs/path/export").config.num_hidden_layers == 3
+
+
+def test_train_from_python_uses_the_models_it_is_given(workdir):
+    recipe = load_recipe("recipe.yaml")
+    parts = build_models(recipe)
+    before = {name: value.clone() for name, value in parts.student.state_dict().items()}
+    run, summary = train(recipe, parts=parts)
+    assert any(
+        not torch.equal(value, before[name]) for name, value in parts.student.state_dict().items()
+    )
+    # 与自己装配的是同样的训练。
+    again, other = train(load_recipe("recipe.yaml", ["name=again"]))
+    assert losses(run.path) == losses(again.path)
+    assert summary["student_after"] == other["student_after"]
 
 
 def test_student_from_scratch_without_any_teacher_trains_on_text(command):
