@@ -76,6 +76,23 @@ EVALUATION = {
             ],
         }
     },
+    "lm_eval": {
+        "arc_easy": {
+            "items": 200,
+            "num_fewshot": 0,
+            "models": {
+                "teacher": {"acc": figure(0.615, 0.55, 0.68), "word_perplexity": figure(21.375)},
+                "student_after": {"acc": figure(0.485, 0.42, 0.555)},
+            },
+            "differences": [
+                {
+                    "models": ["student_after", "teacher"],
+                    "metric": "acc",
+                    "difference": figure(-0.13, -0.2, -0.06),
+                }
+            ],
+        }
+    },
 }  # fmt: skip
 
 
@@ -88,6 +105,8 @@ def test_tables_hold_every_number_within_80_columns():
         "gap closed: 92.1% [90.5%, 93.4%]",
         "2.500", "handbook: 84 items", "81.0%", "72.6%-89.3%",
         "gap closed: 124.0% ", "student after - teacher: +15.5% [+4.0%, +27.0%]",
+        "lm-eval arc_easy: 200 items, 0-shot", "0.42-0.555", "21.38",
+        "student after - teacher: acc -0.130 [-0.200, -0.060]",
     ):  # fmt: skip
         assert shown in out, shown
     assert "124.0% [" not in out  # 没有区间就不写
@@ -100,5 +119,5 @@ def test_what_is_unknown_is_a_dash():
 
 
 def test_run_without_a_teacher_has_neither_agreement_nor_on_policy():
-    alone = EVALUATION | {"agreement": {}, "on_policy": {}, "tasks": {}}
+    alone = EVALUATION | {"agreement": {}, "on_policy": {}, "tasks": {}, "lm_eval": {}}
     assert "KL to the teacher" not in printed(alone)

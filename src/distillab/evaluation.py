@@ -28,8 +28,16 @@ from .checkpoint import BEST, find_checkpoint
 from .checks import load_tasks
 from .config import Recipe
 from .errors import DistillabError
-from .figures import Answers, agreement_figures, on_policy_figures, task_figures, text_figures
+from .figures import (
+    Answers,
+    agreement_figures,
+    harness_figures,
+    on_policy_figures,
+    task_figures,
+    text_figures,
+)
 from .generate import TextGenerator
+from .harness import evaluate_with_harness
 from .loaders import evenly
 from .paired import Pair
 from .rollout import Rollout
@@ -79,6 +87,7 @@ class _Bench:
     scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
     sampled: dict[str, Scores] = field(default_factory=dict)
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -134,6 +143,7 @@ def evaluate(
         },
         "on_policy": {name: on_policy_figures(one, seed) for name, one in bench.sampled.items()},
         "tasks": {name: task_figures(answers, seed) for name, answers in bench.answers.items()},
+        "lm_eval": harness_figures(bench.harness, seed) if bench.harness else {},
         "samples": samples,
     }
     replace_file(target, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
@@ -212,6 +222,14 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
         for subject in subjects:
             if _reads(subject, _has_views(task)):
                 answers[subject.name] = _ask(task, subject)
+    if (config := bench.recipe.evaluate.lm_eval) is not None:
+        for subject in subjects:
+            if subject.name != WITHOUT:  # 它的题里没有经验，与教师是同一个模型
+                logger.info("lm_eval: measuring %s", subject.label)
+                with subject.active() as model:
+                    bench.harness[subject.name] = evaluate_with_harness(
+                        model, subject.tokenizer, config
+                    )
 
 
 def _reads(subject: Subject, privileged: bool) -> bool:

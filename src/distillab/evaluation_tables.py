@@ -25,6 +25,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     if evaluation["on_policy"]:
         tables.append(_on_policy(evaluation["on_policy"], agreement, labels))
     tables += [_task(name, task, labels) for name, task in evaluation["tasks"].items()]
+    tables += [_harness(name, task, labels) for name, task in evaluation["lm_eval"].items()]
     tables[0].title = f"{evaluation['name']}, {evaluation['checkpoint']}\n{tables[0].title}"
     return tables
 
@@ -79,6 +80,23 @@ def _task(name: str, task: Mapping[str, Any], labels: Mapping[str, str]) -> Tabl
         figure = difference["difference"]
         line = f"{a} - {b}: {figure['value']:+.1%} {_bracketed(figure, '+.1%')}"
         table.caption = f"{table.caption}\n{line}" if table.caption else line
+    return table
+
+
+def _harness(name: str, task: Mapping[str, Any], labels: Mapping[str, str]) -> Table:
+    table = _table(f"lm-eval {name}: {task['items']:,} items, {task['num_fewshot']}-shot",
+                   "metric", "value", "95 %")  # fmt: skip
+    for model, metrics in task["models"].items():
+        for metric, figure in metrics.items():
+            table.add_row(labels[model], metric, _fixed(figure["value"], ".4g"),
+                          _interval(figure, ".4g"))  # fmt: skip
+    lines = [
+        f"{labels[a]} - {labels[b]}: {one['metric']} {one['difference']['value']:+.3f} "
+        f"{_bracketed(one['difference'], '+.3f')}".rstrip()
+        for one in task["differences"]
+        for a, b in [one["models"]]
+    ]
+    table.caption = "\n".join(lines) or None
     return table
 
 

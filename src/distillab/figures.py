@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,3 +103,56 @@ def task_figures(answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
             for a, b in pairs
         ],
     }
+
+
+def harness_figures(found: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """lm-evaluation-harness 的任务上各个模型的指标，与训练后的学生减别人的成对的差。
+
+    Args:
+        found: 模型名 → ``evaluate_with_harness`` 的返回值；做的是同样的任务。
+        seed: 重抽的种子。
+
+    Returns:
+        任务名 → ``items``、``version``、``num_fewshot``、``models``（模型名 → 指标 → ``Figure``）与
+        ``differences``。不是每题平均的指标（如困惑度）没有区间，也没有差。
+    """
+    return {
+        name: {
+            **{key: task[key] for key in ("items", "version", "num_fewshot")},
+            "models": {
+                model: {
+                    metric: _metric(metric, one["tasks"][name], seed)
+                    for metric in one["tasks"][name]["metrics"]
+                }
+                for model, one in found.items()
+            },
+            "differences": [
+                {
+                    "models": [AFTER, model],
+                    "metric": metric,
+                    "difference": difference_figure(ours, one["tasks"][name]["per_item"][metric],
+                                                    seed),
+                }
+                for model, one in found.items()
+                if model != AFTER
+                for metric, ours in found[AFTER]["tasks"][name]["per_item"].items()
+                if _is_mean(metric, found[AFTER]["tasks"][name])
+            ],
+        }
+        for name, task in next(iter(found.values()))["tasks"].items()
+    }  # fmt: skip
+
+
+def _metric(metric: str, task: Mapping[str, Any], seed: int) -> Figure:
+    if _is_mean(metric, task):
+        values = task["per_item"][metric]
+        return ratio_figure(values, [1.0] * len(values), seed)
+    return Figure(value=task["metrics"][metric], low=None, high=None)
+
+
+def _is_mean(metric: str, task: Mapping[str, Any]) -> bool:
+    """这个指标是不是每题的平均：它怎样合起来由任务说了算，所以拿它给的总数来核对。"""
+    values = task["per_item"].get(metric)
+    return bool(values) and math.isclose(
+        sum(values) / len(values), task["metrics"][metric], rel_tol=1e-6, abs_tol=1e-9
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lm_eval_tasks import write_tasks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from distillab.config import LmEvalConfig
 from distillab.data import WikiDataset
+from distillab.harness import evaluate_with_harness
 
 RUN = Path("runs/recipe")
 COLOURS = ["red", "green", "blue and black"]
@@ -57,7 +60,7 @@ def is_figure(found, *, known=True):
 def check_contract(found):
     assert set(found) == {
         "format", "name", "checkpoint", "created", "seed", "bootstrap_samples", "frequency_counts",
-        "environment", "models", "texts", "agreement", "on_policy", "tasks", "samples",
+        "environment", "models", "texts", "agreement", "on_policy", "tasks", "lm_eval", "samples",
     }  # fmt: skip
     assert found["format"] == 1
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["created"])
@@ -516,3 +519,36 @@ def test_mistakes_end_in_one_line(command, trained):
         assert (code, out) == (2, ""), name
         assert "Traceback" not in err
     assert not (RUN / "evaluation.json").exists()
+
+
+# ---------------------------------------------------------------------- lm-evaluation-harness
+
+
+def test_harness_tasks_are_measured_for_every_model_with_intervals(command, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("datasets").resolve()))
+    directory = write_tasks(Path("tasks"))
+    section = f"evaluate.lm_eval={{tasks: [tiny_choose, tiny_words], include_path: {directory}}}"
+    assert command("train", "recipe.yaml", "--set", section)[0] == 0
+    found, out = evaluated(command)
+    check_contract(found)
+    assert set(found["lm_eval"]) == {"tiny_choose", "tiny_words"}
+    choose, words = found["lm_eval"]["tiny_choose"], found["lm_eval"]["tiny_words"]
+    assert list(choose["models"]) == ["teacher", "student_before", "student_after"]
+    assert f"lm-eval tiny_choose: {choose['items']} items, 0-shot" in out
+    exported = evaluate_with_harness(
+        str(RUN / "export"), None, LmEvalConfig(tasks=["tiny_choose"], include_path=str(directory))
+    )["tasks"]["tiny_choose"]
+    for metric, value in exported["metrics"].items():
+        figure = choose["models"]["student_after"][metric]
+        is_figure(figure)
+        assert figure["value"] == pytest.approx(value)
+    for one in choose["differences"]:
+        a, b = (choose["models"][name][one["metric"]]["value"] for name in one["models"])
+        assert one["difference"]["value"] == pytest.approx(a - b)
+    assert {tuple(one["models"]) for one in choose["differences"]} == {
+        ("student_after", "teacher"), ("student_after", "student_before")
+    }  # fmt: skip
+    perplexity = words["models"]["teacher"]["word_perplexity"]
+    assert perplexity["value"] > 1
+    assert perplexity["low"] is None  # 不是每题的平均
+    assert words["differences"] == []
