@@ -114,6 +114,13 @@ def evaluation(after=41.5):
             "differences": [{"models": ["student_after", "student_before"],
                              "difference": figure(0.35)}],
         }},
+        "lm_eval": {"tiny_choose": {
+            "items": 7, "version": 1, "num_fewshot": 0,
+            "models": {model: {"acc,none": figure(value), "perplexity": figure(3.0)}
+                       for model, value in zip(models, (0.625, 0.25, 0.5), strict=True)},
+            "differences": [{"models": ["student_after", "teacher"], "metric": "acc,none",
+                             "difference": figure(-0.125)}],
+        }},
         "samples": [{"prompt": f"Once {INJECTION}", "teacher": "upon a time",
                      "student_before": "xx xx", "student_after": f"upon {INJECTION}"}],
     }  # fmt: skip

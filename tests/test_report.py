@@ -49,6 +49,15 @@ def test_evaluation_takes_the_place_of_what_training_measured(kd):
     assert found["accuracy", "arithmetic"].values["student_after"]["low"] is None
 
 
+def test_tasks_of_the_harness_are_rows_of_the_page_with_their_own_metrics(kd):
+    found = measures(read_run(kd))["lm_eval", "tiny_choose acc,none"]
+    assert found.value("teacher") == 0.625
+    assert found.values["student_after"]["high"] == 0.5 * 1.02
+    shown = page(read_runs([kd]))
+    assert "lm-eval tiny_choose, acc,none of 7" in shown
+    assert "0.625" in shown
+
+
 def test_gap_closed_of_perplexity_is_in_nats(ce):
     measure = measures(read_run(ce))["perplexity", "validation"]
     before, after, teacher = (

@@ -34,7 +34,7 @@ class Checks:
         tasks: ``load_tasks`` 的返回值。
         parts: 装配好的模型。
         trainer: 训练循环，用它的评测。
-        directory: 运行目录里的 ``checks/``；``None`` 则什么都不留下。
+        directory: 运行目录里的 ``checks/``。
 
     Raises:
         DistillabError: 任务的 prompt 放不进模型，或文本读不了。
@@ -46,7 +46,7 @@ class Checks:
         tasks: list[TaskSet],
         parts: Parts,
         trainer: DistillationTrainer,
-        directory: Path | None,
+        directory: Path,
     ) -> None:
         self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
         self.teacher: dict[str, float] = {}  # 教师在各份文本上的困惑度：训练不改变它
@@ -81,8 +81,8 @@ class Checks:
         return found
 
     def _text(self, name: str, when: When) -> dict[str, float]:
-        path = self._file(f"{name}.{when}.json")
-        if path is not None and path.exists():
+        path = self.directory / f"{name}.{when}.json"
+        if path.exists():
             saved: dict[str, float] = json.loads(path.read_text())
             if "teacher" in saved:
                 self.teacher[name] = saved["teacher"]
@@ -95,7 +95,7 @@ class Checks:
         found[when] = student["perplexity"]
         logger.info("%s: perplexity on %s %s", when.replace("_", " "), name,
                     f"{student['perplexity']:,.2f}")  # fmt: skip
-        if path is not None and self.trainer.accelerator.is_main_process:
+        if self.trainer.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(found))
         return found
@@ -109,17 +109,14 @@ class Checks:
         return found
 
     def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
-        save_to = self._file(f"{task.name}.{name}.jsonl")
-        known = save_to is not None and save_to.exists()
+        save_to = self.directory / f"{task.name}.{name}.jsonl"
+        known = save_to.exists()
         started = time.perf_counter()
         rows = task.ask(model, self.parts.tokenizer, view, save_to)
         speed = len(rows) / (time.perf_counter() - started)
         logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
                     "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
         return accuracy(rows)
-
-    def _file(self, name: str) -> Path | None:
-        return None if self.directory is None else self.directory / name
 
 
 def load_tasks(recipe: Recipe) -> list[TaskSet]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .report_data import RunData
 
-Kind = Literal["perplexity", "nats", "share", "points"]
+Kind = Literal["perplexity", "nats", "fraction", "share", "points"]
 Key = tuple[str, str]
 Figure = dict[str, float | None]
 """``{"value", "low", "high"}``，后两个是 95 % 区间，可以没有。"""
@@ -67,7 +67,7 @@ def measures(run: RunData) -> dict[Key, Measure]:
     """
     found = _trained(run) | _evaluated(run.evaluation)
     order = ("accuracy", "perplexity", *AGREEMENT, *(ON_POLICY + kind for kind in AGREEMENT),
-             "bits_per_byte")  # fmt: skip
+             "lm_eval", "bits_per_byte")  # fmt: skip
     kept = {key: measure for key, measure in found.items() if measure.values}
     return dict(sorted(kept.items(), key=lambda item: order.index(item[0][0])))
 
@@ -125,6 +125,12 @@ def _evaluated(evaluation: dict[str, Any]) -> dict[Key, Measure]:
         label = f"{task}, correct of {result['items']:,}"
         found["accuracy", task] = _column(result["models"], "accuracy", label, "share")
         found["accuracy", task].gap = result.get("gap_closed")
+    for task, result in evaluation.get("lm_eval", {}).items():
+        for metric in dict.fromkeys(key for row in result["models"].values() for key in row):
+            label = f"lm-eval {task}, {metric} of {result['items']:,}"
+            found["lm_eval", f"{task} {metric}"] = _column(
+                result["models"], metric, label, "fraction"
+            )
     for name, result in evaluation.get("texts", {}).items():
         models = result["models"]
         found["perplexity", name] = _column(
@@ -132,7 +138,7 @@ def _evaluated(evaluation: dict[str, Any]) -> dict[Key, Measure]:
         )
         found["perplexity", name].gap = result.get("gap_closed")
         found["bits_per_byte", name] = _column(
-            models, "bits_per_byte", f"bits per byte, {name}", "nats"
+            models, "bits_per_byte", f"bits per byte, {name}", "fraction"
         )
     agreement = {name: (f"{{}}, {name}", "", models)
                  for name, models in evaluation.get("agreement", {}).items()}  # fmt: skip
@@ -180,7 +186,7 @@ def number(value: float | None, kind: Kind) -> str:
         return f"{value:.1%}"
     if kind == "points":
         return f"{100 * value:+.1f}"
-    if kind == "nats":
+    if kind in ("nats", "fraction"):
         return f"{value:.3f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
@@ -191,7 +197,7 @@ def difference(value: float | None, reference: float | None, kind: Kind) -> str:
         return "–"
     if kind == "share":
         return f"{100 * (value - reference):+.1f} points"
-    if kind == "nats":
+    if kind in ("nats", "fraction"):
         return f"{value - reference:+.3f}"
     return f"{value / reference - 1:+.1%}" if reference else "–"
 
