@@ -55,6 +55,7 @@ class Watch:
         self._depth = 0
         self._store: Any = None
         self._done = threading.Event()
+        self._reported: BaseException | None = None
         self._warned: tuple[int, str, float] | None = None
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -85,12 +86,14 @@ class Watch:
         self._depth -= 1
         store = self._store
         try:
-            other = None if store is None or error is None else self._report(error)
+            known = store is None or error is None or error is self._reported
+            other = None if known or error is None else self._report(error)
         except RuntimeError:  # 存着消息的进程也没了
             other = None
         finally:
             if self._depth == 0:
                 self._done.set()
+        self._reported = other or error
         if other is not None:
             raise other from None
 
