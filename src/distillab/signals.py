@@ -59,7 +59,7 @@ class StopRequest:
         if limit is not None and seconds > limit and not self._warned:
             self._warned = True
             logger.warning(
-                "this step, with validation and saving, took %.0f s, but torchrun ends a process "
+                "this step, with validation and saving, took %d s, but torchrun ends a process "
                 "%g s after SIGTERM: give it --shutdown-timeout, and set "
                 "TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the same",
                 seconds, limit,

@@ -31,11 +31,13 @@ logger = logging.getLogger("distillab")
 PERIOD = 1.0
 """多少秒交换一次。"""
 
-GRACE = 5.0
+GRACE = 10.0
 """别的进程出错之后，给主线程多少秒自己停下来。"""
 
 SILENT = 2 * PERIOD + 0.5
 """这么多秒没有消息的进程，多半已经没了。"""
+
+_STOPS: dict[int, type[KeyboardInterrupt]] = {130: KeyboardInterrupt, 143: Terminated}
 
 
 class Watch:
@@ -155,7 +157,7 @@ class Watch:
                 if seconds > 0.9 * self.limit and self._warned != self._position:
                     self._warned = self._position
                     if self.rank == 0:
-                        logger.error("no progress for %.0f s: %s", seconds, self.positions())
+                        logger.error("no progress for %d s: %s", seconds, self.positions())
             except RuntimeError:
                 return
 
@@ -166,7 +168,7 @@ class Watch:
         logger.error("rank %d ends, stuck in %s: %s",
                      self.rank, self._position[1], _sentence(failed))  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)
-        os._exit(failed["code"])
+        os._exit(failed["code"] if failed["code"] in _STOPS else 2)
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -178,8 +180,7 @@ def _sentence(failed: dict[str, Any]) -> str:
 
 
 def _exception(failed: dict[str, Any]) -> BaseException:
-    kinds = {130: KeyboardInterrupt, 143: Terminated}
-    return kinds.get(failed["code"], DistillabError)(_sentence(failed))
+    return _STOPS.get(failed["code"], DistillabError)(_sentence(failed))
 
 
 def _short(text: str) -> str:

@@ -15,12 +15,12 @@ import time
 import traceback
 from pathlib import Path
 
-import distillab.run
-from distillab import build_training, checkpoint, cli, skips
+import distillab.run  # noqa: F401 - 在 fork 之前导入一切
+from distillab import build_training, checkpoint, cli, evaluation, report_page, skips
 from distillab.data import WikiDataset
 from distillab.trainer import DistillationTrainer
 
-LIMIT = 180.0
+LIMIT = 300.0
 """一次请求最多这么多秒；到时还没有结束的进程被杀，退出码记作 ``None``。"""
 
 
@@ -118,6 +118,10 @@ def rows_that_do_not_collate():
     build_training.collate_text = faulty
 
 
+def term_before_writing(module):
+    module.replace_file = send(signal.SIGTERM)
+
+
 FAULTS = {
     "none": lambda: None,
     "raise": lambda: in_step(fail),
@@ -131,6 +135,8 @@ FAULTS = {
     "interrupt-twice": lambda: in_step(send(signal.SIGINT, 2)),
     "rows": unreadable_rows,
     "collate": rows_that_do_not_collate,
+    "term-evaluate": lambda: term_before_writing(evaluation),
+    "term-report": lambda: term_before_writing(report_page),
 }
 
 
