@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "distillab"
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
-USER_ERRORS = {"DistillabError", "_HopelessError"}
+USER_ERRORS = {"DistillabError", "DamagedCheckpoint", "_HopelessError"}
 RECIPE_MODULES = {"config", "data_config", "conversations"}
 """这些模块里的 ``ValueError`` 会被接住，变成使用者看到的一行。"""
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "signals",
     "bootstrap",
     "data_config",
     "config",
@@ -77,7 +78,9 @@ ORDER = [
     "harness_lm",
     "harness",
     "engine",
+    "skips",
     "loaders",
+    "watch",
     "trainer",
     "build",
     "build_training",

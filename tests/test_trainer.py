@@ -22,7 +22,7 @@ from distillab.engine import (
     make_optimizer,
     resolve_precision,
 )
-from distillab.errors import DistillabError
+from distillab.errors import DistillabError, Terminated
 from distillab.language_model import PretrainedLM
 from distillab.metrics import read_metrics
 from distillab.model import StudentModel
@@ -414,6 +414,34 @@ def test_damaged_checkpoint_is_named_in_one_line(make, damage, message):
     assert "\n" not in str(caught.value)
 
 
+def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_resumed(make, caplog):
+    whole = make("whole", max_steps=9)
+    whole.train()
+    first = make("parts", max_steps=9, save_interval=3)
+    die_after(first, 6)
+    with pytest.raises(Killed):
+        first.train()
+    newest = checkpoints(first.checkpoint_dir)[-1]
+    os.truncate(newest / "model.safetensors", 100)
+    again = make("parts", max_steps=9, save_interval=100)
+    again.train(resume=True)
+    assert losses(again) == losses(whole)
+    aside = newest.with_name("damaged-step-00000006")
+    assert f"{newest}: damaged checkpoint" in caplog.text
+    assert f"moved to {aside}" in caplog.text
+    assert f"resumed from {newest.with_name('step-00000003')} at step 3" in caplog.text
+    assert aside.is_dir()
+
+
+def test_checkpoint_of_another_model_is_no_reason_to_take_an_older_one(make):
+    trainer = make(save_interval=3)
+    trainer.train()
+    other = StudentModel(ModelConfig(**SMALL | {"intermediate_size": 64}))
+    with pytest.raises(DistillabError, match="step-00000006: holds another model"):
+        make(student=other).train(resume=True)
+    assert len(checkpoints(trainer.checkpoint_dir)) == 2
+
+
 def test_checkpoint_of_another_architecture_is_refused(make):
     trainer = make()
     trainer.train()
@@ -435,7 +463,10 @@ def test_checkpoint_holds_the_documented_contents(make):
         assert (path / name).stat().st_size > 0
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(make, monkeypatch, number, kind):
     whole = make("whole")
     whole.train()
     trainer = make("stopped")
@@ -444,12 +475,13 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(make, monkeypatch):
     def step_and_interrupt(window):
         sums = step(window)
         if trainer.state.current_step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return sums
 
     monkeypatch.setattr(trainer, "_step", step_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         trainer.train()
+    assert stopped.type is kind
     assert [path.name for path in checkpoints(trainer.checkpoint_dir)] == ["step-00000002"]
     again = make("stopped")
     again.train(resume=True)

@@ -106,6 +106,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class FailedRow:
+    """一条跳过的数据。
+
+    Attributes:
+        index: 它在数据集里的编号。
+        reason: 异常的类型与第一行，英文。
+    """
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """学生与教师的两个视角，和它们共有的标签。
 
@@ -114,6 +127,7 @@ class Batch:
         teacher: 教师的视角；prompt 与长度可以不同，``P`` 必须相同。
         labels: ``[P]``，int64，response token；不含 ``IGNORE_INDEX``。
         examples: 这一批由哪些 ``Example`` 拼成，留在主机上；文本块没有。
+        failed: 本该在这一批、读不出或拼不进去的。
 
     Raises:
         ValueError: 两个视角的 ``index`` 与 ``labels`` 长度不一。
@@ -123,6 +137,7 @@ class Batch:
     teacher: View
     labels: Tensor
     examples: tuple[Example, ...] | None = None
+    failed: tuple[FailedRow, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (len(self.student.index), len(self.teacher.index), len(self.labels))
@@ -140,7 +155,7 @@ class Batch:
         """对每个张量施加 ``function``；两个视角是同一个对象时只做一次。"""
         student = self.student.map(function)
         teacher = student if self.teacher is self.student else self.teacher.map(function)
-        return Batch(student, teacher, function(self.labels), self.examples)
+        return Batch(student, teacher, function(self.labels), self.examples, self.failed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """搬到 ``device``；Accelerate 的 DataLoader 会调用它。"""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import clean_state_dict_for_safetensors
+from accelerate.utils import clean_state_dict_for_safetensors, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
@@ -28,9 +29,15 @@ from .on_policy import PREFIX, RolloutGuard
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger("distillab")
+
 STATE_FILE = "trainer_state.json"
 WEIGHTS_FILE = "model.safetensors"
 BEST = "best"
+
+
+class DamagedCheckpoint(DistillabError):
+    """检查点的文件缺失或损坏；更早的一个也许还好。"""
 
 
 @dataclass
@@ -47,6 +54,7 @@ class TrainerState:
         best_step: 它在哪一步。
         skipped_steps: 因非有限值而跳过的步数。
         skipped_in_a_row: 其中最近连续的步数。
+        failed_rows: 跳过的数据行，所有进程合计。
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
         guard: 从学生采样时，拿来与以后比较的。
         data: 训练数据的指纹；``None`` 是没有指纹的数据集。
@@ -61,6 +69,7 @@ class TrainerState:
     best_step: int | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    failed_rows: int = 0
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
@@ -79,6 +88,7 @@ class TrainerState:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "skipped_steps": self.skipped_steps,
+            "failed_rows": self.failed_rows,
         }
         if tokens := sums.get("tokens"):
             row |= {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
@@ -151,6 +161,43 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-" + "[0-9]" * 8))
 
 
+def resume_newest(
+    accelerator: Accelerator, directory: Path, data: str | None = None
+) -> tuple[TrainerState, Path] | None:
+    """从最新的完整检查点恢复；它损坏了就改名放到一边，退到前一个。所有进程都要调用。
+
+    Args:
+        accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
+        directory: 检查点目录。
+        data: 见 ``load_checkpoint``。
+
+    Returns:
+        ``(训练进度, 检查点)``；一个检查点也没有是 ``None``。
+
+    Raises:
+        DistillabError: 没有一个读得出（说的是最新的那一个），或见 ``load_checkpoint``。
+    """
+    damaged: dict[Path, DamagedCheckpoint] = {}
+    for path in reversed(checkpoints(directory)):
+        error, state = None, None
+        try:
+            state = load_checkpoint(accelerator, path, data)
+        except DamagedCheckpoint as found:
+            error = found
+        others = [text for text in gather_object([str(error or "")]) if text]  # 一起决定
+        if state is not None and not others:
+            if accelerator.is_main_process:
+                for bad, reason in damaged.items():
+                    aside = bad.rename(bad.with_name(f"damaged-{bad.name}"))
+                    logger.warning("%s; moved to %s", reason, aside)
+            accelerator.wait_for_everyone()
+            return state, path
+        damaged[path] = error or DamagedCheckpoint(others[0])
+    for reason in damaged.values():
+        raise reason
+    return None
+
+
 def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = None) -> TrainerState:
     """恢复 ``save_checkpoint`` 存下的一切。
 
@@ -169,12 +216,12 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = Non
             f"data.source, or name a new run with --set name=..."
         )
     if not list(path.glob("*.safetensors*")):
-        raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
     for name in (f"random_states_{accelerator.process_index}.pkl", "scheduler.bin"):
         if not (path / name).is_file():
-            raise DistillabError(f"{path}: damaged checkpoint: {name} is missing")
+            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is missing")
         if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
-            raise DistillabError(f"{path}: damaged checkpoint: {name} is not readable")
+            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is not readable")
 
     def load_trainable(models: list[nn.Module], _: str) -> None:
         while models:  # 取走的 Accelerate 不再读：它要求一个也不缺
@@ -200,7 +247,7 @@ def load_student(student: nn.Module, path: Path) -> TrainerState:
     """
     state = read_state(path)
     if not (path / WEIGHTS_FILE).is_file():
-        raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
     holder = nn.Module()
     holder.student = student  # 检查点存的是 DistillationModule，权重名带 student. 前缀
     _load(path, lambda: _load_weights(holder, path))
@@ -253,12 +300,15 @@ def read_state(path: Path) -> TrainerState:
     """
     try:
         values = json.loads((path / STATE_FILE).read_text())["state"]
+        values.setdefault("failed_rows", 0)
         values["guard"] = RolloutGuard(**values["guard"])
         return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
     except FileNotFoundError:
-        raise DistillabError(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
+        raise DamagedCheckpoint(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError):
-        raise DistillabError(f"{path}: damaged checkpoint: {STATE_FILE} is not readable") from None
+        raise DamagedCheckpoint(
+            f"{path}: damaged checkpoint: {STATE_FILE} is not readable"
+        ) from None
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
@@ -274,13 +324,13 @@ def _load(path: Path, load: Callable[[], Any]) -> None:
     try:
         load()
     except (SafetensorError, OSError, EOFError, KeyError, ValueError) as error:
-        raise DistillabError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {_first_line(error)}") from None
     except RuntimeError as error:  # torch 对形状不符与损坏的 zip 都报 RuntimeError
         text = str(error)
         if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
             detail = next((line.strip() for line in text.splitlines()[1:] if line.strip()), text)
             raise DistillabError(f"{path}: holds another model: {detail}") from None
-        raise DistillabError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -75,6 +75,7 @@ class Checks:
         found: dict[str, dict[str, Any]] = {}
         if self.texts:
             found["texts"] = {name: self._text(name, when) for name in self.texts}
+        self.trainer.watch.at("tasks")
         if self.tasks and self.trainer.accelerator.is_main_process:
             found["tasks"] = {task.name: self._task(task, when) for task in self.tasks}
         self.trainer.accelerator.wait_for_everyone()

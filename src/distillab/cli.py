@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
-from .errors import DistillabError
+from .errors import DistillabError, Terminated, exit_code
+from .signals import terminable
 
 app = typer.Typer(
     name="distillab",
@@ -36,12 +38,28 @@ Checkpoint = Annotated[
 ]
 
 
-@app.command()
+class ResumeAuto(TyperCommand):
+    """``--resume`` 与 ``--resume auto`` 是一回事：后者的 ``auto`` 不能被当作配方。"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """去掉紧跟着 ``--resume`` 的 ``auto``。"""
+        args = ["--resume" if arg == "--resume=auto" else arg for arg in args]
+        kept = [arg for before, arg in zip(["", *args], args, strict=False)
+                if (before, arg) != ("--resume", "auto")]  # fmt: skip
+        return super().parse_args(ctx, kept)
+
+
+@app.command(cls=ResumeAuto)
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue runs/NAME where it stopped.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue runs/NAME from its newest sound checkpoint, or start it; also: "
+            "--resume auto.",
+        ),
     ] = False,
 ) -> None:
     """Train a student, show what was gained, generate, export.
@@ -63,10 +81,11 @@ def train(
 
     try:
         directory, summary = runs.train(resolved, resume)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = Path("runs") / resolved.name / "recipe.yaml"
-        print(f"interrupted; to continue: distillab train {again} --resume", file=sys.stderr)
-        raise typer.Exit(130) from None
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{_what(stop)}; to continue: distillab train {again} --resume", file=sys.stderr)
+        raise typer.Exit(exit_code(stop)) from None
     if not summary:  # 不是主进程
         return
     _print_samples(directory.samples_file)
@@ -142,8 +161,9 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
     try:
         report = runs.synthesize(resolved)
     except KeyboardInterrupt as stop:
-        print(f"{stop or 'interrupted'}; run the same command again to continue", file=sys.stderr)
-        raise typer.Exit(130) from None
+        said = str(stop) or _what(stop)
+        print(f"{said}; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(exit_code(stop)) from None
     print(report)
     print(f"written: {report.output}")
     raise typer.Exit(report.exit_code)
@@ -285,16 +305,21 @@ def recipes() -> None:
 def main() -> None:
     """命令行入口：使用者的错误印成一行，退出码 2。"""
     try:
-        app()
+        with terminable():
+            app()
     except DistillabError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # 磁盘满、没有权限
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(_what(stop), file=sys.stderr)
+        sys.exit(exit_code(stop))
+
+
+def _what(stop: KeyboardInterrupt) -> str:
+    return "terminated" if isinstance(stop, Terminated) else "interrupted"
 
 
 def _print_written(path: Path) -> None:

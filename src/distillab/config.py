@@ -138,6 +138,9 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds initialisation, data order, dropout.")
     activation_checkpointing: bool = Field(False, description="Recompute blocks in backward.")
     max_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept besides 'best'.")
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="Longest that one process waits for the others before all end."
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Trackers fed besides metrics.jsonl."
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch import nn
 
 from .config import Precision, TrainingConfig
@@ -55,6 +56,9 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             step_scheduler_with_optimizer=False,
             log_with=list(config.report_to) or None,
             project_dir=str(run_dir),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
+            ],
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=config.seed, even_batches=False
             ),

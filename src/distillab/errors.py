@@ -35,3 +35,12 @@ def some(names: Iterable[str]) -> str:
     """最多列出三个名字；一个也没有是 ``none``。"""
     listed = [shown(name) for name in names]
     return ", ".join(listed[:3]) + ", ..." * (len(listed) > 3) or "none"
+
+
+class Terminated(KeyboardInterrupt):
+    """收到 SIGTERM（抢占式机器要收回、作业管理器要停）：与 Ctrl-C 同样收尾，退出码不同。"""
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """128 加信号的编号，与 shell 的习惯相同：SIGTERM 是 143，Ctrl-C 是 130。"""
+    return 143 if isinstance(stop, Terminated) else 130

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .batch import Batch
 from .errors import DistillabError
+from .skips import GuardedCollate, GuardedRows
 
 Collate = Callable[[Sequence[Any]], Batch]
 """把若干项拼成 ``Batch``。"""
@@ -29,7 +30,7 @@ def train_loader(
     batch_size: int,
     sampler: Sampler[int] | None = None,
 ) -> Any:
-    """训练数据；最后不足一批的不要。
+    """训练数据；最后不足一批的不要，读不出的行跳过（见 ``skips``）。
 
     Args:
         data: 训练集。
@@ -50,14 +51,15 @@ def train_loader(
             f"the training data has {count} sequences, fewer than one batch of "
             f"train.batch_size={batch_size} on {processes} process(es)"
         )
+    rows = GuardedRows(data)
     cuda = accelerator.device.type == "cuda"
     loader = DataLoader(
-        data,
+        rows,
         batch_size=batch_size,
         shuffle=sampler is None,
         sampler=sampler,
         drop_last=True,
-        collate_fn=collate,
+        collate_fn=GuardedCollate(rows, collate),
         num_workers=2 if cuda else 0,
         pin_memory=cuda,
         generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同

@@ -1,11 +1,9 @@
-"""训练时终端上看到的东西：进度条、日志行，和 Ctrl-C 的处理。"""
+"""训练时终端上看到的东西：进度条、日志行。"""
 
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -49,31 +47,6 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
         for item in items:
             yield item
             bar.advance(task)
-
-
-class StopRequest:
-    """把第一次 Ctrl-C 变成「走完这一步再停」；第二次立即退出。"""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> StopRequest:
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # 只有主线程能装信号处理
-            self._previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("Ctrl-C: saving after this step (press again to quit at once)")
 
 
 class TrainingProgress:

@@ -19,6 +19,7 @@ from typing import Any
 
 from . import __version__
 from .cache import replace_file
+from .errors import Terminated
 from .report_charts import (
     agreement_charts,
     axes,
@@ -97,8 +98,10 @@ def watch_report(
                     return
                 seen = now
             time.sleep(seconds)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         write_report(paths, output)
+        if isinstance(stop, Terminated):
+            raise
 
 
 def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:

@@ -64,7 +64,7 @@ def train(
 
     Raises:
         DistillabError: 配方、来源、数据或检查点有误。
-        KeyboardInterrupt: Ctrl-C；检查点已存好。
+        KeyboardInterrupt: Ctrl-C 或 SIGTERM（``Terminated``）；训练中的检查点已存好。
     """
     with RunDirectory(RUNS / recipe.name) as run:
         if os.environ.get("RANK", "0") == "0":  # 多进程时只有主进程管理目录
@@ -80,11 +80,12 @@ def train(
         )
         trainer = build_trainer(recipe, parts, run.path, pairs)
         checks = Checks(recipe, tasks, parts, trainer, run.checks)
-        reference = _reference(run, trainer)
-        before = checks.measure("student_before")
-        state = trainer.train(resume, on_metrics)
-        load_student(trainer.student, trainer.checkpoint_dir / BEST)
-        checked = merged(before, checks.measure("student_after"))
+        with trainer.watch:
+            reference = _reference(run, trainer)
+            before = checks.measure("student_before")
+            state = trainer.train(resume, on_metrics)
+            load_student(trainer.student, trainer.checkpoint_dir / BEST)
+            checked = merged(before, checks.measure("student_after"))
         if not trainer.accelerator.is_main_process:
             return run, {}
         summary = _finish(recipe, run, parts, state, reference, checked)
@@ -231,6 +232,7 @@ def _finish(
         "best_step": state.best_step,
         "steps": state.current_step,
         "skipped_steps": state.skipped_steps,
+        "failed_rows": state.failed_rows,
         **_cost(state),
         "parameters": parts.parameters,
     }  # fmt: skip

@@ -22,7 +22,7 @@ RUNS = Path("runs")
 """所有运行目录的上级，相对于当前目录。"""
 
 CHANGEABLE = ("description", "evaluate.", "train.log_interval", "train.save_interval",
-              "train.max_checkpoints", "train.report_to")  # fmt: skip
+              "train.max_checkpoints", "train.report_to", "train.timeout_minutes")  # fmt: skip
 """恢复时可以改的键：它们不影响参数的更新。"""
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers",

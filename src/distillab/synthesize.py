@@ -22,9 +22,10 @@ from typing import Any
 from .config import SynthesizeConfig
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
-from .progress import StopRequest, make_bar
+from .progress import make_bar
 from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered, check_tasks
 from .responses import ResponseFile
+from .signals import StopRequest
 
 __all__ = ["Backend", "SynthesisReport", "Task", "synthesize"]
 
@@ -217,7 +218,7 @@ def _ask(
     if problem is not None:
         raise DistillabError(f"{problem}; {saved}: run the same command again to continue")
     if stop.requested and report.answered < report.asked:
-        raise KeyboardInterrupt(f"stopped: {saved}")
+        raise stop.stopped(f"stopped: {saved}")
 
 
 def _keep(judge: Filter, task: Task, row: Mapping[str, Any]) -> bool:

@@ -23,13 +23,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
-from .checkpoint import (
-    TrainerState,
-    checkpoints,
-    load_checkpoint,
-    save_best,
-    save_checkpoint,
-)
+from .checkpoint import TrainerState, resume_newest, save_best, save_checkpoint
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import (
@@ -47,13 +41,14 @@ from .loaders import evaluation_loader, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
-from .progress import StopRequest, TrainingProgress
+from .progress import TrainingProgress
+from .signals import StopRequest
+from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .targets import Targets
 from .teachers import LocalTeacher
+from .watch import Watch
 
 logger = logging.getLogger("distillab")
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class DistillationTrainer:
@@ -106,6 +101,9 @@ class DistillationTrainer:
         self.checkpoint_dir = self.run_dir / config.checkpoint_dir
         self.state = TrainerState(data=getattr(train_data, "fingerprint", None))
         self.learning_rate = 0.0  # 最近一步用的
+        self.watch = Watch(self.accelerator, config.timeout_minutes)
+        self.stop = StopRequest()
+        self._failed_rows = 0  # 本进程跳过、还没有归约的行
         self.teacher = teacher
         if teacher is not None:
             teacher.model.to(self.accelerator.device)
@@ -162,17 +160,19 @@ class DistillationTrainer:
 
         Raises:
             DistillabError: 连续多步不是有限值，检查点损坏，或训练数据不是原来的。
-            KeyboardInterrupt: 收到 Ctrl-C；当前步走完、检查点已存好。
+            KeyboardInterrupt: 收到 Ctrl-C，或 SIGTERM（``Terminated``）；当前步走完、检查点已存好。
         """
-        if resume and (saved := checkpoints(self.checkpoint_dir)):
-            self.state = load_checkpoint(self.accelerator, saved[-1], self.state.data)
-            logger.info("resumed from %s at step %d", saved[-1], self.state.current_step)
+        if resume and (
+            found := resume_newest(self.accelerator, self.checkpoint_dir, self.state.data)
+        ):
+            self.state, path = found
+            logger.info("resumed from %s at step %d", path, self.state.current_step)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator, on_metrics)
         log.discard_after(self.state.current_step)
         progress = TrainingProgress(
             self.total_steps, self.state.current_step, self.accelerator.is_main_process
         )
-        with log, progress, StopRequest() as stop:
+        with self.stop as stop, log, progress, self.watch:
             for window in self._windows():
                 for prepared in self._prepared(window):
                     started = time.perf_counter()
@@ -181,12 +181,12 @@ class DistillationTrainer:
                     sums["seconds"] = seconds + prepared.seconds
                     self.state.seconds += sums["seconds"]
                     self._record(sums, log, progress)
-                    self._validate_and_save(log, progress)
-                    if stop.requested:
-                        path = self._save()
-                        raise KeyboardInterrupt(
-                            f"stopped at step {self.state.current_step}: {path}"
-                        )
+                    stopping = stop.decision(self.accelerator.num_processes) is not None
+                    self._validate_and_save(log, progress, stopping)
+                    if stopping:
+                        raise stop.stopped(f"stopped at step {self.state.current_step}")
+                    stop.check_grace(time.perf_counter() - started)
+                    check_failed_rows(self.state)
         return self.state
 
     def _prepared(self, window: list[Batch]) -> Iterator[Prepared]:
@@ -196,6 +196,7 @@ class DistillationTrainer:
             return
         started = time.perf_counter()
         step, accelerator = self.state.current_step, self.accelerator
+        self.watch.at("sampling")
         prepared = self.on_policy.prepare(
             window, step, self.total_steps, accelerator.process_index, accelerator.num_processes
         )
@@ -211,18 +212,22 @@ class DistillationTrainer:
             self.train_loader.set_epoch(state.current_epoch)
             loader = skip_first_batches(self.train_loader, state.batches_in_epoch)
             batches = iter(loader)
+            self.watch.at("reading data", state.current_step + 1)
             while window := list(itertools.islice(batches, size)):
                 state.batches_in_epoch += len(window)
+                self._failed_rows += report_failed_rows(window)
                 if state.batches_in_epoch >= len(self.train_loader):
                     state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
                 yield window
                 if state.current_step >= self.total_steps:
                     return
+                self.watch.at("reading data", state.current_step + 1)
 
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
         module, accelerator = self.module.train(), self.accelerator
         window = prepared.batches
+        self.watch.at("forward and backward", self.state.current_step + 1)
         tokens = global_sum(accelerator, sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
@@ -234,10 +239,14 @@ class DistillationTrainer:
                 accelerator.backward(part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
-        sums = accelerator.reduce(sums, reduction="sum")
-        losses = dict(zip(LossSums._fields, sums.tolist(), strict=True))
+        shared = [self._failed_rows, *self.stop.votes()]
+        mean_norm = torch.as_tensor(norm).to(sums).reshape(1) / accelerator.num_processes
+        sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
+        *values, norm, failed, stop_1, stop_2 = accelerator.reduce(sums, reduction="sum").tolist()
+        losses = dict(zip(LossSums._fields, values, strict=True))
         total = losses["total"]
-        norm = float(norm)
+        self.stop.agree([stop_1, stop_2])
+        self.state.failed_rows, self._failed_rows = self.state.failed_rows + int(failed), 0
 
         self.state.current_step += 1
         self.learning_rate = self.scheduler.get_last_lr()[0]
@@ -250,7 +259,7 @@ class DistillationTrainer:
             self.state.skipped_in_a_row = 0
         self.optimizer.zero_grad()
         if not finite:
-            self._skipped("loss" if not math.isfinite(total) else "gradient norm", len(window))
+            self._skipped(total, len(window))
             return {}
         rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
         return rollout | {
@@ -267,24 +276,12 @@ class DistillationTrainer:
             return None
         return self.teacher.targets(batch.teacher, self.vocab_limit)
 
-    def _skipped(self, what: str, batches: int) -> None:
-        state = self.state
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
+    def _skipped(self, loss: float, batches: int) -> None:
+        state, scaler = self.state, self.accelerator.scaler
         end = state.batches_in_epoch or len(self.train_loader)
-        epoch = state.current_epoch - (state.batches_in_epoch == 0)
-        scaler = self.accelerator.scaler
-        scale = f"; loss scale is now {scaler.get_scale():g}" if scaler is not None else ""
-        logger.warning(
-            "step %d skipped: %s is not finite (epoch %d, batches %d to %d)%s",
-            state.current_step, what, epoch, end - batches, end - 1, scale,
-        )  # fmt: skip
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise DistillabError(
-                f"stopped at step {state.current_step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were "
-                f"not finite; try a lower train.learning_rate (now {self.config.learning_rate:g}), "
-                f"more train.warmup_steps, or train.precision=fp32"
-            )
+        scale = None if scaler is None else scaler.get_scale()
+        window = range(end - batches, end)
+        skipped_step(state, loss, window, self.config.learning_rate, scale)
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
@@ -300,7 +297,9 @@ class DistillationTrainer:
         log.write(row)
         progress.log(row)
 
-    def _validate_and_save(self, log: MetricsLog, progress: TrainingProgress) -> None:
+    def _validate_and_save(
+        self, log: MetricsLog, progress: TrainingProgress, stopping: bool
+    ) -> None:
         state, config = self.state, self.config
         final = state.current_step == self.total_steps
         if state.current_step % config.eval_interval == 0 or final:
@@ -311,11 +310,9 @@ class DistillationTrainer:
             if state.best_val_loss is None or metrics["cross_entropy"] < state.best_val_loss:
                 state.best_val_loss, state.best_step = metrics["cross_entropy"], state.current_step
                 save_best(self.accelerator, self.module, self.checkpoint_dir, state, config)
-        if state.current_step % config.save_interval == 0 or final:
-            self._save()
-
-    def _save(self) -> Path:
-        return save_checkpoint(self.accelerator, self.checkpoint_dir, self.state, self.config)
+        if state.current_step % config.save_interval == 0 or final or stopping:
+            self.watch.at("saving")
+            save_checkpoint(self.accelerator, self.checkpoint_dir, state, config)
 
     def evaluate(
         self,
@@ -343,6 +340,7 @@ class DistillationTrainer:
             batches = progress.track(batches, "validating", len(loader))
         with torch.no_grad():
             for batch in batches:
+                self.watch.at("validation")
                 batch = batch.to(self.accelerator.device)
                 sums: LossSums = module(batch, self._targets(batch) if compared else None)
                 totals[0] += len(batch)

@@ -64,9 +64,14 @@ def test_existing_run_is_refused_and_a_finished_one_resumes_to_its_result(comman
         "error: runs/recipe exists; continue it with --resume, or name a new run with "
         "--set name=recipe-2\n"
     )
-    code, out, _ = command("train", "runs/recipe/recipe.yaml", "--resume")
-    assert code == 0
-    assert "student after" in out
+    recipe = "runs/recipe/recipe.yaml"
+    for arguments in (
+        (recipe, "--resume"), (recipe, "--resume", "auto"), ("--resume", "auto", recipe),
+        ("--resume", recipe), (recipe, "--resume=auto"),
+    ):  # fmt: skip
+        code, out, err = command("train", *arguments)
+        assert code == 0, err
+        assert "student after" in out
     assert Path("runs/recipe/metrics.jsonl").read_text() == before
 
 

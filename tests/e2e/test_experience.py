@@ -215,7 +215,8 @@ def test_synthesis_that_was_killed_goes_on_without_repeating_or_losing_a_row(pai
     assert "asked 1,200, kept 1,200" in out
 
 
-def test_interrupted_synthesis_says_how_to_go_on(paired, start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_synthesis_says_how_to_go_on(paired, start, number, code):
     process = start(
         "synthesize", "recipe.yaml", "--set", "synthesize.samples=200", "--set",
         "synthesize.sampling.temperature=1.0",
@@ -223,9 +224,9 @@ def test_interrupted_synthesis_says_how_to_go_on(paired, start):
     deadline = time.monotonic() + 120
     while not Path("responses.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     last = err.splitlines()[-1]
     assert re.fullmatch(
         r"stopped: [\d,]+ of 8,000 answers are in responses\.jsonl; run the same command again to "

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -296,7 +297,7 @@ def test_ctrl_c_keeps_the_answers_and_drops_the_requests_in_flight(stub, ask, mo
 
     def hang(number, body):
         if number >= 3:
-            stub.stop.requested = True
+            stub.stop.received = signal.SIGINT
             stub.released.wait(30)
         return completion()
 

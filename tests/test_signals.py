@@ -1,0 +1,70 @@
+"""信号变成「走完这一步再停」；几个进程的决定一致。"""
+
+import signal
+
+import pytest
+
+from distillab.errors import Terminated, exit_code
+from distillab.signals import StopRequest, terminable
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "45")
+
+
+def test_the_first_signal_asks_and_the_second_ctrl_c_raises():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.decision(processes=1) == signal.SIGINT
+
+
+def test_sigterm_that_comes_twice_still_saves(torchrun, caplog):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert isinstance(stop.stopped("here"), Terminated)
+    assert exit_code(stop.stopped("here")) == 143
+    assert caplog.text.count("before torchrun ends this process in 45 s") == 1
+
+
+def test_sigterm_after_ctrl_c_is_the_second_ctrl_c_of_torchrun_alone(torchrun, monkeypatch):
+    with StopRequest():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with StopRequest():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_several_processes_stop_only_when_they_have_agreed():
+    with StopRequest() as one, StopRequest() as other:
+        other._handle(signal.SIGTERM, None)
+    assert other.decision(processes=2) is None
+    votes = [sum(pair) for pair in zip(one.votes(), other.votes(), strict=True)]
+    for stop in (one, other):
+        stop.agree(votes)
+        assert stop.decision(processes=2) == signal.SIGTERM
+        assert exit_code(stop.stopped("here")) == 143
+
+
+def test_a_step_too_long_for_the_grace_of_torchrun_is_pointed_out_once(torchrun, caplog):
+    stop = StopRequest()
+    stop.check_grace(44)
+    assert not caplog.text
+    stop.check_grace(50)
+    stop.check_grace(50)
+    assert caplog.text.count("took 50 s, but torchrun ends a process 45 s after SIGTERM") == 1
+
+
+def test_outside_of_training_sigterm_raises_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), terminable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
