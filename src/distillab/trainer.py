@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .checkpoint import (
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import (
+    engine_name,
     global_sum,
     learning_rate_factor,
     make_accelerator,
@@ -43,13 +44,14 @@ from .engine import (
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
-from .loaders import evaluation_loader, train_loader
+from .loaders import evaluation_loader, in_step, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
 from .progress import StopRequest, TrainingProgress
+from .sharding import WholeCopy
 from .targets import Targets
-from .teachers import LocalTeacher
+from .teachers import AdapterOffTeacher, LocalTeacher
 
 logger = logging.getLogger("distillab")
 
@@ -108,7 +110,7 @@ class DistillationTrainer:
         self.learning_rate = 0.0  # 最近一步用的
         self.teacher = teacher
         if teacher is not None:
-            teacher.model.to(self.accelerator.device)
+            teacher.place(device)
 
         self.vocab_limit = vocab_limit or student.vocab_size
         self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
@@ -131,6 +133,8 @@ class DistillationTrainer:
 
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()
+        sharded = engine_name(self.accelerator) not in ("single", "ddp")
+        self._copy = WholeCopy(student, device) if sharded else None
         module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
         optimizer = make_optimizer(module, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -145,6 +149,19 @@ class DistillationTrainer:
         """去掉引擎包装的学生。"""
         student: LanguageModel = self.accelerator.unwrap_model(self.module).student
         return student
+
+    @contextmanager
+    def whole_student(self, keep: bool = True) -> Iterator[LanguageModel]:
+        """权重完整的学生，供生成与导出；分片时是一份拷贝。所有进程都要调用。
+
+        Args:
+            keep: 见 ``WholeCopy.filled``。
+        """
+        if self._copy is None:
+            yield self.student
+            return
+        with self._copy.filled(self.module, keep) as module:
+            yield module
 
     # ------------------------------------------------------------------ 训练
 
@@ -197,8 +214,9 @@ class DistillationTrainer:
         started = time.perf_counter()
         step, accelerator = self.state.current_step, self.accelerator
         prepared = self.on_policy.prepare(
-            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes
-        )
+            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes,
+            self.whole_student,
+        )  # fmt: skip
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
@@ -229,10 +247,13 @@ class DistillationTrainer:
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
+            accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
             with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
+        if self.teacher is not None:
+            self.teacher.release()
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         sums = accelerator.reduce(sums, reduction="sum")
         losses = dict(zip(LossSums._fields, sums.tolist(), strict=True))
@@ -262,9 +283,9 @@ class DistillationTrainer:
             "grad_norm": norm,
         }
 
-    def _targets(self, batch: Batch) -> Targets | None:
-        if self.teacher is None:
-            return None
+    def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
+        if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
+            return self.teacher  # 后者在学生的 forward 里取目标
         return self.teacher.targets(batch.teacher, self.vocab_limit)
 
     def _skipped(self, what: str, batches: int) -> None:
@@ -342,11 +363,14 @@ class DistillationTrainer:
         if progress is not None:
             batches = progress.track(batches, "validating", len(loader))
         with torch.no_grad():
-            for batch in batches:
+            for batch, counted in in_step(batches, loader, self.accelerator):
                 batch = batch.to(self.accelerator.device)
                 sums: LossSums = module(batch, self._targets(batch) if compared else None)
-                totals[0] += len(batch)
-                totals[1:] += torch.stack(sums)
+                if counted:
+                    totals[0] += len(batch)
+                    totals[1:] += torch.stack(sums)
+        if self.teacher is not None:
+            self.teacher.release()
         totals = self.accelerator.reduce(totals, reduction="sum")
         tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
         module.train()
