@@ -47,6 +47,8 @@ ORDER = [
     "hf_layout",
     "convert",
     "card",
+    "sharding",
+    "optimizer_state",
     "teachers",
     "sampling",
     "sampling_weights",
@@ -88,6 +90,7 @@ ORDER = [
     "figures",
     "evaluation",
     "run",
+    "launch",
     "cli",
 ]
 """每个模块只能导入排在它前面的。"""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -75,8 +78,13 @@ class Checks:
         found: dict[str, dict[str, Any]] = {}
         if self.texts:
             found["texts"] = {name: self._text(name, when) for name in self.texts}
-        if self.tasks and self.trainer.accelerator.is_main_process:
-            found["tasks"] = {task.name: self._task(task, when) for task in self.tasks}
+        if self.tasks:
+            main = self.trainer.accelerator.is_main_process
+            with whole_parts(self.parts, self.trainer, main) as parts:
+                if main:
+                    found["tasks"] = {
+                        task.name: self._task(task, when, parts) for task in self.tasks
+                    }
         self.trainer.accelerator.wait_for_everyone()
         return found
 
@@ -100,12 +108,12 @@ class Checks:
             replace_file(path, json.dumps(found))
         return found
 
-    def _task(self, task: TaskSet, when: When) -> dict[str, float]:
+    def _task(self, task: TaskSet, when: When, parts: Parts) -> dict[str, float]:
         found = {}
-        if self.parts.teacher is not None:
-            with self.parts.as_teacher() as teacher:
+        if parts.teacher is not None:
+            with parts.as_teacher() as teacher:
                 found["teacher"] = self._score(task, teacher, "teacher", "teacher")
-        found[when] = self._score(task, self.parts.student, "student", when)
+        found[when] = self._score(task, parts.student, "student", when)
         return found
 
     def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
@@ -120,6 +128,25 @@ class Checks:
 
     def _file(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / name
+
+
+@contextmanager
+def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Iterator[Parts]:
+    """权重完整的学生与教师，供一个进程单独生成与导出。所有进程都要调用。
+
+    Args:
+        parts: 交给 ``trainer`` 的那些，也许已经分片。
+        trainer: 训练循环。
+        keep: 这个进程要不要权重。
+    """
+    with ExitStack() as stack:
+        student: Any = stack.enter_context(trainer.whole_student(keep))
+        teacher: Any = parts.teacher
+        if teacher is parts.student:
+            teacher = student
+        elif trainer.teacher is not None:
+            teacher = stack.enter_context(trainer.teacher.whole(keep))
+        yield replace(parts, student=student, teacher=teacher)
 
 
 def load_tasks(recipe: Recipe) -> list[TaskSet]:
