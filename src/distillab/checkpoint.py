@@ -13,17 +13,19 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import set_seed
 from accelerate.utils.constants import SCALER_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import DistillabError
+from .layout import Layout
 from .on_policy import PREFIX, RolloutGuard
 from .optimizer_state import WholeOptimizer
 from .sharding import place, reshard, shape, whole
@@ -156,16 +158,22 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-" + "[0-9]" * 8))
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = None) -> TrainerState:
-    """恢复 ``save_checkpoint`` 存下的一切。
+def load_checkpoint(
+    accelerator: Accelerator,
+    path: Path,
+    data: str | None = None,
+    config: TrainingConfig | None = None,
+) -> TrainerState:
+    """恢复 ``save_checkpoint`` 存下的一切，不论那时是哪个引擎、几个进程。所有进程都要调用。
 
     Args:
         accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
         path: 检查点的路径。
         data: 现在的训练数据的指纹；换了数据，记下的位置就没有意义。
+        config: 现在的超参数，用来换算位置；缺省当作没有变。
 
     Raises:
-        DistillabError: 文件缺失或损坏，形状与当前模型不符，或训练数据不是原来的。
+        DistillabError: 文件缺失或损坏，形状与当前模型不符，训练数据不是原来的，或一步的序列数变了。
     """
     state = read_state(path)
     if state.data != data:
@@ -173,14 +181,16 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = Non
             f"{path}: the training data differs from what this run began with: restore "
             f"data.source, or name a new run with --set name=..."
         )
-    if not list(path.glob("*.safetensors*")):
+    layout = Layout.read(path / STATE_FILE)
+    same = config is None or layout.processes == accelerator.num_processes
+    names = [f"random_states_{accelerator.process_index if same else 0}.pkl", "scheduler.bin"]
+    if not (path / WEIGHTS_FILE).is_file():
         raise DistillabError(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
-    for name in (f"random_states_{accelerator.process_index}.pkl", "scheduler.bin"):
+    for name in names:
         if not (path / name).is_file():
             raise DistillabError(f"{path}: damaged checkpoint: {name} is missing")
         if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
             raise DistillabError(f"{path}: damaged checkpoint: {name} is not readable")
-
     (module,), (optimizer,) = accelerator._models, accelerator._optimizers
     scaler = accelerator.scaler if (path / SCALER_NAME).is_file() else None
 
@@ -197,7 +207,11 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = Non
         )
 
     _load(path, load)
-    return state
+    if config is None or layout == (now := Layout.of(accelerator, config)):
+        return state
+    if layout.processes != now.processes:
+        set_seed(config.seed + state.current_step, device_specific=True)
+    return replace(state, batches_in_epoch=layout.moved(state.batches_in_epoch, path, now))
 
 
 def load_student(student: nn.Module, path: Path) -> TrainerState:
@@ -328,7 +342,11 @@ def _write_state(
     directory: Path, state: TrainerState, config: TrainingConfig, accelerator: Accelerator
 ) -> None:
     if accelerator.is_main_process:
-        values = {"state": asdict(state), "training_config": config.model_dump(mode="json")}
+        values = {
+            "state": asdict(state),
+            "layout": asdict(Layout.of(accelerator, config)),
+            "training_config": config.model_dump(mode="json"),
+        }
         (directory / STATE_FILE).write_text(json.dumps(values, indent=1))
 
 

@@ -6,11 +6,12 @@ DDP、FSDP2、ZeRO-2、ZeRO-3 由 Accelerate 驱动，启动时的环境决定�
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,8 @@ from .config import Precision, TrainingConfig
 from .errors import DistillabError
 from .optimizer_state import parameter_groups
 from .products import has_bfloat16_units
+
+logger = logging.getLogger("distillab")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -146,6 +149,31 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         for group in parameter_groups(module)
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, config: TrainingConfig, total_steps: int
+) -> tuple[Any, Any, Any]:
+    """交给引擎：``(包装好的 module, optimizer, scheduler)``。
+
+    Args:
+        accelerator: 引擎。
+        module: 学生与损失。
+        config: 训练超参数。
+        total_steps: 学习率的日程有多长。
+    """
+    if warmup_steps(config, total_steps) >= total_steps:
+        logger.warning(
+            "train.warmup_steps=%d is not below the %d steps of this run: "
+            "the learning rate never reaches its peak",
+            warmup_steps(config, total_steps), total_steps,
+        )  # fmt: skip
+    optimizer = make_optimizer(module, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, config)
+    )
+    prepared: tuple[Any, Any, Any] = accelerator.prepare(module, optimizer, scheduler)
+    return prepared
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:

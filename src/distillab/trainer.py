@@ -35,11 +35,9 @@ from .distillation_module import DistillationModule
 from .engine import (
     engine_name,
     global_sum,
-    learning_rate_factor,
     make_accelerator,
-    make_optimizer,
+    prepare,
     resolve_precision,
-    warmup_steps,
 )
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
@@ -123,25 +121,13 @@ class DistillationTrainer:
         reuse = 1 if on_policy is None else on_policy.config.reuse
         total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
         self.total_steps = min(config.max_steps or total, total)
-        warmup = warmup_steps(config, self.total_steps)
-        if warmup >= self.total_steps:
-            logger.warning(
-                "train.warmup_steps=%d is not below the %d steps of this run: "
-                "the learning rate never reaches its peak",
-                warmup, self.total_steps,
-            )  # fmt: skip
-
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
         module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
-        optimizer = make_optimizer(module, config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.total_steps, config)
-        )
-        self.module, self.optimizer, self.scheduler = self.accelerator.prepare(
-            module, optimizer, scheduler
+        self.module, self.optimizer, self.scheduler = prepare(
+            self.accelerator, module, config, self.total_steps
         )
 
     @property
@@ -182,7 +168,7 @@ class DistillationTrainer:
             KeyboardInterrupt: 收到 Ctrl-C；当前步走完、检查点已存好。
         """
         if resume and (saved := checkpoints(self.checkpoint_dir)):
-            self.state = load_checkpoint(self.accelerator, saved[-1], self.state.data)
+            self.state = load_checkpoint(self.accelerator, saved[-1], self.state.data, self.config)
             logger.info("resumed from %s at step %d", saved[-1], self.state.current_step)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator, on_metrics)
         log.discard_after(self.state.current_step)
