@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from .config import Precision, TrainingConfig
@@ -60,6 +60,9 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             )
     if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
         raise DistillabError("DeepSpeed is not installed; pip install 'distillab[deepspeed]'")
+    # 没有 GPU 时 Accelerate 不替 DeepSpeed 选通信后端，每个进程都以为只有自己。
+    gloo = _asked_for("DEEPSPEED") and not cuda and "LOCAL_RANK" in os.environ
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if gloo else []
     try:
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
@@ -69,6 +72,7 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=config.seed, even_batches=False
             ),
+            kwargs_handlers=handlers,
         )
     except ValueError as error:  # Accelerate 的状态每个进程只有一份
         raise DistillabError(

@@ -35,11 +35,12 @@ def in_step(
     Yields:
         ``(批次, 算不算数)``；凑数的一批不算。
     """
+    own = torch.tensor([len(loader)], device=accelerator.device)
+    most = int(accelerator.gather(own).max())  # 在前向之前问：先走完的不能先问
     batch = None
     for batch in batches:
         yield batch, True
-    own = torch.tensor([len(loader)], device=accelerator.device)
-    for _ in range(int(accelerator.gather(own).max()) - len(loader)):
+    for _ in range(most - len(loader)):
         if batch is None:  # 验证集比进程还少
             assert loader.collate_fn is not None
             batch = loader.collate_fn([loader.dataset.dataset[0]])  # type: ignore[attr-defined]

@@ -51,7 +51,11 @@ def main() -> None:
         if engine == "fsdp2":
             pretend_fsdp("bf16" if "train.precision=bf16" in command else "no")
         sys.argv = ["distillab", *command]
-        distillab()
+        try:
+            distillab()
+        except SystemExit as done:
+            if done.code:
+                raise
 
 
 if __name__ == "__main__":

@@ -56,7 +56,21 @@ def place(tmp_path_factory, tiny_teacher_dir):
     """数据与配方；各引擎的 ``runs/`` 都在这里。"""
     place = tmp_path_factory.mktemp("engines")
     shutil.copytree(tiny_teacher_dir, place / "teacher")
-    words = "the teacher gives a student some soft targets and small model learns them".split()
+    words = [
+        "the",
+        "teacher",
+        "gives",
+        "a",
+        "student",
+        "some",
+        "soft",
+        "targets",
+        "and",
+        "small",
+        "model",
+        "learns",
+        "them",
+    ]
     lines = [
         json.dumps({"text": " ".join(words[(n * (i + 1) + i * i) % 13] for i in range(40))}) + "\n"
         for n in range(60)
