@@ -74,7 +74,7 @@ def gathered(tensor: Tensor, modified: bool = False) -> Any:
     """ZeRO-3 的参数在 with 之内是完整的；``modified`` 则以主进程写下的为准。别的参数不受影响。"""
     if not hasattr(tensor, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([tensor], modifier_rank=0 if modified else None)
 

@@ -225,7 +225,8 @@ class DistillationTrainer:
 
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
-        module, accelerator = self.module.train(), self.accelerator
+        module, accelerator = self.module, self.accelerator
+        module.train()  # DeepSpeed 的不返回自己
         window = prepared.batches
         tokens = global_sum(accelerator, sum(len(batch) for batch in window))
         scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
@@ -341,7 +342,8 @@ class DistillationTrainer:
             ``(学生, 教师)``；没有或不要教师时后者为 ``None``。
         """
         compared = teacher and self.teacher is not None
-        module = self.module.eval()
+        module = self.module
+        module.eval()
         totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
         totals = totals.to(self.accelerator.device)
         loader = loader or self.validation_loader
