@@ -110,6 +110,19 @@ def _randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture
 def tiny_qwen2() -> Qwen2ForCausalLM:
+    return _tiny_qwen2()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """存在磁盘上的 ``tiny_qwen2`` 与它的分词器；只读。"""
+    directory = tmp_path_factory.mktemp("tiny") / "teacher"
+    _tiny_qwen2().save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _tiny_qwen2() -> Qwen2ForCausalLM:
     config = Qwen2Config(
         **_HF_SHAPE,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},

@@ -48,6 +48,8 @@ ORDER = [
     "hf_layout",
     "convert",
     "card",
+    "sharding",
+    "optimizer_state",
     "teachers",
     "sampling",
     "sampling_weights",
@@ -67,6 +69,8 @@ ORDER = [
     "evaluation_tables",
     "curves",
     "run_dir",
+    "engine",
+    "layout",
     "checkpoint",
     "progress",
     "synthesize",
@@ -77,7 +81,6 @@ ORDER = [
     "tasks",
     "harness_lm",
     "harness",
-    "engine",
     "skips",
     "loaders",
     "watch",
@@ -91,6 +94,7 @@ ORDER = [
     "figures",
     "evaluation",
     "run",
+    "launch",
     "cli",
 ]
 """每个模块只能导入排在它前面的。"""

@@ -20,7 +20,7 @@ from .language_model import PretrainedLM
 from .lora import adapter_parameters, adapters_off, add_lora, base_parameters
 from .model import StudentModel
 from .pretrained import load_pretrained, resolve_model
-from .teachers import AdapterOffTeacher, LocalTeacher
+from .teachers import AdapterOffTeacher, LocalTeacher, ShardedTeacher
 from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
 
 logger = logging.getLogger("distillab")
@@ -35,12 +35,14 @@ class Parts:
         teacher: 教师，或 ``None``；关掉 adapter 的学生就是教师时，它就是 ``student`` 那个对象。
         student: 尚未训练的学生；训练的参数是 float32。
         vocab_limit: 教师与学生的 tokenizer 定义相同的 token 数。
+        shard_teacher: 训练时教师的权重分到各进程。
     """
 
     tokenizer: PreTrainedTokenizerBase
     teacher: PretrainedLM | None
     student: StudentModel | PretrainedLM
     vocab_limit: int
+    shard_teacher: bool = False
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -56,7 +58,7 @@ class Parts:
             return None
         if self.teacher is self.student:
             return AdapterOffTeacher(self.teacher)
-        return LocalTeacher(self.teacher)
+        return (ShardedTeacher if self.shard_teacher else LocalTeacher)(self.teacher)
 
     @contextmanager
     def as_teacher(self) -> Iterator[PretrainedLM]:
@@ -102,7 +104,8 @@ def build_models(recipe: Recipe) -> Parts:
             "the teacher is the student without its adapters: no second copy, %s bytes saved",
             f"{saved:,}",
         )
-    return Parts(tokenizer, teacher, student, vocab_limit)
+    shard = recipe.teacher is not None and recipe.teacher.shard
+    return Parts(tokenizer, teacher, student, vocab_limit, shard)
 
 
 def frozen_dtype(source: ModelSource | LoraConfig, recipe: Recipe) -> torch.dtype:

@@ -1,8 +1,9 @@
 """一次训练能从什么地方接着来：完整的检查点、``best``、写到一半被杀也不留下坏文件。
 
-``checkpoints/step-00000100/`` 是 Accelerate 保存的状态（学生、optimizer、scheduler、随机数）
-加上 ``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。冻结的参数（LoRA 的基座）不存：
-它们从未变过，配方说了从哪里读。
+``checkpoints/step-00000100/`` 是学生、optimizer、scheduler 与各进程的随机数，加上
+``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。冻结的参数（LoRA 的基座）不存：它们
+从未变过，配方说了从哪里读。权重与 optimizer 总是完整的张量，与引擎和进程数无关：分片的收齐了再写，
+换一个引擎、换几个进程也读得回来。
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import clean_state_dict_for_safetensors, gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_model
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import gather_object, set_seed
+from accelerate.utils.constants import SCALER_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import DistillabError
+from .layout import Layout
 from .on_policy import PREFIX, RolloutGuard
+from .optimizer_state import WholeOptimizer
+from .sharding import place, reshard, shape, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,16 +124,20 @@ def save_checkpoint(
     """
     target = directory / f"step-{state.current_step:08d}"
 
-    def keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-        for model, state_dict in zip(models, weights, strict=False):  # FSDP 与 DeepSpeed 自己写
-            kept = _trainable(accelerator.unwrap_model(model), state_dict)
-            state_dict.clear()
-            state_dict.update(kept)
+    (module,), (optimizer,) = accelerator._models, accelerator._optimizers
 
     def write(temporary: Path) -> None:
-        with accelerator.register_save_state_pre_hook(keep_trainable):
-            accelerator.save_state(str(temporary), safe_serialization=True)
-        _write_state(temporary, state, config, accelerator.is_main_process)
+        save_accelerator_state(
+            str(temporary),
+            [_weights(accelerator, module)],
+            [WholeOptimizer(accelerator, optimizer, module)],
+            accelerator._schedulers,
+            dataloaders=[],
+            process_index=accelerator.process_index,
+            step=accelerator.step,
+            scaler=accelerator.scaler,
+        )
+        _write_state(temporary, state, config, accelerator)
 
     _write_then_rename(accelerator, target, write)
     if accelerator.is_main_process:
@@ -147,11 +156,9 @@ def save_best(
     """把学生的权重写进 ``directory/best``，替换原来的。所有进程都要调用。"""
 
     def write(temporary: Path) -> None:
-        state_dict = accelerator.get_state_dict(module) or {}  # ZeRO-3 只在主进程上收齐
-        kept = _trainable(accelerator.unwrap_model(module), state_dict)
-        kept = clean_state_dict_for_safetensors(kept)
-        accelerator.save(kept, temporary / WEIGHTS_FILE, safe_serialization=True)
-        _write_state(temporary, state, config, accelerator.is_main_process)
+        weights = _weights(accelerator, module)
+        accelerator.save(weights, temporary / WEIGHTS_FILE, safe_serialization=True)
+        _write_state(temporary, state, config, accelerator)
 
     _write_then_rename(accelerator, directory / BEST, write)
 
@@ -162,7 +169,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def resume_newest(
-    accelerator: Accelerator, directory: Path, data: str | None = None
+    accelerator: Accelerator, directory: Path, data: str | None, config: TrainingConfig
 ) -> tuple[TrainerState, Path] | None:
     """从最新的完整检查点恢复；它损坏了就改名放到一边，退到前一个。所有进程都要调用。
 
@@ -170,6 +177,7 @@ def resume_newest(
         accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
         directory: 检查点目录。
         data: 见 ``load_checkpoint``。
+        config: 见 ``load_checkpoint``。
 
     Returns:
         ``(训练进度, 检查点)``；一个检查点也没有是 ``None``。
@@ -181,7 +189,7 @@ def resume_newest(
     for path in reversed(checkpoints(directory)):
         error, state = None, None
         try:
-            state = load_checkpoint(accelerator, path, data)
+            state = load_checkpoint(accelerator, path, data, config)
         except DamagedCheckpoint as found:
             error = found
         others = [text for text in gather_object([str(error or "")]) if text]  # 一起决定
@@ -198,16 +206,22 @@ def resume_newest(
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = None) -> TrainerState:
-    """恢复 ``save_checkpoint`` 存下的一切。
+def load_checkpoint(
+    accelerator: Accelerator,
+    path: Path,
+    data: str | None = None,
+    config: TrainingConfig | None = None,
+) -> TrainerState:
+    """恢复 ``save_checkpoint`` 存下的一切，不论那时是哪个引擎、几个进程。所有进程都要调用。
 
     Args:
         accelerator: 已 ``prepare`` 过学生、optimizer 与 scheduler。
         path: 检查点的路径。
         data: 现在的训练数据的指纹；换了数据，记下的位置就没有意义。
+        config: 现在的超参数，用来换算位置；缺省当作没有变。
 
     Raises:
-        DistillabError: 文件缺失或损坏，形状与当前模型不符，或训练数据不是原来的。
+        DistillabError: 文件缺失或损坏，形状与当前模型不符，训练数据不是原来的，或一步的序列数变了。
     """
     state = read_state(path)
     if state.data != data:
@@ -215,21 +229,37 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data: str | None = Non
             f"{path}: the training data differs from what this run began with: restore "
             f"data.source, or name a new run with --set name=..."
         )
-    if not list(path.glob("*.safetensors*")):
+    layout = Layout.read(path / STATE_FILE)
+    same = config is None or layout.processes == accelerator.num_processes
+    names = [f"random_states_{accelerator.process_index if same else 0}.pkl", "scheduler.bin"]
+    if not (path / WEIGHTS_FILE).is_file():
         raise DamagedCheckpoint(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
-    for name in (f"random_states_{accelerator.process_index}.pkl", "scheduler.bin"):
+    for name in names:
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is missing")
         if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
             raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is not readable")
+    (module,), (optimizer,) = accelerator._models, accelerator._optimizers
+    scaler = accelerator.scaler if (path / SCALER_NAME).is_file() else None
 
-    def load_trainable(models: list[nn.Module], _: str) -> None:
-        while models:  # 取走的 Accelerate 不再读：它要求一个也不缺
-            _load_weights(accelerator.unwrap_model(models.pop()), path)
+    def load() -> None:
+        _load_weights(accelerator.unwrap_model(module), path)
+        load_accelerator_state(
+            str(path),
+            models=[],
+            optimizers=[WholeOptimizer(accelerator, optimizer, module)],
+            schedulers=accelerator._schedulers,
+            dataloaders=[],
+            process_index=accelerator.process_index,
+            scaler=scaler,
+        )
 
-    with accelerator.register_load_state_pre_hook(load_trainable):
-        _load(path, lambda: accelerator.load_state(str(path)))
-    return state
+    _load(path, load)
+    if config is None or layout == (now := Layout.of(accelerator, config)):
+        return state
+    if layout.processes != now.processes:
+        set_seed(config.seed + state.current_step, device_specific=True)
+    return replace(state, batches_in_epoch=layout.moved(state.batches_in_epoch, path, now))
 
 
 def load_student(student: nn.Module, path: Path) -> TrainerState:
@@ -285,11 +315,19 @@ def _frozen(module: nn.Module) -> set[str]:
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
-def _trainable(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """去掉冻结的参数与 DDP 的前缀：几个进程存的，一个进程也能读。"""
-    names = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    frozen = _frozen(module)
-    return {name: value for name, value in names.items() if name not in frozen}
+def _weights(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
+    """除冻结的参数以外的一切，完整的，在 CPU 上，绑定的只有一份；不是主进程的只参加通信。"""
+    module = accelerator.unwrap_model(module)
+    reshard(module)
+    frozen, kept, seen = _frozen(module), {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in frozen or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        value = whole(tensor)
+        if accelerator.is_main_process:
+            kept[name] = value.to("cpu").contiguous()
+    return kept
 
 
 def read_state(path: Path) -> TrainerState:
@@ -312,12 +350,25 @@ def read_state(path: Path) -> TrainerState:
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
-    """读入除冻结的参数以外的一切，不多也不少。"""
-    missing, unexpected = load_model(module, path / WEIGHTS_FILE, strict=False)
-    if absent := set(missing) - _frozen(module):
-        raise DistillabError(f"{path}: holds another model: {min(absent)} is missing")
-    if unexpected:
-        raise DistillabError(f"{path}: holds another model: {min(unexpected)} has no place in it")
+    """读入除冻结的参数以外的一切，不多也不少；分片的各取自己的一片。"""
+    reshard(module)
+    targets, frozen = module.state_dict(keep_vars=True), _frozen(module)
+    with safe_open(path / WEIGHTS_FILE, "pt") as file:
+        names = set(file.keys())
+        given = {id(targets[name]) for name in names & targets.keys()}
+        absent = {name for name, tensor in targets.items() if id(tensor) not in given} - frozen
+        if absent:
+            raise DistillabError(f"{path}: holds another model: {min(absent)} is missing")
+        if unexpected := names - targets.keys():
+            name = min(unexpected)
+            raise DistillabError(f"{path}: holds another model: {name} has no place in it")
+        for name in sorted(names):
+            found, expected = file.get_slice(name).get_shape(), list(shape(targets[name]))
+            if found != expected:
+                raise DistillabError(
+                    f"{path}: holds another model: {name} is {found}, expected {expected}"
+                )
+            place(targets[name], file.get_tensor(name))
 
 
 def _load(path: Path, load: Callable[[], Any]) -> None:
@@ -339,10 +390,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_state(
-    directory: Path, state: TrainerState, config: TrainingConfig, is_main_process: bool
+    directory: Path, state: TrainerState, config: TrainingConfig, accelerator: Accelerator
 ) -> None:
-    if is_main_process:
-        values = {"state": asdict(state), "training_config": config.model_dump(mode="json")}
+    if accelerator.is_main_process:
+        values = {
+            "state": asdict(state),
+            "layout": asdict(Layout.of(accelerator, config)),
+            "training_config": config.model_dump(mode="json"),
+        }
         (directory / STATE_FILE).write_text(json.dumps(values, indent=1))
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +79,13 @@ class Checks:
         if self.texts:
             found["texts"] = {name: self._text(name, when) for name in self.texts}
         self.trainer.watch.at("tasks")
-        if self.tasks and self.trainer.accelerator.is_main_process:
-            found["tasks"] = {task.name: self._task(task, when) for task in self.tasks}
+        if self.tasks:
+            main = self.trainer.accelerator.is_main_process
+            with whole_parts(self.parts, self.trainer, main) as parts:
+                if main:
+                    found["tasks"] = {
+                        task.name: self._task(task, when, parts) for task in self.tasks
+                    }
         self.trainer.accelerator.wait_for_everyone()
         return found
 
@@ -101,12 +109,12 @@ class Checks:
             replace_file(path, json.dumps(found))
         return found
 
-    def _task(self, task: TaskSet, when: When) -> dict[str, float]:
+    def _task(self, task: TaskSet, when: When, parts: Parts) -> dict[str, float]:
         found = {}
-        if self.parts.teacher is not None:
-            with self.parts.as_teacher() as teacher:
+        if parts.teacher is not None:
+            with parts.as_teacher() as teacher:
                 found["teacher"] = self._score(task, teacher, "teacher", "teacher")
-        found[when] = self._score(task, self.parts.student, "student", when)
+        found[when] = self._score(task, parts.student, "student", when)
         return found
 
     def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
@@ -118,6 +126,25 @@ class Checks:
         logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
                     "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
         return accuracy(rows)
+
+
+@contextmanager
+def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Iterator[Parts]:
+    """权重完整的学生与教师，供一个进程单独生成与导出。所有进程都要调用。
+
+    Args:
+        parts: 交给 ``trainer`` 的那些，也许已经分片。
+        trainer: 训练循环。
+        keep: 这个进程要不要权重。
+    """
+    with ExitStack() as stack:
+        student: Any = stack.enter_context(trainer.whole_student(keep))
+        teacher: Any = parts.teacher
+        if teacher is parts.student:
+            teacher = student
+        elif trainer.teacher is not None:
+            teacher = stack.enter_context(trainer.teacher.whole(keep))
+        yield replace(parts, student=student, teacher=teacher)
 
 
 def load_tasks(recipe: Recipe) -> list[TaskSet]:

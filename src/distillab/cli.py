@@ -98,6 +98,36 @@ def train(
 
 
 @app.command()
+def launch(
+    recipe: RecipeName,
+    processes: Annotated[int, typer.Option(help="How many on this machine; one per GPU.")],
+    engine: Annotated[
+        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        typer.Option(help="What is split over them: nothing, or the student's states."),
+    ] = "ddp",
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue runs/NAME where it stopped.")
+    ] = False,
+) -> None:
+    """Train in several processes: `distillab train` through Accelerate's launcher.
+
+    For several machines, or another engine configuration, call `accelerate launch` yourself.
+
+    \b
+    Examples:
+      distillab launch qwen3-chat --processes 8 --engine fsdp2
+      accelerate launch --config_file recipes/accelerate/zero3.yaml -m distillab train qwen3-chat
+    """  # noqa: D301
+    from .launch import launch as start
+    from .recipes import load_recipe
+
+    load_recipe(recipe, overrides or [])  # 写错的配方由这里说一遍，不由每个进程各说一遍
+    arguments = ["train", recipe, *(part for key in overrides or [] for part in ("--set", key))]
+    raise typer.Exit(start(engine, processes, [*arguments, *["--resume"] * resume]))
+
+
+@app.command()
 def evaluate(
     run: RunName,
     checkpoint: Checkpoint = "best",
@@ -362,6 +392,7 @@ def _quiet_libraries() -> None:
     main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -169,6 +169,7 @@ class ModelSource(Section):
         "float32", description="Of the frozen weights; auto follows train.precision."
     )
     trust_remote_code: bool = Field(False, description="Run model code from the source.")
+    shard: bool = Field(False, description="Split the teacher over the processes (FSDP2).")
 
 
 class InitConfig(Section):

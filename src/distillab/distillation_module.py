@@ -11,6 +11,7 @@ from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
 from .targets import Targets
+from .teachers import AdapterOffTeacher
 
 
 class DistillationModule(nn.Module):
@@ -36,10 +37,16 @@ class DistillationModule(nn.Module):
         self.loss = loss
         self.vocab_limit = vocab_limit
         self.label_metrics = label_metrics
+        self._no_split_modules = student.block_names  # FSDP2 凭它找到各层
 
-    def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
-        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
+    def forward(self, batch: Batch, targets: Targets | AdapterOffTeacher | None) -> LossSums:
+        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。
+
+        教师就是关掉 adapter 的学生时，它的目标也在这里算：分片的权重只在 forward 里是完整的。
+        """
         view = batch.student
+        if isinstance(targets, AdapterOffTeacher):
+            targets = targets.targets(batch.teacher, self.vocab_limit)
         hidden = view.rows(self.student(view.input_ids, view.attention_mask))
         loss = self.loss
         if not self.training:

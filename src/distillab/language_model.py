@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算。"""
+
+    @property
+    @abstractmethod
+    def block_names(self) -> Sequence[str]:
+        """各层的类名；分片时一层一层地收齐。"""
 
     @property
     def vocab_size(self) -> int:
@@ -149,6 +154,12 @@ class PretrainedLM(LanguageModel):
     def max_seq_len(self) -> int:
         """最长序列；配置里没有上限的模型（如 ALiBi）给出一个用不完的数。"""
         return int(getattr(self._config, "max_position_embeddings", None) or 2**31 - 1)
+
+    @property
+    def block_names(self) -> list[str]:
+        """各层的类名，只列模型里有的：多模态的配置也写着别处的层。"""
+        present = {type(part).__name__ for part in self.model.modules()}
+        return sorted(present & set(self.model._no_split_modules or ()))
 
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算。"""

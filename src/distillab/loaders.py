@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,31 @@ def evenly(total: int, limit: int | None = None) -> list[int]:
     """``total`` 条里从头到尾均匀地取至多 ``limit`` 条的下标；每次都是同样的若干条。"""
     count = min(total, limit or total)
     return [i * total // count for i in range(count)]
+
+
+def in_step(
+    batches: Iterable[Batch], loader: DataLoader[Any], accelerator: Accelerator
+) -> Iterator[tuple[Batch, bool]]:
+    """各进程给出同样多的批次：分片的模型前向一次，每个进程都要到场。
+
+    Args:
+        batches: ``loader``，或它外面套了进度条的。
+        loader: ``evaluation_loader`` 的返回值。
+        accelerator: 引擎。
+
+    Yields:
+        ``(批次, 算不算数)``；凑数的一批不算。
+    """
+    own = torch.tensor([len(loader)], device=accelerator.device)
+    most = int(accelerator.gather(own).max())  # 在前向之前问：先走完的不能先问
+    batch = None
+    for batch in batches:
+        yield batch, True
+    for _ in range(most - len(loader)):
+        if batch is None:  # 验证集比进程还少
+            assert loader.collate_fn is not None
+            batch = loader.collate_fn([loader.dataset.dataset[0]])  # type: ignore[attr-defined]
+        yield batch, False
 
 
 def train_loader(

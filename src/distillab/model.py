@@ -245,6 +245,8 @@ class StudentModel(LanguageModel):
         config: 模型结构。默认配置共 123,426,304 个参数。
     """
 
+    block_names = (TransformerBlock.__name__,)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

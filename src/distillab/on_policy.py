@@ -6,6 +6,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 
 from .batch import Batch, Example
 from .config import ResponsesConfig
+from .language_model import LanguageModel
 from .rollout import Rollout, RolloutSums, student_fraction
 
 if TYPE_CHECKING:
@@ -96,7 +98,13 @@ class OnPolicy:
         self.rollout, self.config, self.collate, self.seed = rollout, config, collate, seed
 
     def prepare(
-        self, window: list[Batch], step: int, total_steps: int, rank: int = 0, processes: int = 1
+        self,
+        window: list[Batch],
+        step: int,
+        total_steps: int,
+        rank: int = 0,
+        processes: int = 1,
+        student: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
     ) -> Prepared:
         """决定一步的 response。
 
@@ -106,6 +114,8 @@ class OnPolicy:
             total_steps: 总步数。
             rank: 本进程的编号；第 m 个 micro-batch 是全局的第 ``m * processes + rank`` 个。
             processes: 进程数。
+            student: 给出权重完整的学生；缺省为 ``rollout`` 自己的。要采样才调用，一次采样只调用
+                一次：分片的权重收齐之后，各进程何时说完互不相干。
         """
         fraction = student_fraction(self.config, step, total_steps)
         if random.Random(f"{self.seed}/{step}").random() >= fraction:
@@ -120,11 +130,13 @@ class OnPolicy:
         prompts = [example for examples in old for example in examples]
         new: list[Example] = []
         sums = RolloutSums()
-        for start in range(0, len(prompts), ROWS_TOGETHER):
-            rows = slice(start, start + ROWS_TOGETHER)
-            sampled, part = self.rollout.sample(prompts[rows], seeds[rows])
-            new += sampled
-            sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
+        with nullcontext(self.rollout.generator.model) if student is None else student() as model:
+            rollout = self.rollout.of(model)
+            for start in range(0, len(prompts), ROWS_TOGETHER):
+                rows = slice(start, start + ROWS_TOGETHER)
+                sampled, part = rollout.sample(prompts[rows], seeds[rows])
+                new += sampled
+                sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
         rest = iter(new)
         batches = [
             self.collate(list(itertools.islice(rest, len(examples)))).to(batch.labels.device)

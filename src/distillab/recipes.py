@@ -53,7 +53,11 @@ def shipped_recipes() -> dict[str, Path]:
         if path.name[0] != "_"  # 只供 extends
     }
     # 旁边的数据与引擎配置也可能是 YAML。
-    return {name: path for name, path in found.items() if name.count("/") < 2}
+    return {
+        name: path
+        for name, path in found.items()
+        if name.count("/") < 2 and not name.startswith("accelerate/")
+    }
 
 
 def find_recipe(name: str) -> Path:

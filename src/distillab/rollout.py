@@ -13,6 +13,7 @@ from .batch import Example, Tokens
 from .config import ResponsesConfig, SamplingConfig
 from .errors import DistillabError
 from .generate import TextGenerator, left_pad, until_stop
+from .language_model import LanguageModel
 from .sampling import sampling_options
 
 REPEATED_NGRAM = 4
@@ -55,6 +56,13 @@ class Rollout:
         self.generator = generator
         self.sampling = sampling
         self.teacher_max_seq_len = teacher_max_seq_len
+
+    def of(self, model: LanguageModel) -> Rollout:
+        """同样的采样，换一个模型：分片的学生要先收齐成一份拷贝。"""
+        if model is self.generator.model:
+            return self
+        generator = TextGenerator(model, self.generator.tokenizer)
+        return Rollout(generator, self.sampling, self.teacher_max_seq_len)
 
     def sample(
         self, examples: Sequence[Example], seeds: Sequence[int]

@@ -19,7 +19,7 @@ from .build_training import build_trainer, read_pairs
 from .card import model_card
 from .chat import question_prompt, render_prompt
 from .checkpoint import BEST, TrainerState, find_checkpoint, load_student
-from .checks import Checks, load_tasks, merged
+from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
 from .curves import plot_run
@@ -74,9 +74,10 @@ def train(
             return run, done
         pairs, tasks = read_pairs(recipe), load_tasks(recipe)
         parts = parts or build_models(recipe)
+        parameters = parts.parameters  # 分片之后就数不出来了
         logger.info(
             "parameters: %s",
-            ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parts.parameters.items()),
+            ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parameters.items()),
         )
         trainer = build_trainer(recipe, parts, run.path, pairs)
         checks = Checks(recipe, tasks, parts, trainer, run.checks)
@@ -86,9 +87,11 @@ def train(
             state = trainer.train(resume, on_metrics)
             load_student(trainer.student, trainer.checkpoint_dir / BEST)
             checked = merged(before, checks.measure("student_after"))
-        if not trainer.accelerator.is_main_process:
-            return run, {}
-        summary = _finish(recipe, run, parts, state, reference, checked)
+        main = trainer.accelerator.is_main_process
+        with whole_parts(parts, trainer, main) as parts:
+            if not main:
+                return run, {}
+            summary = _finish(recipe, run, parts, state, reference, checked, parameters)
     return run, summary
 
 
@@ -215,6 +218,7 @@ def _finish(
     state: TrainerState,
     reference: dict[str, Metrics],
     checked: dict[str, dict[str, Any]],
+    parameters: dict[str, int],
 ) -> dict[str, Any]:
     validations = [row for row in read_metrics(run.metrics_file) if row["kind"] == "validation"]
     after = next(_metrics(row) for row in validations if row["step"] == state.best_step)
@@ -234,7 +238,7 @@ def _finish(
         "skipped_steps": state.skipped_steps,
         "failed_rows": state.failed_rows,
         **_cost(state),
-        "parameters": parts.parameters,
+        "parameters": parameters,
     }  # fmt: skip
     run.write_summary(summary)
     _report(run)

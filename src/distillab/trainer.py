@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,25 +27,25 @@ from .checkpoint import TrainerState, resume_newest, save_best, save_checkpoint
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import (
+    engine_name,
     global_sum,
-    learning_rate_factor,
     make_accelerator,
-    make_optimizer,
+    prepare,
     resolve_precision,
-    warmup_steps,
 )
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
-from .loaders import evaluation_loader, train_loader
+from .loaders import evaluation_loader, in_step, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
 from .progress import TrainingProgress
+from .sharding import WholeCopy
 from .signals import StopRequest
 from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .targets import Targets
-from .teachers import LocalTeacher
+from .teachers import AdapterOffTeacher, LocalTeacher
 from .watch import Watch
 
 logger = logging.getLogger("distillab")
@@ -106,7 +106,7 @@ class DistillationTrainer:
         self._failed_rows = 0  # 本进程跳过、还没有归约的行
         self.teacher = teacher
         if teacher is not None:
-            teacher.model.to(self.accelerator.device)
+            teacher.place(device)
 
         self.vocab_limit = vocab_limit or student.vocab_size
         self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
@@ -119,23 +119,13 @@ class DistillationTrainer:
         reuse = 1 if on_policy is None else on_policy.config.reuse
         total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
         self.total_steps = min(config.max_steps or total, total)
-        warmup = warmup_steps(config, self.total_steps)
-        if warmup >= self.total_steps:
-            logger.warning(
-                "train.warmup_steps=%d is not below the %d steps of this run: "
-                "the learning rate never reaches its peak",
-                warmup, self.total_steps,
-            )  # fmt: skip
-
         if config.activation_checkpointing:
             student.enable_activation_checkpointing()
+        sharded = engine_name(self.accelerator) not in ("single", "ddp")
+        self._copy = WholeCopy(student, device) if sharded else None
         module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
-        optimizer = make_optimizer(module, config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.total_steps, config)
-        )
-        self.module, self.optimizer, self.scheduler = self.accelerator.prepare(
-            module, optimizer, scheduler
+        self.module, self.optimizer, self.scheduler = prepare(
+            self.accelerator, module, config, self.total_steps
         )
 
     @property
@@ -143,6 +133,19 @@ class DistillationTrainer:
         """去掉引擎包装的学生。"""
         student: LanguageModel = self.accelerator.unwrap_model(self.module).student
         return student
+
+    @contextmanager
+    def whole_student(self, keep: bool = True) -> Iterator[LanguageModel]:
+        """权重完整的学生，供生成与导出；分片时是一份拷贝。所有进程都要调用。
+
+        Args:
+            keep: 见 ``WholeCopy.filled``。
+        """
+        if self._copy is None:
+            yield self.student
+            return
+        with self._copy.filled(self.module, keep) as module:
+            yield module
 
     # ------------------------------------------------------------------ 训练
 
@@ -163,7 +166,9 @@ class DistillationTrainer:
             KeyboardInterrupt: 收到 Ctrl-C，或 SIGTERM（``Terminated``）；当前步走完、检查点已存好。
         """
         if resume and (
-            found := resume_newest(self.accelerator, self.checkpoint_dir, self.state.data)
+            found := resume_newest(
+                self.accelerator, self.checkpoint_dir, self.state.data, self.config
+            )
         ):
             self.state, path = found
             logger.info("resumed from %s at step %d", path, self.state.current_step)
@@ -198,8 +203,9 @@ class DistillationTrainer:
         step, accelerator = self.state.current_step, self.accelerator
         self.watch.at("sampling")
         prepared = self.on_policy.prepare(
-            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes
-        )
+            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes,
+            self.whole_student,
+        )  # fmt: skip
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
@@ -225,7 +231,8 @@ class DistillationTrainer:
 
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
-        module, accelerator = self.module.train(), self.accelerator
+        module, accelerator = self.module, self.accelerator
+        module.train()  # DeepSpeed 的不返回自己
         window = prepared.batches
         self.watch.at("forward and backward", self.state.current_step + 1)
         tokens = global_sum(accelerator, sum(len(batch) for batch in window))
@@ -234,10 +241,13 @@ class DistillationTrainer:
         for position, batch in enumerate(window):
             last = position == len(window) - 1
             targets = self._targets(batch) if self.loss.alpha > 0 else None
+            accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
             with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
                 accelerator.backward(part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
+        if self.teacher is not None:
+            self.teacher.release()
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         shared = [self._failed_rows, *self.stop.votes()]
         mean_norm = torch.as_tensor(norm).to(sums).reshape(1) / accelerator.num_processes
@@ -271,9 +281,9 @@ class DistillationTrainer:
             "grad_norm": norm,
         }
 
-    def _targets(self, batch: Batch) -> Targets | None:
-        if self.teacher is None:
-            return None
+    def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
+        if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
+            return self.teacher  # 后者在学生的 forward 里取目标
         return self.teacher.targets(batch.teacher, self.vocab_limit)
 
     def _skipped(self, loss: float, batches: int) -> None:
@@ -331,7 +341,8 @@ class DistillationTrainer:
             ``(学生, 教师)``；没有或不要教师时后者为 ``None``。
         """
         compared = teacher and self.teacher is not None
-        module = self.module.eval()
+        module = self.module
+        module.eval()
         totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
         totals = totals.to(self.accelerator.device)
         loader = loader or self.validation_loader
@@ -339,12 +350,15 @@ class DistillationTrainer:
         if progress is not None:
             batches = progress.track(batches, "validating", len(loader))
         with torch.no_grad():
-            for batch in batches:
+            for batch, counted in in_step(batches, loader, self.accelerator):
                 self.watch.at("validation")
                 batch = batch.to(self.accelerator.device)
                 sums: LossSums = module(batch, self._targets(batch) if compared else None)
-                totals[0] += len(batch)
-                totals[1:] += torch.stack(sums)
+                if counted:
+                    totals[0] += len(batch)
+                    totals[1:] += torch.stack(sums)
+        if self.teacher is not None:
+            self.teacher.release()
         totals = self.accelerator.reduce(totals, reduction="sum")
         tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
         module.train()
