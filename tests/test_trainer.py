@@ -323,6 +323,21 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(make, stop):
     assert validations[0] == validations[1]
 
 
+def test_a_run_may_be_resumed_in_other_micro_batches_but_not_in_other_steps(make, caplog):
+    whole = make("whole", max_steps=8, batch_size=4)
+    whole.train()
+    first = make("moved", max_steps=8, batch_size=4, save_interval=3)
+    die_after(first, 3)
+    with pytest.raises(Killed):
+        first.train()
+    with pytest.raises(DistillabError, match="had 4 sequences and now has 2 .* to make 4"):
+        make("moved", max_steps=8, batch_size=2).train(resume=True)
+    second = make("moved", max_steps=8, batch_size=1, gradient_accumulation_steps=4)
+    second.train(resume=True)
+    assert losses(second) == pytest.approx(losses(whole), rel=1e-5)
+    assert "the data continues after sequence 12 of the epoch" in caplog.text
+
+
 def test_rows_written_after_the_checkpoint_are_dropped_on_resume(make):
     whole = make("whole", max_steps=8)
     whole.train()
