@@ -3,7 +3,7 @@
 训练由测试来走，这里只比较它留下的运行目录::
 
     python -m pytest tests/e2e/test_engines.py --basetemp /tmp/engines
-    python benchmarks/engines.py /tmp/engines/engines0/runs --json benchmarks/results/engines-cpu.json
+    python benchmarks/engines.py /tmp/engines/engines0/runs
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ class WholeOptimizer:
         flat = next(iter(torch_optimizer.state.values()), None)
         if flat is None:  # 一步还没走
             return
+        self._link()
         step = torch.tensor(float(flat["step"]))
         for index, parameter in enumerate(p for group in self.groups for p in group):
             state: dict[str, Any] = {"step": step}
@@ -113,6 +114,12 @@ class WholeOptimizer:
             yield settings | {"params": list(range(start, stop))}
             start = stop
 
+    def _link(self) -> None:
+        """让 ZeRO-2 的参数找得到自己的动量：它在第一组更新之后就联系各组，那时后面的组还没有动量。"""
+        if hasattr(self.inner, "_hp_optimizer_states_linked"):
+            self.inner._hp_optimizer_states_linked = False
+            self.inner._lazy_init_hp_params_optimizer_state()
+
     def _load_zero(self, values: dict[str, Any], parameters: dict[int, nn.Parameter]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -128,8 +135,7 @@ class WholeOptimizer:
                 "step": torch.tensor(step, device=flat.device),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        if flats is None:  # ZeRO-2 只在第一次更新之后才把各参数与动量的分片联系起来
-            self.inner._lazy_init_hp_params_optimizer_state()
+        self._link()
         for index, state in values["state"].items():
             for key in MOMENTS:
                 parameter = parameters[index]
