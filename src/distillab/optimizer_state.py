@@ -98,9 +98,9 @@ class WholeOptimizer:
         if flat is None:  # 一步还没走
             return
         self._link()
-        step = torch.tensor(float(flat["step"]))
+        step = float(flat["step"])
         for index, parameter in enumerate(p for group in self.groups for p in group):
-            state: dict[str, Any] = {"step": step}
+            state: dict[str, Any] = {"step": torch.tensor(step)}  # 各有一份：就地加一
             for key in MOMENTS:
                 value = safe_get_full_optimizer_state(parameter, key)
                 state[key] = self._kept(value.reshape(shape(parameter)))
@@ -115,7 +115,7 @@ class WholeOptimizer:
             start = stop
 
     def _link(self) -> None:
-        """让 ZeRO-2 的参数找得到自己的动量：它在第一组更新之后就联系各组，那时后面的组还没有动量。"""
+        """ZeRO-2 在第一组更新之后就把各组的参数与动量联系起来，那时后面的还没有动量：重来一次。"""
         if hasattr(self.inner, "_hp_optimizer_states_linked"):
             self.inner._hp_optimizer_states_linked = False
             self.inner._lazy_init_hp_params_optimizer_state()
