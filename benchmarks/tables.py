@@ -60,10 +60,19 @@ EVALUATION: list[Column] = [
     ("same answers", number("same_answers", ".0f")),
     ("/ plain loop", number("ratio_to_loop", ".2f")),
 ]
+ENGINES: list[Column] = [
+    ("engine", lambda record: record["engine"]),
+    ("method", lambda record: record["method"]),
+    ("loss", number("loss", ".1e")),
+    ("gradient norm", number("grad_norm", ".1e")),
+    ("exported weights", number("weights", ".1e")),
+]
 
 
 def title(record: Record) -> str:
     """一格的标题。"""
+    if "engine" in record:
+        return f"{record['processes']} processes against one"
     if "items" in record:
         return f"tasks, {record['dtype']}"
     if "rounds" in record:
@@ -93,6 +102,7 @@ def main(paths: list[str]) -> None:
             columns = TRAIN_STEP if "case" in cell[0] else LOSS_HEAD
             columns = SAMPLING if "rounds" in cell[0] else columns
             columns = EVALUATION if "items" in cell[0] else columns
+            columns = ENGINES if "engine" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

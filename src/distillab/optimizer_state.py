@@ -97,9 +97,10 @@ class WholeOptimizer:
         flat = next(iter(torch_optimizer.state.values()), None)
         if flat is None:  # 一步还没走
             return
-        step = torch.tensor(float(flat["step"]))
+        self._link()
+        step = float(flat["step"])
         for index, parameter in enumerate(p for group in self.groups for p in group):
-            state: dict[str, Any] = {"step": step}
+            state: dict[str, Any] = {"step": torch.tensor(step)}  # 各有一份：就地加一
             for key in MOMENTS:
                 value = safe_get_full_optimizer_state(parameter, key)
                 state[key] = self._kept(value.reshape(shape(parameter)))
@@ -112,6 +113,12 @@ class WholeOptimizer:
             settings = {key: value for key, value in group.items() if key in _SETTINGS}
             yield settings | {"params": list(range(start, stop))}
             start = stop
+
+    def _link(self) -> None:
+        """ZeRO-2 在第一组更新之后就把各组的参数与动量联系起来，那时后面的还没有动量：重来一次。"""
+        if hasattr(self.inner, "_hp_optimizer_states_linked"):
+            self.inner._hp_optimizer_states_linked = False
+            self.inner._lazy_init_hp_params_optimizer_state()
 
     def _load_zero(self, values: dict[str, Any], parameters: dict[int, nn.Parameter]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -128,8 +135,7 @@ class WholeOptimizer:
                 "step": torch.tensor(step, device=flat.device),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        if flats is None:  # ZeRO-2 只在第一次更新之后才把各参数与动量的分片联系起来
-            self.inner._lazy_init_hp_params_optimizer_state()
+        self._link()
         for index, state in values["state"].items():
             for key in MOMENTS:
                 parameter = parameters[index]

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,7 @@ from .batch import Batch, collate_text
 from .checkpoint import TrainerState, resume_newest, save_best, save_checkpoint
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
-from .engine import (
-    engine_name,
-    global_sum,
-    make_accelerator,
-    prepare,
-    resolve_precision,
-)
+from .engine import engine_name, global_sum, make_accelerator, prepare, resolve_precision
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
@@ -134,18 +128,11 @@ class DistillationTrainer:
         student: LanguageModel = self.accelerator.unwrap_model(self.module).student
         return student
 
-    @contextmanager
-    def whole_student(self, keep: bool = True) -> Iterator[LanguageModel]:
-        """权重完整的学生，供生成与导出；分片时是一份拷贝。所有进程都要调用。
-
-        Args:
-            keep: 见 ``WholeCopy.filled``。
-        """
+    def whole_student(self, keep: bool = True) -> AbstractContextManager[LanguageModel]:
+        """权重完整的学生，供生成与导出；分片时是一份拷贝，``keep`` 见 ``WholeCopy.filled``。"""
         if self._copy is None:
-            yield self.student
-            return
-        with self._copy.filled(self.module, keep) as module:
-            yield module
+            return nullcontext(self.student)
+        return self._copy.filled(self.module, keep)
 
     # ------------------------------------------------------------------ 训练
 
