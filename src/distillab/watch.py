@@ -179,7 +179,7 @@ class Watch:
                 return
 
     def _alone(self) -> None:
-        """存着消息的进程没了：torchrun 时其余的都还在，先试着存好；否则是 0 号进程，没有它走不下去。"""
+        """存着消息的进程没了：torchrun 没了先试着存好；否则是 0 号进程没了，走不下去。"""
         wait = GRACE
         if grace_seconds() is not None and not self._done.is_set():
             logger.error("rank %d: torchrun is gone", self.rank)
@@ -217,5 +217,5 @@ def _exception(failed: dict[str, Any]) -> BaseException:
 
 
 def _short(text: str) -> str:
-    """通信库的话去掉源码位置与泛泛的建议：``[…/pair.cc:547] Connection closed by peer. This …``。"""
+    """通信库的话去掉源码位置与泛泛的建议：``[…/pair.cc:547] Connection closed. This …``。"""
     return text.rpartition("] ")[2].partition(". ")[0]
