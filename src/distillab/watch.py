@@ -10,6 +10,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import DistillabError, Terminated, exit_code
+from .signals import grace_seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +59,7 @@ class Watch:
         self._depth = 0
         self._store: Any = None
         self._done = threading.Event()
+        self._failed: dict[str, Any] | None = None
         self._reported: BaseException | None = None
         self._warned: tuple[int, str, float] | None = None
 
@@ -86,12 +89,9 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self._depth -= 1
-        store = self._store
         try:
-            known = store is None or error is None or error is self._reported
-            other = None if known or error is None else self._report(error)
-        except RuntimeError:  # 存着消息的进程也没了
-            other = None
+            new = self._store is not None and error is not self._reported
+            other = self._report(error) if new and error is not None else None
         finally:
             if self._depth == 0:
                 self._done.set()
@@ -103,10 +103,13 @@ class Watch:
         """每个进程在做什么、做了多久，一行英文。"""
         found = []
         for rank in range(self.processes):
-            if not self._store.check([str(rank)]):
-                found.append(f"rank {rank}: not started")
-                continue
-            row = json.loads(self._store.get(str(rank)))
+            try:
+                if not self._store.check([str(rank)]):
+                    found.append(f"rank {rank}: not started")
+                    continue
+                row = json.loads(self._store.get(str(rank)))
+            except RuntimeError:
+                return "rank 0 is gone, and with it what the others do"
             silent = time.time() - row["at"]
             gone = f", not heard of for {silent:.0f} s" if silent > SILENT else ""
             found.append(f"rank {rank}: {_where(row)}, for {row['seconds']:.0f} s{gone}")
@@ -119,7 +122,7 @@ class Watch:
         lost = isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and "gloo" in str(error)
         )
-        if lost and not self._store.check(["failed"]):
+        if lost and self._first(None) is None:
             time.sleep(SILENT)  # 没了的进程这时才看得出
         first = str(error).partition("\n")[0]
         reason = first or type(error).__name__
@@ -130,16 +133,28 @@ class Watch:
         code = exit_code(error) if isinstance(error, KeyboardInterrupt) else 1
         step, phase, _ = self._position
         own = {"rank": self.rank, "step": step, "phase": phase, "reason": reason, "code": code}
-        found = json.loads(self._store.compare_set("failed", "", json.dumps(own)))
+        found = self._first(own) or own
         if found["rank"] != self.rank:  # 理由相同的是商量好一起停的
             return None if found["reason"] == reason else _exception(found)
         if isinstance(error, Exception):
             get_error_handler().record_exception(error)  # torchrun 的总结里有它
-        if lost:
-            return DistillabError(_sentence(found))
-        if not isinstance(error, (DistillabError, KeyboardInterrupt)):  # 那两种自己会印
-            logger.error("%s", _sentence(found))
-        return None
+        if not lost and not isinstance(error, (DistillabError, KeyboardInterrupt)):
+            logger.error("%s", _sentence(found))  # 另外几种自己会印
+        if self.rank == 0 and grace_seconds() is None:
+            time.sleep(2 * PERIOD)  # 消息存在本进程里：等其余的读到
+        return DistillabError(_sentence(found)) if lost else None
+
+    def _first(self, own: dict[str, Any] | None) -> dict[str, Any] | None:
+        """最先出错的；还没有时就是 ``own``。"""
+        if self._failed is None:
+            try:
+                if own is not None:
+                    return _loaded(self._store.compare_set("failed", "", json.dumps(own)))
+                if self._store.check(["failed"]):
+                    self._failed = _loaded(self._store.get("failed"))
+            except RuntimeError:  # 存着消息的进程也没了
+                return None
+        return self._failed
 
     # ------------------------------------------------------------------ 守望的线程
 
@@ -152,23 +167,41 @@ class Watch:
                 row = {"step": step, "phase": phase, "seconds": seconds, "at": time.time()}
                 store.set(str(self.rank), json.dumps(row))
                 if store.check(["failed"]):
-                    self._end(json.loads(store.get("failed")))
+                    self._failed = _loaded(store.get("failed"))
+                    self._end(self._failed, GRACE)
                     return
                 if seconds > 0.9 * self.limit and self._warned != self._position:
                     self._warned = self._position
                     if self.rank == 0:
                         logger.error("no progress for %d s: %s", seconds, self.positions())
             except RuntimeError:
+                self._alone()
                 return
 
-    def _end(self, failed: dict[str, Any]) -> None:
+    def _alone(self) -> None:
+        """存着消息的进程没了：torchrun 没了先试着存好；否则是 0 号进程没了，走不下去。"""
+        wait = GRACE
+        if grace_seconds() is not None and not self._done.is_set():
+            logger.error("rank %d: torchrun is gone", self.rank)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait = self.limit
+        gone = {"rank": 0, "step": self._position[0], "phase": "an unknown point",
+                "reason": "it is gone", "code": 2}  # fmt: skip
+        self._end(gone, wait)
+
+    def _end(self, failed: dict[str, Any], wait: float) -> None:
         """主线程多半卡在等不来的通信里，或卡住的正是它：等一会儿，再替它结束进程。"""
-        if self._done.wait(GRACE):
+        if self._done.wait(wait):
             return
         logger.error("rank %d ends, stuck in %s: %s",
                      self.rank, self._position[1], _sentence(failed))  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)
         os._exit(failed["code"] if failed["code"] in _STOPS else 2)
+
+
+def _loaded(message: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(message)
+    return found
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -184,5 +217,5 @@ def _exception(failed: dict[str, Any]) -> BaseException:
 
 
 def _short(text: str) -> str:
-    """通信库的话去掉源码位置：``[/pytorch/.../pair.cc:547] Connection closed by peer``。"""
-    return text.rpartition("] ")[2] if text.startswith("[") else text
+    """通信库的话去掉源码位置与泛泛的建议：``[…/pair.cc:547] Connection closed. This …``。"""
+    return text.rpartition("] ")[2].partition(". ")[0]

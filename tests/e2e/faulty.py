@@ -109,9 +109,9 @@ def rows_that_do_not_collate():
     collate = build_training.collate_text
 
     def faulty(items, vocab_limit=None):
-        callers = [sys._getframe(depth).f_code for depth in (1, 2)]
-        skipping = callers[0].co_filename == skips.__file__
-        if here() and skipping and "_stand_in" not in [code.co_name for code in callers]:
+        caller = sys._getframe(1)
+        names = {caller.f_code.co_name, caller.f_back.f_code.co_name}
+        if here() and caller.f_code.co_filename == skips.__file__ and "_stand_in" not in names:
             raise ValueError("odd row")
         return collate(items, vocab_limit)
 
