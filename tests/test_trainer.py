@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import shutil
@@ -462,7 +463,9 @@ def test_checkpoint_of_another_architecture_is_refused(make):
     trainer = make()
     trainer.train()
     other = StudentModel(ModelConfig(**SMALL | {"intermediate_size": 64}))
-    with pytest.raises(DistillabError, match=r"holds another model: .* is \[32, 48\], expected \[32, 64\]"):
+    with pytest.raises(
+        DistillabError, match=r"holds another model: .* is \[32, 48\], expected \[32, 64\]"
+    ):
         load_student(other, checkpoints(trainer.checkpoint_dir)[-1])
 
 
@@ -521,6 +524,9 @@ class Poisoned:
             if self.count in self.calls:
                 targets.hidden.fill_(math.nan)
         return targets
+
+    def release(self):
+        self.teacher.release()
 
 
 def test_step_that_is_not_finite_is_skipped_counted_and_reported(make, teacher, caplog):
