@@ -79,6 +79,47 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="t4, a100-80g, h100, h200 or cpu; default: this machine's.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="One for each GPU.")] = 1,
+    engine: Annotated[
+        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        typer.Option(help="How several processes share the work."),
+    ] = "ddp",
+) -> None:
+    """Show what a recipe needs, before anything is loaded.
+
+    Memory by component, time at a stated efficiency, whether it fits, and what to change if not.
+    Computed from the models' configurations; no weights are downloaded.
+
+    \b
+    Examples:
+      distillab plan wiki-zh --device t4
+      distillab plan experience/skd --device h100 --processes 8 --engine fsdp2
+    """  # noqa: D301
+    from rich.console import Console
+
+    from .hardware import find_device
+    from .plan import plan as make_plan
+    from .plan import suggestions
+    from .plan_table import change_table, memory_table, summary
+    from .recipes import load_recipe
+
+    found = make_plan(load_recipe(recipe, overrides or []), find_device(device), processes, engine)
+    terminal = Console(highlight=False)
+    terminal.print(memory_table(found))
+    for line in summary(found):
+        terminal.print(line, markup=False)
+    if not found.fits:
+        changes = change_table(suggestions(found))
+        terminal.print(changes or "nothing to change would make it smaller", markup=False)
+
+
+@app.command()
 def evaluate(
     run: RunName,
     checkpoint: Checkpoint = "best",
