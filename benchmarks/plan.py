@@ -203,6 +203,8 @@ def make_data(found: Any) -> tuple[list[Any], Any]:
 
 def warm_up(found: Any, device: str) -> None:
     """导入训练要用的一切，并以同样的行数与词表算一次很窄的损失：编译器的内存归在开销里。"""
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: F401
+
     import distillab.trainer
     from distillab.fused import fused_distillation_loss
     from distillab.targets import Head, HiddenTargets

@@ -112,11 +112,10 @@ def plan(
     found = make_plan(load_recipe(recipe, overrides or []), find_device(device), processes, engine)
     terminal = Console(highlight=False)
     terminal.print(memory_table(found))
-    for line in summary(found):
-        terminal.print(line, markup=False)
+    print(summary(found, min(terminal.width, 100)))
     if not found.fits:
         changes = change_table(suggestions(found))
-        terminal.print(changes or "nothing to change would make it smaller", markup=False)
+        terminal.print(changes or "no key would make it smaller: choose a smaller model")
 
 
 @app.command()

@@ -26,6 +26,12 @@ CACHE_ROOM = 64
 SAMPLING_STEPS, SAMPLING_ROWS = 16, 4
 """至少这么多步、这么多行，采样才另抄一份权重，与 ``sampling_weights`` 的相同。"""
 
+HEAP_BLOCK = 32 * 2**20
+"""glibc 的 malloc 直接向系统要、用完就还的，是比这更大的块。"""
+
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed 归约梯度的桶缺省有这么多个数。"""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -181,6 +187,7 @@ class Step:
         self_teacher: 教师就是关掉 adapter 的学生，没有第二份权重。
         engine: ``ddp``、``fsdp2``、``zero2``、``zero3``；只有一个进程时不看。
         processes: 进程数。
+        shard_teacher: 教师的权重也分到各进程。
         sampling: 从学生采样；``None`` 是不采样。
     """
 
@@ -201,6 +208,7 @@ class Step:
     self_teacher: bool = False
     engine: str = "ddp"
     processes: int = 1
+    shard_teacher: bool = False
     sampling: Sampling | None = None
 
     @property
@@ -235,35 +243,31 @@ class Step:
         return self.processes if self.engine in engines else 1
 
     def _kept(self) -> dict[str, int]:
-        """从头到尾都在的：权重与 optimizer 状态。"""
-        student, trained = self.student, self.trained
-        weights = trained * 4
+        """从头到尾都在的：权重与 optimizer 状态，以及引擎自己的。"""
+        student, trained, several = self.student, self.trained, self.processes > 1
+        compute = BYTES[self.precision]
+        zero = several and self.engine in ("zero2", "zero3")
+        weights = trained * (compute if zero else 4)
         if self.lora_rank is not None:
             weights += student.parameters * BYTES[self.base_precision]
         weights //= self._shards("fsdp2", "zero3")
-        if self.processes > 1 and self.engine in ("zero2", "zero3"):
-            weights += trained * 4 // self.processes  # DeepSpeed 另存一份分片的 float32
+        if zero:  # DeepSpeed 以计算精度存权重，optimizer 另有一份分片的 float32
+            weights += trained * 4 // self.processes
         found = {
             "student weights": weights,
             "optimizer": trained * 8 // self._shards("fsdp2", "zero2", "zero3"),
         }
         if self.teacher is not None and not self.self_teacher:
-            found["teacher weights"] = (
-                self.teacher.parameters
-                * BYTES[self.teacher_precision]
-                // self._shards("fsdp2", "zero3")
-            )
-        if self.processes > 1 and self.engine == "ddp":
-            found["communication"] = trained * 4  # DDP 的桶，与梯度一样大
-        elif self.processes > 1:
-            found["communication"] = (
-                2
-                * max(  # 收齐的两层：正在用的与预取的，另有 head
-                    student.block_matmuls, 1
-                )
-                * BYTES[self.precision]
-                + student.head_parameters * BYTES[self.precision]
-            )
+            shards = self.processes if self.shard_teacher else 1
+            size = BYTES[self.teacher_precision]
+            found["teacher weights"] = self.teacher.parameters * size // shards
+        if several and self.engine == "ddp":
+            found["communication"] = trained * 4  # 桶，与梯度一样大
+        elif several and self.engine == "zero2":
+            found["communication"] = min(trained, ZERO_BUCKET) * compute
+        elif several:  # 正在用的与预取的两层；head 与 embedding 用到损失算完
+            ends = student.head_parameters * (1 if student.tied else 2)
+            found["communication"] = (2 * student.block_matmuls + ends) * compute
         return found
 
     def moments(self, device: str = "cuda") -> dict[str, dict[str, int]]:
@@ -276,68 +280,83 @@ class Step:
             时刻 -> 部分 -> 字节；时刻依次是 ``sampling``（有采样时）、``teacher``（用到教师时）、
             ``loss``、``backward``、``embedding``。
         """
-        student = self.student
-        gradients = self.trained * 4 // self._shards("fsdp2", "zero2", "zero3")
+        student, full = self.student, self.lora_rank is None
+        size = BYTES[self.precision]
+        sharded = self._shards("fsdp2", "zero2", "zero3")
+        gradients = self.trained * 4 // sharded
         held = gradients if self.accumulation > 1 else 0  # 之前的 micro-batch 留下的
-        full = self.lora_rank is None
-        head_gradient = student.head_parameters * 4 if full else 0
+        head = student.head_parameters * 4 * full
         kept = self._kept()
+        targets = {}
         found: dict[str, dict[str, int]] = {}
         if self.sampling is not None:
             found["sampling"] = kept | {"sampling": self._sampling(device)}
         if self.distils and self.teacher is not None:
             found["teacher"] = kept | {"gradients": held, "teacher forward": self._teacher()}
+            width = self.teacher.hidden_size * BYTES[self.teacher_precision]
+            targets = {"teacher forward": self.response_rows * width}
 
-        size = BYTES[self.precision]
+        layer = self._layer()
+        ends = self.tokens * student.hidden_size * (4 + 4 * full)  # 最后的 norm
         stream = BYTES[self.base_precision]  # 残差流与权重同类型
-        layer = self.tokens * student.activations(
+        inputs = self.tokens * student.hidden_size * stream
+        layers = student.num_layers * (inputs if self.checkpointing else layer) + ends
+        cast = {}
+        if self.precision != self.base_precision and (self.processes == 1 or self.engine == "ddp"):
+            # 前向里每个权重的半精度副本，反向还要用
+            cast = {"autocast weights": student.num_layers * student.block_matmuls * size}
+        rows = self.response_rows * student.hidden_size * 4
+        found["loss"] = (
+            kept
+            | cast
+            | targets
+            | {
+                "gradients": held + head,
+                "student activations": layers,
+                "loss": self.loss_buffers(device) + 2 * rows,  # hidden state 与它的梯度
+            }
+        )
+        # 反向走到最后一层：它的激活值还在（重算的话此刻才有），又有 gate、up 与残差流的梯度。
+        wide = 2 * student.intermediate_size + 2 * student.hidden_size
+        working = self.tokens * (wide * size + student.hidden_size * 4)
+        found["backward"] = (
+            kept
+            | ({} if self.checkpointing else cast)
+            | targets
+            | {
+                "gradients": held + head,
+                "student activations": layers + layer * self.checkpointing + working,
+            }
+        )
+        # 走完各层：embedding 的梯度先单独算出，再与 head 的相加；已有的梯度要等它们都齐了才加上去。
+        apart = student.tied + (held > 0 or sharded > 1)
+        freed = 0 if device == "cuda" else self._not_returned(layers)
+        found["embedding"] = (
+            kept
+            | targets
+            | {
+                "gradients": gradients + apart * head,
+                "student activations": layer * self.checkpointing + working + freed,
+            }
+        )
+        return found
+
+    def _not_returned(self, layers: int) -> int:
+        """反向已经放掉、CPU 的分配器却没有还给系统的激活值，字节。
+
+        glibc 的 malloc 把不超过 32 MiB 的块留在堆里，梯度又很少正好放得进它们空出的地方；设
+        ``MALLOC_MMAP_THRESHOLD_=1048576`` 就会还，峰值果然低这么多。更大的块直接还给系统。
+        """
+        widest = self.tokens * self.student.intermediate_size * BYTES[self.precision]
+        return layers if widest <= HEAP_BLOCK else 0
+
+    def _layer(self) -> int:
+        """一层为反向留下的字节数，整个 micro-batch。"""
+        return self.tokens * self.student.activations(
             self.precision,
             masked=self.seq_len if self.padded else 0,
             lora_rank=self.lora_rank,
         )
-        ends = self.tokens * student.hidden_size * (4 + 4 * full)  # 最后的 norm
-        inputs = self.tokens * student.hidden_size * stream * student.num_layers
-        layers = (inputs if self.checkpointing else layer * student.num_layers) + ends
-        cast = {}
-        if self.precision != self.base_precision and not (
-            self.processes > 1 and self.engine != "ddp"
-        ):
-            cast = {"autocast weights": student.num_layers * student.block_matmuls * size}
-        targets = {}
-        if self.distils and self.teacher is not None:
-            rows = self.response_rows * self.teacher.hidden_size * BYTES[self.teacher_precision]
-            targets = {"teacher forward": rows}
-        rows = self.response_rows * student.hidden_size * 4
-        found["loss"] = (
-            kept
-            | {
-                "gradients": held + head_gradient,
-                "student activations": layers,
-                "loss": self.loss_buffers(device) + 2 * rows,  # hidden state 与它的梯度
-            }
-            | cast
-            | targets
-        )
-        # 反向走到一层时，它的激活值还在，又有 gate、up 的梯度；重算的话激活值是这时才有的。
-        working = self.tokens * (2 * student.intermediate_size + 2 * student.hidden_size) * size
-        hidden_gradient = self.tokens * student.hidden_size * 4
-        found["backward"] = (
-            kept
-            | {
-                "gradients": held + head_gradient,
-                "student activations": layers
-                + layer * self.checkpointing
-                + working
-                + hidden_gradient,
-            }
-            | ({} if self.checkpointing else cast)
-        )
-        # 走完各层：embedding 的梯度先单独算出，再与 head 的相加。
-        found["embedding"] = kept | {
-            "gradients": max(gradients, held) + head_gradient * (2 if held else 1),
-            "student activations": (layer + working) * self.checkpointing + hidden_gradient,
-        }
-        return found
 
     def peak(self, device: str = "cuda") -> tuple[str, dict[str, int]]:
         """占得最多的时刻，与那一刻的各部分，单位字节；总和就是一个进程的峰值。"""
@@ -390,11 +409,13 @@ class Step:
         copied = copied and (
             self.lora_rank is not None or (device == "cpu" and sampling.rows >= SAMPLING_ROWS)
         )
-        weights = student.num_layers * student.block_matmuls * 4
-        if device == "cpu" and sampling.rows >= SAMPLING_ROWS:
+        weights = student.num_layers * student.block_matmuls * 4 * copied
+        if copied and device == "cpu" and sampling.rows >= SAMPLING_ROWS:
             weights += student.head_parameters * 4
+        if self._shards("fsdp2", "zero3") > 1:  # 分片的学生收成完整的一份，整次采样都用它
+            weights = student.parameters * 4
         logits = 4 * sampling.rows * student.vocab_size * 4
-        return cache + weights * copied + logits
+        return cache + weights + logits
 
     def dense_logits(self) -> int:
         """若把两个模型的 logits 以 float32 整个放下要多少字节；distillab 从不这样做。"""

@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from .config import LoraConfig, Recipe
+import yaml
+
+from .config import ModelConfig, Recipe
 from .conversations import Conversation
 from .errors import DistillabError
-from .hardware import GIB, Device
+from .hardware import Device
 from .memory import Sampling, Shape, Step
 from .model_shapes import Planned, find_shape
 from .paired import load_pairs
@@ -169,101 +170,72 @@ def suggestions(found: Plan) -> Iterator[tuple[str, Plan]]:
         found: 放不下的打算。
 
     Yields:
-        ``(怎样改，英文, 改后的打算)``，到放得下为止。
+        ``(怎样改，命令行上的写法, 改后的打算)``，到放得下为止。
     """
-    models = _models(found.recipe)
-    lengths = _lengths(found.recipe, models, [])
-    step = found.step
-    engine, processes, whole = step.engine, step.processes, found.device
-    current = found
+    lengths = _lengths(found.recipe, _models(found.recipe), [])
+    device, engine, processes = found.device, found.step.engine, found.step.processes
 
-    def tried(recipe: Recipe, processes: int, engine: str) -> Plan:
-        # 多一个进程就多一块 GPU；CPU 只有一台，分不出更多。
-        return _planned(recipe, _models(recipe), lengths, whole, processes, engine,
-                        list(found.notes))  # fmt: skip
+    def candidate(recipe: Recipe, processes: int, engine: str) -> Plan:
+        return _planned(recipe, _models(recipe), lengths, device, processes, engine, [])
 
-    for text, change in _changes(found):
-        candidate = tried(change(current.recipe), processes, engine)
-        if candidate.total < current.total:
-            current = candidate
-            yield text(current.recipe) if callable(text) else text, current
-        if current.fits:
+    best = found
+    for values in _changes(found):
+        tried = candidate(_changed(best.recipe, values), processes, engine)
+        if tried.total < best.total:
+            best = tried
+            yield " ".join(f"{key}={value}" for key, value in values.items()), best
+        if best.fits:
             return
-    if whole.kind == "cpu":
+    if device.kind == "cpu":  # 内存大家分，多几个进程也不多
         return
-    for more in (2, 4, 8, 16):
-        if more <= processes:
-            continue
-        candidate = tried(current.recipe, more, engine if engine != "ddp" else "fsdp2")
-        if candidate.total < current.total:
-            current = candidate
-            yield f"--processes {more} --engine {candidate.step.engine}", current
-        if current.fits:
+    engine = "fsdp2" if engine == "ddp" else engine
+    for more in (count for count in (2, 4, 8, 16) if count > processes):
+        tried = candidate(best.recipe, more, engine)
+        if tried.total < best.total:
+            best = tried
+            yield f"--processes {more} --engine {engine}", best
+        if best.fits:
             return
 
 
-def _changes(found: Plan) -> Iterator[tuple[Any, Any]]:
-    """``(说法, 配方 -> 改过的配方)``，按不改变结果的在先、改变方法的在后。"""
-    half = "fp16" if found.device.name == "t4" else "bf16"
-
-    def train(recipe: Recipe, **changed: Any) -> Recipe:
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changed)})
-
-    def smaller(recipe: Recipe) -> Recipe:
-        """批大小降到 1；每步的序列数不变。"""
-        size, window = recipe.train.batch_size, recipe.train.gradient_accumulation_steps
-        return train(recipe, batch_size=size // 2, gradient_accumulation_steps=window * 2)
-
-    size = found.recipe.train.batch_size
+def _changes(found: Plan) -> Iterator[dict[str, str]]:
+    """可改的键与值：不改变结果的在先，改变方法的在后。"""
+    recipe, step = found.recipe, found.step
+    half, dtype = ("fp16", "float16") if found.device.name == "t4" else ("bf16", "bfloat16")
+    size, window = step.batch_size, step.accumulation
     while size > 1 and size % 2 == 0:
-        size //= 2
-        yield _batch_text, smaller
-    if not found.step.checkpointing:
-        yield (
-            "train.activation_checkpointing=true",
-            lambda recipe: train(recipe, activation_checkpointing=True),
-        )
-    if found.step.precision == "fp32" and found.device.kind == "cuda":
-        yield f"train.precision={half}", lambda recipe: train(recipe, precision=half)
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}[half]
-    if found.recipe.student.path is not None and found.recipe.student.lora is None:
-        lora = LoraConfig(dtype="auto")
-
-        def adapters(recipe: Recipe) -> Recipe:
-            student = recipe.student.model_copy(update={"lora": lora})
-            return recipe.model_copy(update={"student": student})
-
-        yield f"student.lora={{rank: {lora.rank}, dtype: auto}}", adapters
-    if found.recipe.teacher is not None:
-        if found.step.teacher_precision == "fp32":
-
-            def cheaper(recipe: Recipe) -> Recipe:
-                assert recipe.teacher is not None
-                teacher = recipe.teacher.model_copy(update={"dtype": dtype})
-                return recipe.model_copy(update={"teacher": teacher})
-
-            yield f"teacher.dtype={dtype}", cheaper
-        if found.recipe.data.format == "chat" and found.recipe.student.path is not None:
-            yield (
-                "responses from distillab synthesize; teacher=null loss.alpha=0",
-                lambda recipe: recipe.model_copy(
-                    update={
-                        "teacher": None,
-                        "loss": recipe.loss.model_copy(update={"alpha": 0.0}),
-                        "responses": recipe.responses.model_copy(
-                            update={"student_fraction": 0.0, "final_student_fraction": None}
-                        ),
-                    }
-                ),
-            )
+        size, window = size // 2, window * 2
+        yield {
+            "train.batch_size": str(size),
+            "train.gradient_accumulation_steps": str(window),
+        }
+    if not step.checkpointing:
+        yield {"train.activation_checkpointing": "true"}
+    if step.precision == "fp32" and found.device.kind == "cuda":
+        yield {"train.precision": half}
+    if recipe.teacher is not None and step.teacher_precision == "fp32":
+        yield {"teacher.dtype": dtype}
+    if recipe.student.path is not None and recipe.student.lora is None:
+        yield {"student.lora.rank": "16", "student.lora.dtype": dtype}
+    if recipe.teacher is not None and recipe.student.path and recipe.data.format == "chat":
+        # SeqKD：教师的 response 由 distillab synthesize 先写好，训练时不要教师
+        yield {"teacher": "null", "loss.alpha": "0", "responses": "{student_fraction: 0}"}
 
 
-def _batch_text(recipe: Recipe) -> str:
-    config = recipe.train
-    return (
-        f"train.batch_size={config.batch_size} "
-        f"train.gradient_accumulation_steps={config.gradient_accumulation_steps}"
-    )
+def _changed(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
+    """盖过几个键；值是命令行上的写法。"""
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    for key in ("alpha", "temperature"):  # 与 loss.* 是同一个数
+        del raw["train"][key]
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        section = raw
+        for name in sections:
+            if section[name] is None:
+                section[name] = {}
+            section = section[name]
+        section[last] = yaml.safe_load(value)
+    return Recipe.model_validate(raw)
 
 
 @dataclass(frozen=True)
@@ -285,8 +257,6 @@ def _models(recipe: Recipe) -> _Models:
         assert section.init.layers is not None
         student = replace(teacher, shape=replace(teacher.shape, num_layers=section.init.layers))
     else:
-        from .config import ModelConfig
-
         student = Planned(Shape.of(ModelConfig()), ModelConfig().max_seq_len)
     if section.init is not None:
         # 由教师裁剪的是 StudentModel：输出层与 embedding 绑定，q、k、v 有偏置。
@@ -344,6 +314,11 @@ def _planned(
         processes=processes,
         sampling=sampling,
     )
+    if step.distils and step.teacher is not None and step.teacher_precision not in device.flops:
+        notes.append(
+            f"{device.name} has no fast {step.teacher_precision}: the teacher is counted at the "
+            f"rate of fp32"
+        )
     steps = _steps(recipe, step, lengths)
     return Plan(recipe, step, device, steps, tuple(dict.fromkeys(notes)))
 
@@ -437,8 +412,3 @@ def _steps(recipe: Recipe, step: Step, lengths: Lengths) -> int | None:
     batches = lengths.examples // (step.batch_size * step.processes)
     total = config.num_epochs * -(-batches // step.accumulation) * recipe.responses.reuse
     return min(config.max_steps or total, total)
-
-
-def gib(size: float) -> float:
-    """字节换成 GiB。"""
-    return size / GIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def memory_table(plan: Plan) -> Table:
     parts, largest = plan.parts, plan.largest
     table = Table(title=_title(plan), title_justify="left")
     for name, justify in (("component", "left"), ("at the peak", "right"),
-                          ("at its own", "right"), ("what", "left")):  # fmt: skip
+                          ("at most", "right"), ("what", "left")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=name != "what")  # type: ignore[arg-type]
     for name, what in _rows(plan):
         if largest.get(name):
@@ -39,8 +40,17 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
-def summary(plan: Plan) -> Iterator[str]:
-    """表下面的几行：放不放得下，要多少时间，假定了什么。"""
+def summary(plan: Plan, width: int) -> str:
+    """表下面的几行：放不放得下，要多少时间，假定了什么；每行不超过 ``width`` 列。"""
+    indent = " " * len("verdict: ")
+    lines = [
+        textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
+        for line in _summary(plan)
+    ]
+    return "\n".join(lines)
+
+
+def _summary(plan: Plan) -> Iterator[str]:
     device, total = plan.device, plan.total
     spare = device.memory - total
     have = f"{_gib(total)} of {_gib(device.memory)}"
@@ -80,7 +90,7 @@ def change_table(changes: Iterable[tuple[str, Plan]]) -> Table | None:
     from rich.table import Table
 
     table = Table(title="what to change, each on top of the ones before", title_justify="left")
-    table.add_column("--set", overflow="fold")
+    table.add_column("change (KEY=VALUE after --set)", overflow="fold")
     table.add_column("total", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for text, found in changes:
@@ -99,7 +109,9 @@ def _title(plan: Plan) -> str:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     step = plan.step
     millions = f"{step.student.parameters / 1e6:,.1f}M"
-    student = f"{millions} parameters, fp32"
+    compute = " and ".join(dict.fromkeys((step.precision, "fp32")))
+    zero = step.processes > 1 and step.engine in ("zero2", "zero3")
+    student = f"{millions} parameters, {compute if zero else 'fp32'}"
     if step.lora_rank is not None:
         student = f"{millions} {step.base_precision}, adapters {step.trained / 1e6:.1f}M fp32"
     yield "student weights", student
@@ -118,12 +130,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if step.sampling is not None:
         cells = f"{step.sampling.rows} x {step.sampling.room} tokens"
         yield "sampling", f"KV cache of {cells}, weights, logits"
-    yield (
-        "communication",
-        {
-            "ddp": "gradient buckets",
-        }.get(step.engine, "two gathered layers and the head"),
-    )
+    buckets = step.engine in ("ddp", "zero2")
+    yield "communication", "gradient buckets" if buckets else "two gathered layers and the head"
     yield "overhead", "libraries" if plan.device.kind == "cpu" else "CUDA context, fragmentation"
 
 
