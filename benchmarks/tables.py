@@ -69,10 +69,32 @@ ENGINES: list[Column] = [
 ]
 
 
+PLAN: list[Column] = [
+    ("case", lambda record: record["planned"]),
+    ("recipe", lambda record: f"`{record['recipe']}`"),
+    ("planned GiB", number("planned_bytes", ".2f", 2**30)),
+    ("measured GiB", number("peak_bytes", ".2f", 2**30)),
+    ("planned / measured", number("ratio", ".2f")),
+    ("peak in", lambda record: record["moment"]),
+]
+SCALING: list[Column] = [
+    ("axis", lambda record: record["axis"]),
+    ("sizes", lambda record: ", ".join(f"{size:,}" for size in record["sizes"])),
+    ("seconds", lambda record: ", ".join(f"{value:.2f}" for value in record["seconds"])),
+    ("time exponent", number("time_exponent", ".2f")),
+    ("extra MiB", lambda record: ", ".join(f"{x / 2**20:,.0f}" for x in record["extra_bytes"])),
+    ("memory exponent", number("memory_exponent", ".2f")),
+]
+
+
 def title(record: Record) -> str:
     """一格的标题。"""
     if "engine" in record:
         return f"{record['processes']} processes against one"
+    if "planned" in record:
+        return f"peak of a step beyond the libraries, {record['device']}"
+    if "axis" in record:
+        return f"growth, medians of {record['scaling_rounds']} rounds"
     if "items" in record:
         return f"tasks, {record['dtype']}"
     if "rounds" in record:
@@ -103,6 +125,8 @@ def main(paths: list[str]) -> None:
             columns = SAMPLING if "rounds" in cell[0] else columns
             columns = EVALUATION if "items" in cell[0] else columns
             columns = ENGINES if "engine" in cell[0] else columns
+            columns = PLAN if "planned" in cell[0] else columns
+            columns = SCALING if "axis" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

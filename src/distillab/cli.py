@@ -97,7 +97,7 @@ def train(
     print(f'next:    distillab generate {resolved.name} --prompt "..."')
 
 
-@app.command()
+@app.command(cls=ResumeAuto)
 def launch(
     recipe: RecipeName,
     processes: Annotated[int, typer.Option(help="How many on this machine; one per GPU.")],
@@ -125,6 +125,46 @@ def launch(
     load_recipe(recipe, overrides or [])  # 写错的配方由这里说一遍，不由每个进程各说一遍
     arguments = ["train", recipe, *(part for key in overrides or [] for part in ("--set", key))]
     raise typer.Exit(start(engine, processes, [*arguments, *["--resume"] * resume]))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="t4, a100-80g, h100, h200 or cpu; default: this machine's.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="One for each GPU.")] = 1,
+    engine: Annotated[
+        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        typer.Option(help="How several processes share the work."),
+    ] = "ddp",
+) -> None:
+    """Show what a recipe needs, before anything is loaded.
+
+    Memory by component, time at a stated efficiency, whether it fits, and what to change if not.
+    Computed from the models' configurations; no weights are downloaded.
+
+    \b
+    Examples:
+      distillab plan wiki-zh --device t4
+      distillab plan experience/skd --device h100 --processes 8 --engine fsdp2
+    """  # noqa: D301
+    from rich.console import Console
+
+    from .hardware import find_device
+    from .plan import plan as make_plan
+    from .plan import suggestions
+    from .plan_table import change_table, memory_table, summary
+    from .recipes import load_recipe
+
+    found = make_plan(load_recipe(recipe, overrides or []), find_device(device), processes, engine)
+    terminal = Console(highlight=False)
+    terminal.print(memory_table(found))
+    print(summary(found, min(terminal.width, 100)))
+    if not found.fits:
+        changes = change_table(suggestions(found))
+        terminal.print(changes or "no key would make it smaller: choose a smaller model")
 
 
 @app.command()

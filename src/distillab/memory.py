@@ -17,6 +17,21 @@ BYTES = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2})
 LOSS_BUFFERS = MappingProxyType({"cpu": 160 * 2**20, "cuda": 512 * 2**20})
 """损失分块的缓冲区至多这么大，与 ``fused.BUDGET_BYTES`` 相同。"""
 
+LOSS_TILE = 8
+"""CPU 上损失的块是它的倍数，与 ``fused.CPU_TILE`` 相同。"""
+
+CACHE_ROOM = 64
+"""KV cache 至少多留这么多 token，与 ``kv_cache`` 的相同。"""
+
+SAMPLING_STEPS, SAMPLING_ROWS = 16, 4
+"""至少这么多步、这么多行，采样才另抄一份权重，与 ``sampling_weights`` 的相同。"""
+
+HEAP_BLOCK = 32 * 2**20
+"""glibc 的 malloc 直接向系统要、用完就还的，是比这更大的块。"""
+
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed 归约梯度的桶缺省有这么多个数。"""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -84,19 +99,35 @@ class Shape:
         ends = self.head_parameters * (1 if self.tied else 2) + self.hidden_size
         return self.num_layers * block + ends
 
-    def activations(self, precision: str) -> int:
+    def activations(
+        self,
+        precision: str,
+        *,
+        masked: int = 0,
+        lora_rank: int | None = None,
+    ) -> int:
         """一层为一个 token 留给反向的字节数。
 
         RMSNorm 在 float32 里算，其余是计算精度。autocast 为每个 Linear 各转换一次输入，所以半精度时
-        q、k、v 的输入有三份，gate、up 的有两份。
+        q、k、v 的输入有三份，gate、up 的有两份。冻结的 RMSNorm 不必留归一化后的。
+
+        Args:
+            precision: 计算精度。
+            masked: 有 padding 时的序列长度 T：每层各留一份转成数的 mask，键值头也复制到与查询头一样
+                多；0 是没有 mask。
+            lora_rank: 只训练秩为 r 的 adapter。
         """
         h, q, kv, i = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
-        norms = 2 * 2 * h * 4  # 两个 norm 各留输入与归一化后的
+        size = BYTES[precision]
+        norms = 2 * (2 if lora_rank is None else 1) * h * 4  # 两个 norm 各留输入与归一化后的
         inputs = 2 * h if precision == "fp32" else 5 * h
-        attention = 2 * q + 2 * kv  # q、k、v，输出也是 o 的输入
+        attention = 2 * q + 2 * (q if masked else kv)  # q、k、v，输出也是 o 的输入
         gates = 4 * i  # gate、silu(gate)、up、它们的积
         log_sums = self.num_heads * 4
-        return norms + (inputs + attention + gates) * BYTES[precision] + log_sums
+        heads = (q + kv) * (4 + size) * self.qk_norm  # q、k 各自归一化之前与之后
+        adapters = 7 * (lora_rank or 0) * size
+        kept = (inputs + attention + gates + masked) * size
+        return norms + kept + log_sums + heads + adapters
 
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
@@ -112,34 +143,88 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """一次 rollout 里一起采样的那些行。
+
+    Attributes:
+        rows: 几条一起，至多 ``on_policy.ROWS_TOGETHER``。
+        prompt: 最长的 prompt，token。
+        new_tokens: 每条最多生成几个 token。
+    """
+
+    rows: int
+    prompt: int
+    new_tokens: int
+
+    @property
+    def room(self) -> int:
+        """一行的 KV cache 能放几个 token：``kv_cache.LayerCache`` 每次多留一半，至少 64 个。"""
+        room = self.prompt + max(CACHE_ROOM, self.prompt // 2)
+        while room < self.prompt + self.new_tokens:
+            room += 1 + max(CACHE_ROOM, (room + 1) // 2)
+        return room
+
+
+@dataclass(frozen=True)
 class Step:
     """一步训练里，一个进程上的一个 micro-batch。
 
     Attributes:
-        student: 学生，参数为 float32。
-        teacher: 教师；``None`` 是没有，或与 LoRA 学生是同一个模型。
-        tokens: 学生读的 token 数，``B * T``。
-        rows: response token 数 P；缺省与 ``tokens`` 相同。
-        teacher_tokens: 教师读的 token 数；缺省与 ``tokens`` 相同。
+        student: 学生，参数为 float32（LoRA 的基座除外）。
+        teacher: 教师；``None`` 是没有。
+        batch_size: 几条序列。
+        seq_len: 学生读的每条序列的 token 数 T。
+        teacher_seq_len: 教师读的；缺省与 ``seq_len`` 相同。
+        rows: response token 数 P；缺省是学生的全部 token。
+        padded: 各条不一样长，注意力要 mask。
+        accumulation: 一个 optimizer 步有几个 micro-batch。
+        distils: 训练时用到教师，即 ``alpha > 0``；否则它只占权重，验证才用。
         precision: 学生的计算精度。
         teacher_precision: 教师权重与计算的精度。
         checkpointing: 反向时重算各层。
-        shards: 学生的权重、梯度、optimizer 状态分到几个进程（ZeRO-3、FSDP2）。
         lora_rank: 只训练秩为 r 的 adapter；基座不再有梯度，也可以是半精度。
         base_precision: LoRA 时基座的精度。
+        self_teacher: 教师就是关掉 adapter 的学生，没有第二份权重。
+        engine: ``ddp``、``fsdp2``、``zero2``、``zero3``；只有一个进程时不看。
+        processes: 进程数。
+        shard_teacher: 教师的权重也分到各进程。
+        sampling: 从学生采样；``None`` 是不采样。
     """
 
     student: Shape
     teacher: Shape | None
-    tokens: int
+    batch_size: int
+    seq_len: int
+    teacher_seq_len: int | None = None
     rows: int | None = None
-    teacher_tokens: int | None = None
+    padded: bool = False
+    accumulation: int = 1
+    distils: bool = True
     precision: str = "fp32"
     teacher_precision: str = "fp32"
     checkpointing: bool = False
-    shards: int = 1
     lora_rank: int | None = None
     base_precision: str = "fp32"
+    self_teacher: bool = False
+    engine: str = "ddp"
+    processes: int = 1
+    shard_teacher: bool = False
+    sampling: Sampling | None = None
+
+    @property
+    def tokens(self) -> int:
+        """学生读的 token 数，``B * T``。"""
+        return self.batch_size * self.seq_len
+
+    @property
+    def teacher_tokens(self) -> int:
+        """教师读的 token 数。"""
+        return self.batch_size * (self.teacher_seq_len or self.seq_len)
+
+    @property
+    def response_rows(self) -> int:
+        """P。"""
+        return self.rows or self.tokens
 
     @property
     def trained(self) -> int:
@@ -153,76 +238,225 @@ class Step:
         widths = 2 * (h + q) + 2 * (h + kv) + 3 * (h + i)  # q、o，k、v，gate、up、down
         return self.lora_rank * widths * self.student.num_layers
 
-    def memory(self, device: str = "cuda") -> dict[str, int]:
-        """一个进程上各部分的峰值，单位字节；各部分的峰值不在同一刻，总和因而是上界。
+    def _shards(self, *engines: str) -> int:
+        """``engines`` 把某一样东西分到全部进程；别的引擎不分。"""
+        return self.processes if self.engine in engines else 1
+
+    def _kept(self) -> dict[str, int]:
+        """从头到尾都在的：权重与 optimizer 状态，以及引擎自己的。"""
+        student, trained, several = self.student, self.trained, self.processes > 1
+        compute = BYTES[self.precision]
+        zero = several and self.engine in ("zero2", "zero3")
+        weights = trained * (compute if zero else 4)
+        if self.lora_rank is not None:
+            weights += student.parameters * BYTES[self.base_precision]
+        weights //= self._shards("fsdp2", "zero3")
+        if zero:  # DeepSpeed 以计算精度存权重，optimizer 另有一份分片的 float32
+            weights += trained * 4 // self.processes
+        found = {
+            "student weights": weights,
+            "optimizer": trained * 8 // self._shards("fsdp2", "zero2", "zero3"),
+        }
+        if self.teacher is not None and not self.self_teacher:
+            shards = self.processes if self.shard_teacher else 1
+            size = BYTES[self.teacher_precision]
+            found["teacher weights"] = self.teacher.parameters * size // shards
+        if several and self.engine == "ddp":
+            found["communication"] = trained * 4  # 桶，与梯度一样大
+        elif several and self.engine == "zero2":
+            found["communication"] = min(trained, ZERO_BUCKET) * compute
+        elif several:  # 正在用的与预取的两层；head 与 embedding 用到损失算完
+            ends = student.head_parameters * (1 if student.tied else 2)
+            found["communication"] = (2 * student.block_matmuls + ends) * compute
+        return found
+
+    def moments(self, device: str = "cuda") -> dict[str, dict[str, int]]:
+        """一步里可能是峰值的各个时刻，那一刻每一部分占多少。
 
         Args:
-            device: ``cpu`` 或 ``cuda``，只影响损失的缓冲区。
+            device: ``cpu`` 或 ``cuda``：损失的缓冲区与采样的权重因设备而异。
 
         Returns:
-            部分的名字 -> 字节数。
+            时刻 -> 部分 -> 字节；时刻依次是 ``sampling``（有采样时）、``teacher``（用到教师时）、
+            ``loss``、``backward``、``embedding``。
         """
-        student, teacher = self.student, self.teacher
-        trained = self.trained
-        own = trained * 4
-        if self.lora_rank is not None:
-            own += student.parameters * BYTES[self.base_precision]
-        compute = BYTES[self.precision]
-        largest = max(student.head_parameters, student.block_matmuls)
-        kept = student.activations(self.precision)
-        layers = kept * student.num_layers
-        if self.checkpointing:  # 每层只留输入，外加正在重算的一层
-            layers = student.hidden_size * 4 * student.num_layers + kept
-        found = {
-            "student weights": own // self.shards,
-            "gradients": trained * 4 // self.shards,
-            "optimizer": trained * 8 // self.shards,
-            "student activations": layers * self.tokens,
-            "loss": LOSS_BUFFERS[device] + 2 * student.hidden_size * 4 * (self.rows or self.tokens),
-        }
-        if self.shards > 1:  # 用到的一层要先收齐
-            found["gathered weights"] = largest * 4
-        if self.precision != "fp32" and self.lora_rank is None:
-            # autocast 在一次前向里缓存每个权重的半精度副本；分片时只有收齐的那一层。
-            cast = largest if self.shards > 1 else student.num_layers * student.block_matmuls
-            found["autocast weights"] = cast * compute
-        if teacher is not None:
-            found["teacher weights"] = teacher.parameters * BYTES[self.teacher_precision]
-        if reader := teacher or (student if self.lora_rank is not None else None):
-            widest = 3 * reader.hidden_size + 3 * reader.intermediate_size
-            size = BYTES[self.teacher_precision]
-            found["teacher forward"] = widest * size * (
-                self.teacher_tokens or self.tokens
-            ) + reader.hidden_size * size * (self.rows or self.tokens)
+        student, full = self.student, self.lora_rank is None
+        size = BYTES[self.precision]
+        sharded = self._shards("fsdp2", "zero2", "zero3")
+        gradients = self.trained * 4 // sharded
+        held = gradients if self.accumulation > 1 else 0  # 之前的 micro-batch 留下的
+        head = student.head_parameters * 4 * full
+        kept = self._kept()
+        targets = {}
+        found: dict[str, dict[str, int]] = {}
+        if self.sampling is not None:
+            found["sampling"] = kept | {"sampling": self._sampling(device)}
+        if self.distils and self.teacher is not None:
+            found["teacher"] = kept | {"gradients": held, "teacher forward": self._teacher()}
+            width = self.teacher.hidden_size * BYTES[self.teacher_precision]
+            targets = {"teacher forward": self.response_rows * width}
+
+        layer = self._layer()
+        ends = self.tokens * student.hidden_size * (4 + 4 * full)  # 最后的 norm
+        stream = BYTES[self.base_precision]  # 残差流与权重同类型
+        inputs = self.tokens * student.hidden_size * stream
+        layers = student.num_layers * (inputs if self.checkpointing else layer) + ends
+        cast = {}
+        if self.precision != self.base_precision and (self.processes == 1 or self.engine == "ddp"):
+            # 前向里每个权重的半精度副本，反向还要用
+            cast = {"autocast weights": student.num_layers * student.block_matmuls * size}
+        rows = self.response_rows * student.hidden_size * 4
+        found["loss"] = (
+            kept
+            | cast
+            | targets
+            | {
+                "gradients": held + head,
+                "student activations": layers,
+                "loss": self.loss_buffers(device) + 2 * rows,  # hidden state 与它的梯度
+            }
+        )
+        # 反向走到最后一层：它的激活值还在（重算的话此刻才有），又有 gate、up 与残差流的梯度。
+        wide = 2 * student.intermediate_size + 2 * student.hidden_size
+        working = self.tokens * (wide * size + student.hidden_size * 4)
+        found["backward"] = (
+            kept
+            | ({} if self.checkpointing else cast)
+            | targets
+            | {
+                "gradients": held + head,
+                "student activations": layers + layer * self.checkpointing + working,
+            }
+        )
+        # 走完各层：embedding 的梯度先单独算出，再与 head 的相加；已有的梯度要等它们都齐了才加上去。
+        apart = student.tied + (held > 0 or sharded > 1)
+        freed = 0 if device == "cuda" else self._not_returned(layers)
+        found["embedding"] = (
+            kept
+            | targets
+            | {
+                "gradients": gradients + apart * head,
+                "student activations": layer * self.checkpointing + working + freed,
+            }
+        )
         return found
+
+    def _not_returned(self, layers: int) -> int:
+        """反向已经放掉、CPU 的分配器却没有还给系统的激活值，字节。
+
+        glibc 的 malloc 把不超过 32 MiB 的块留在堆里，梯度又很少正好放得进它们空出的地方；设
+        ``MALLOC_MMAP_THRESHOLD_=1048576`` 就会还，峰值果然低这么多。更大的块直接还给系统。
+        """
+        widest = self.tokens * self.student.intermediate_size * BYTES[self.precision]
+        return layers if widest <= HEAP_BLOCK else 0
+
+    def _layer(self) -> int:
+        """一层为反向留下的字节数，整个 micro-batch。"""
+        return self.tokens * self.student.activations(
+            self.precision,
+            masked=self.seq_len if self.padded else 0,
+            lora_rank=self.lora_rank,
+        )
+
+    def peak(self, device: str = "cuda") -> tuple[str, dict[str, int]]:
+        """占得最多的时刻，与那一刻的各部分，单位字节；总和就是一个进程的峰值。"""
+        moments = self.moments(device)
+        name = max(moments, key=lambda moment: sum(moments[moment].values()))
+        return name, moments[name]
+
+    def memory(self, device: str = "cuda") -> dict[str, int]:
+        """各部分自己的峰值，单位字节；它们不在同一刻，总和因而高于 ``peak``。"""
+        found: dict[str, int] = {}
+        for parts in self.moments(device).values():
+            for part, size in parts.items():
+                found[part] = max(found.get(part, 0), size)
+        return found
+
+    def loss_buffers(self, device: str) -> int:
+        """损失分块的缓冲区，字节；与 ``fused.Chunks`` 的切法相同。"""
+        rows, vocab = self.response_rows, self.student.vocab_size
+        two = self.distils and self.teacher is not None
+        half = device == "cuda" and self.precision != "fp32"
+        row_bytes = vocab * 4 * (1 + two)
+        limit = max(1, LOSS_BUFFERS[device] // (row_bytes + 2 * vocab * half))
+        if device == "cpu":
+            limit -= limit % LOSS_TILE if limit > LOSS_TILE else 0
+            size = -(-rows // -(-rows // limit))
+            size = -(-size // LOSS_TILE) * LOSS_TILE if size > LOSS_TILE else size
+        else:
+            size = 1 << (limit.bit_length() - 1)
+            while size > 64 and size // 2 >= rows:
+                size //= 2
+        weight = 2 * self.student.head_parameters * half * (self.base_precision == "fp32")
+        return size * (row_bytes + 2 * vocab * half) + weight  # 半精度的 head 只在损失里有一份
+
+    def _teacher(self) -> int:
+        """教师前向里最宽的一刻：gate、silu(gate)、up，与几份 hidden state。"""
+        assert self.teacher is not None
+        size = BYTES[self.teacher_precision]
+        hidden, wide = self.teacher.hidden_size, self.teacher.intermediate_size
+        kept = self.response_rows * hidden * size
+        mask = self.batch_size * (self.teacher_seq_len or self.seq_len) ** 2 * size * self.padded
+        return self.teacher_tokens * (3 * hidden + 3 * wide) * size + kept + mask
+
+    def _sampling(self, device: str) -> int:
+        """KV cache，换成采样用的一份权重，与最后一个位置的 logits。"""
+        assert self.sampling is not None
+        student, sampling, size = self.student, self.sampling, BYTES[self.base_precision]
+        tokens = sampling.rows * sampling.room
+        cache = 2 * student.kv_size * student.num_layers * size * tokens
+        copied = self.base_precision == "fp32" and sampling.new_tokens >= SAMPLING_STEPS
+        copied = copied and (
+            self.lora_rank is not None or (device == "cpu" and sampling.rows >= SAMPLING_ROWS)
+        )
+        weights = student.num_layers * student.block_matmuls * 4 * copied
+        if copied and device == "cpu" and sampling.rows >= SAMPLING_ROWS:
+            weights += student.head_parameters * 4
+        if self._shards("fsdp2", "zero3") > 1:  # 分片的学生收成完整的一份，整次采样都用它
+            weights = student.parameters * 4
+        logits = 4 * sampling.rows * student.vocab_size * 4
+        return cache + weights + logits
 
     def dense_logits(self) -> int:
         """若把两个模型的 logits 以 float32 整个放下要多少字节；distillab 从不这样做。"""
         both = self.student.vocab_size + (self.teacher.vocab_size if self.teacher else 0)
-        return both * (self.rows or self.tokens) * 4
+        return both * self.response_rows * 4
 
-    def operations(self, seq_len: int) -> dict[str, float]:
-        """一步的浮点运算次数（乘与加各算一次）。
+    def operations(self) -> dict[str, float]:
+        """一个 micro-batch 的浮点运算次数（乘与加各算一次）。
 
-        矩阵乘：前向每个参数每个 token 2 次，反向 4 次；因果注意力只算下三角。
-
-        Args:
-            seq_len: 每条序列的长度 T。
+        矩阵乘：前向每个参数每个 token 2 次，反向 4 次（冻结的权重 2 次）；因果注意力只算下三角。
 
         Returns:
-            ``student``、``teacher`` 两个模型体，与 ``heads``。
+            ``student``、``teacher`` 两个模型体，``heads``，与采样时的 ``sampling``。
         """
-        rows = self.rows or self.tokens
-
-        def body(shape: Shape, tokens: int) -> float:
-            attention = 2 * seq_len * shape.query_size  # QK^T 与 AV，各 T/2 个键
-            return 2.0 * tokens * shape.num_layers * (shape.block_matmuls + attention / 2)
-
+        rows, length = self.response_rows, self.seq_len
+        backward = 2 if self.lora_rank is None else 1
+        passes = 1 + backward + self.checkpointing
         found = {
-            "student": body(self.student, self.tokens) * (4 if self.checkpointing else 3),
-            "heads": 2.0 * rows * self.student.head_parameters * 3,
+            "student": forward_operations(self.student, self.tokens, length) * passes,
+            "heads": 2.0 * rows * self.student.head_parameters * (1 + backward),
         }
-        if self.teacher is not None:
-            found["teacher"] = body(self.teacher, self.teacher_tokens or self.tokens)
+        if self.teacher is not None and self.distils:
+            read = self.teacher_seq_len or length
+            found["teacher"] = forward_operations(self.teacher, self.teacher_tokens, read)
             found["heads"] += 2.0 * rows * self.teacher.head_parameters
+        if self.sampling is not None:
+            total = self.sampling.prompt + self.sampling.new_tokens
+            found["sampling"] = forward_operations(self.student, self.batch_size * total, total)
+            found["sampling"] += (
+                2.0 * self.batch_size * self.sampling.new_tokens * self.student.head_parameters
+            )
         return found
+
+
+def forward_operations(shape: Shape, tokens: int, seq_len: int) -> float:
+    """模型体一次前向的浮点运算。
+
+    Args:
+        shape: 模型。
+        tokens: 全部 token。
+        seq_len: 每条序列的长度；因果注意力平均看一半。
+    """
+    attention = 2 * seq_len * shape.query_size  # QK^T 与 AV，各 T/2 个键
+    return 2.0 * tokens * shape.num_layers * (shape.block_matmuls + attention / 2)

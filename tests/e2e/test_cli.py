@@ -328,3 +328,23 @@ def test_a_few_steps_of_the_real_quickstart_already_help(
     code, out, _ = command("generate", "quickstart", "--prompt", "The", "--max-new-tokens", "4")
     assert code == 0
     assert out.startswith("The")
+
+
+def test_plan_needs_no_weights_and_reaches_every_part_of_the_recipe(command):
+    for weights in Path("teacher").glob("*.safetensors"):
+        weights.unlink()
+    code, out, err = command("plan", "recipe.yaml", "--device", "t4", "--set", "train.batch_size=2")
+    assert (code, err) == (0, "")
+    assert "recipe on t4: a step of 2 x 16 tokens" in out
+    assert "verdict: fits" in out
+    assert not Path("runs").exists()
+    code, _, err = command("plan", "recipe.yaml", "--device", "t5")
+    assert (code, err) == (
+        2,
+        "error: --device t5: unknown device; choose from a100-80g, cpu, h100, h200, t4\n",
+    )
+    code, _, err = command("plan", "recipe.yml", "--device", "t4")
+    assert (code, err) == (2, "error: recipe.yml: no such recipe file\n")
+    Path("teacher/config.json").unlink()
+    code, _, err = command("plan", "recipe.yaml", "--device", "t4")
+    assert (code, err) == (2, "error: 'teacher' has no config.json to plan from\n")
