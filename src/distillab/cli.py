@@ -43,6 +43,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue runs/NAME where it stopped.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Show where the time of a step goes: runs/NAME/profile."),
+    ] = False,
 ) -> None:
     """Train a student, show what was gained, generate, export.
 
@@ -62,7 +66,7 @@ def train(
     from . import run as runs
 
     try:
-        directory, summary = runs.train(resolved, resume)
+        directory, summary = runs.train(resolved, resume, profile=profile)
     except KeyboardInterrupt:
         again = Path("runs") / resolved.name / "recipe.yaml"
         print(f"interrupted; to continue: distillab train {again} --resume", file=sys.stderr)

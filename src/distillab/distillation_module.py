@@ -10,6 +10,7 @@ from .evaluate import WITH_TEACHER, WITHOUT_TEACHER
 from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
+from .profiling import timed
 from .targets import Targets
 
 
@@ -40,13 +41,15 @@ class DistillationModule(nn.Module):
     def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
         """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
         view = batch.student
-        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
+        hidden = timed("student forward", self.student, view.input_ids, view.attention_mask)
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
         head = self.student.head
-        return fused_distillation_loss(
-            hidden,
+        return timed(
+            "heads and loss",
+            fused_distillation_loss,
+            view.rows(hidden),
             head.weight,
             batch.labels,
             targets,

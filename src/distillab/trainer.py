@@ -30,6 +30,7 @@ from .checkpoint import (
     save_best,
     save_checkpoint,
 )
+from .compilation import prepare_bodies, training_step
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import (
@@ -47,6 +48,7 @@ from .loaders import evaluation_loader, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
+from .profiling import profiled_step, timed
 from .progress import StopRequest, TrainingProgress
 from .targets import Targets
 from .teachers import LocalTeacher
@@ -129,8 +131,7 @@ class DistillationTrainer:
                 warmup, self.total_steps,
             )  # fmt: skip
 
-        if config.activation_checkpointing:
-            student.enable_activation_checkpointing()
+        prepare_bodies(student, None if teacher is None else teacher.model, config)
         module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
         optimizer = make_optimizer(module, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -194,11 +195,9 @@ class DistillationTrainer:
         if self.on_policy is None:
             yield Prepared(window)
             return
-        started = time.perf_counter()
-        step, accelerator = self.state.current_step, self.accelerator
-        prepared = self.on_policy.prepare(
-            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes
-        )
+        started, step = time.perf_counter(), self.state.current_step
+        rank = self.accelerator.process_index, self.accelerator.num_processes
+        prepared = timed("sampling", self.on_policy.prepare, window, step, self.total_steps, *rank)
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
@@ -209,9 +208,8 @@ class DistillationTrainer:
         state, size = self.state, self.config.gradient_accumulation_steps
         while state.current_step < self.total_steps:
             self.train_loader.set_epoch(state.current_epoch)
-            loader = skip_first_batches(self.train_loader, state.batches_in_epoch)
-            batches = iter(loader)
-            while window := list(itertools.islice(batches, size)):
+            batches = iter(skip_first_batches(self.train_loader, state.batches_in_epoch))
+            while window := timed("data", list[Batch], itertools.islice(batches, size)):
                 state.batches_in_epoch += len(window)
                 if state.batches_in_epoch >= len(self.train_loader):
                     state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
@@ -219,6 +217,8 @@ class DistillationTrainer:
                 if state.current_step >= self.total_steps:
                     return
 
+    @profiled_step
+    @training_step()
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
         module, accelerator = self.module.train(), self.accelerator
@@ -231,19 +231,19 @@ class DistillationTrainer:
             targets = self._targets(batch) if self.loss.alpha > 0 else None
             with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
-                accelerator.backward(part.total * scale)
+                timed("backward", accelerator.backward, part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
-        norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+        parameters, clip = module.parameters(), self.config.gradient_clip
+        norm = timed("gradient clip", accelerator.clip_grad_norm_, parameters, clip)
         sums = accelerator.reduce(sums, reduction="sum")
         losses = dict(zip(LossSums._fields, sums.tolist(), strict=True))
-        total = losses["total"]
-        norm = float(norm)
-
+        total, norm = losses["total"], float(norm)
         self.state.current_step += 1
         self.learning_rate = self.scheduler.get_last_lr()[0]
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:
-            self.optimizer.step()  # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+            # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+            timed("optimizer", self.optimizer.step)
         if finite:
             self.scheduler.step()
             self.state.tokens += int(tokens)
@@ -265,7 +265,7 @@ class DistillationTrainer:
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
             return None
-        return self.teacher.targets(batch.teacher, self.vocab_limit)
+        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocab_limit)
 
     def _skipped(self, what: str, batches: int) -> None:
         state = self.state
