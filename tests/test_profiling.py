@@ -16,7 +16,7 @@ NEEDED = SKIPPED + TIMED + 1 + TRACED
 @pytest.fixture
 def profiled(make, tmp_path):  # noqa: F811
     """训练并剖析一次，中途验证两次；返回 ``(训练循环, 写下的目录)``。"""
-    trainer = make("profiled", max_steps=NEEDED, eval_interval=5)
+    trainer = make("profiled", max_steps=NEEDED, eval_interval=5, data=Chunks(80))
     with profiling.profiling(tmp_path / "profile"):
         trainer.train()
     return trainer, tmp_path / "profile"
@@ -57,7 +57,7 @@ def test_the_trace_names_the_phases_and_the_table_the_operators(profiled):
 
 
 def test_profiling_changes_no_number(profiled, make):  # noqa: F811
-    plain = make("plain", max_steps=NEEDED, eval_interval=5)
+    plain = make("plain", max_steps=NEEDED, eval_interval=5, data=Chunks(80))
     plain.train()
     assert losses(profiled[0]) == losses(plain)
 
