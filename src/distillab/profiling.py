@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 logger = logging.getLogger("distillab")
@@ -261,7 +260,7 @@ def product_operations(name: str, shapes: list[list[int]]) -> int:
 def _operators(events: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """各段每步的浮点运算次数，与自身时间最多的算子；步之外的（验证、存盘）不算。"""
     spans: list[tuple[float, float, str]] = []
-    events = [event for event in events if event.device_type == DeviceType.CPU]
+    events = [event for event in events if event.device_type.name == "CPU"]
     for event in events:
         if event.name.startswith(PREFIX):
             name = event.name.removeprefix(PREFIX)
