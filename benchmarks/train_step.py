@@ -3,6 +3,7 @@
 同样的模型、同一批 token、在线的完整分布、forward KL、T = 1。每个实现算的是：
 
 * ``distillab``：``alpha * KL + (1 - alpha) * CE``，``DistillationTrainer._step``；
+* ``distillab-compiled``：同上，``train.compile: true``；
 * ``trl``：只有 ``KL``，``GKDTrainer``，``lmbda=0``，关掉激活重算，与其余的一样；
 * ``trl-defaults``：同上，但按 ``GKDConfig`` 的缺省重算激活；
 * ``plain``：与 ``distillab`` 相同，一个手写的循环，两份完整的 logits。
@@ -112,7 +113,7 @@ def disagreements(records: list[Record]) -> list[str]:
     if own is None:
         return found
     for name, record in by_name.items():
-        for quantity in ("divergence", "loss") if name == "plain" else ("divergence",):
+        for quantity in ("divergence",) if name.startswith("trl") else ("divergence", "loss"):
             got, want = record[quantity] * record["loss_factor"], own[quantity]
             if not abs(got - want) <= TOLERANCE * abs(want):
                 found.append(f"first {quantity} of {name} is {got:.6g}, of distillab {want:.6g}")

@@ -180,7 +180,7 @@ def make_tokens(cell: Cell) -> Tensor:
 # 三家的训练循环，到 clock.stop 返回 False 为止。
 
 
-def distillab_loop(cell: Cell, clock: Clock) -> None:
+def distillab_loop(cell: Cell, clock: Clock, compiled: bool = False) -> None:
     """``DistillationTrainer``：``alpha * KL(教师||学生) + (1 - alpha) * CE``，按 token 平均。
 
     每步就是 ``_step``，连同它自己的等待与记账。
@@ -205,6 +205,7 @@ def distillab_loop(cell: Cell, clock: Clock) -> None:
         gradient_clip=GRADIENT_CLIP,
         precision=cell.precision,
         seed=cell.seed,
+        compile=compiled,
     )
     loss = LossConfig(divergence="forward_kl", alpha=cell.alpha, temperature=1.0)
     local = LocalTeacher(PretrainedLM(teacher))
@@ -223,6 +224,11 @@ def distillab_loop(cell: Cell, clock: Clock) -> None:
             sums = trainer._step(window)
             mean = {name: sums[name] / sums["tokens"] for name in ("loss", "divergence")}
             more = clock.stop(**mean)
+
+
+def compiled_loop(cell: Cell, clock: Clock) -> None:
+    """同上，``train.compile: true``；编译在热身的两步里，不计时。"""
+    distillab_loop(cell, clock, compiled=True)
 
 
 def trl_loop(cell: Cell, clock: Clock, checkpointing: bool = False) -> None:
@@ -337,6 +343,7 @@ def plain_loop(cell: Cell, clock: Clock) -> None:
 
 LOOPS: dict[str, Callable[[Cell, Clock], None]] = {
     "distillab": distillab_loop,
+    "distillab-compiled": compiled_loop,
     "trl": trl_loop,
     "trl-defaults": trl_defaults_loop,
     "plain": plain_loop,

@@ -62,6 +62,8 @@ ORDER = [
     "rollout",
     "on_policy",
     "evaluate",
+    "profiling",
+    "compilation",
     "distillation_module",
     "metrics",
     "report_data",

@@ -66,6 +66,25 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_shared_views_shared():
 # ---------------------------------------------------------------------- 有两个视角的数据
 
 
+def test_a_data_loader_pins_every_tensor_and_accelerate_moves_them_without_waiting(monkeypatch):
+    from accelerate.utils import send_to_device
+    from torch.utils.data._utils.pin_memory import pin_memory  # DataLoader 的锁页线程调用的
+
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t.clone())
+    batch = collate_text([item([1, 2, 3], [2, 3, IGNORE_INDEX])])
+    result = pin_memory(batch)
+    assert isinstance(result, Batch)
+    assert len(pinned) == 3  # 两个视角是同一个：输入、位置、标签
+    assert result.labels is not batch.labels
+    move = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *a, **k: moved.append(k["non_blocking"]) or move(t, *a, **k)
+    )
+    send_to_device(result, torch.device("meta"), non_blocking=True)
+    assert moved == [True, True, True]
+
+
 @pytest.mark.parametrize("response", [[0], [2, 1], [1, 1], [3], [-1]])
 def test_response_positions_must_increase_within_the_sequence(response):
     with pytest.raises(ValueError, match=r"must increase within 1\.\.2"):

@@ -271,6 +271,15 @@ def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch):
         assert resolve_precision("auto") == expected
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_batches_travel_to_a_gpu_while_it_computes(cuda, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("distillab.engine.Accelerator", lambda **options: given.update(options))
+    make_accelerator(TrainingConfig(), tmp_path)
+    assert given["dataloader_config"].non_blocking is cuda
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
 def test_fp16_without_a_gpu_is_refused_before_anything_is_built(make):
     with pytest.raises(DistillabError, match="fp16 needs a GPU; on this machine use bf16"):

@@ -61,6 +61,10 @@ def train(
             "--resume auto.",
         ),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Show where the time of a step goes: runs/NAME/profile."),
+    ] = False,
 ) -> None:
     """Train a student, show what was gained, generate, export.
 
@@ -80,7 +84,7 @@ def train(
     from . import run as runs
 
     try:
-        directory, summary = runs.train(resolved, resume)
+        directory, summary = runs.train(resolved, resume, profile=profile)
     except KeyboardInterrupt as stop:
         again = Path("runs") / resolved.name / "recipe.yaml"
         if os.environ.get("RANK", "0") == "0":

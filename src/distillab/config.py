@@ -137,6 +137,7 @@ class TrainingConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds initialisation, data order, dropout.")
     activation_checkpointing: bool = Field(False, description="Recompute blocks in backward.")
+    compile: bool = Field(False, description="torch.compile the blocks of student and teacher.")
     max_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept besides 'best'.")
     timeout_minutes: float = Field(
         30.0, gt=0, description="Longest that one process waits for the others before all end."

@@ -10,6 +10,7 @@ from .evaluate import WITH_TEACHER, WITHOUT_TEACHER
 from .fused import fused_distillation_loss
 from .language_model import LanguageModel
 from .losses import LossSums
+from .profiling import timed
 from .targets import Targets
 from .teachers import AdapterOffTeacher
 
@@ -46,14 +47,16 @@ class DistillationModule(nn.Module):
         """
         view = batch.student
         if isinstance(targets, AdapterOffTeacher):
-            targets = targets.targets(batch.teacher, self.vocab_limit)
-        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
+            targets = timed("teacher forward", targets.targets, batch.teacher, self.vocab_limit)
+        hidden = timed("student forward", self.student, view.input_ids, view.attention_mask)
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
         head = self.student.head
-        return fused_distillation_loss(
-            hidden,
+        return timed(
+            "heads and loss",
+            fused_distillation_loss,
+            view.rows(hidden),
             head.weight,
             batch.labels,
             targets,

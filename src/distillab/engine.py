@@ -73,7 +73,10 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             log_with=list(config.report_to) or None,
             project_dir=str(run_dir),
             dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed, even_batches=False
+                use_seedable_sampler=True,
+                data_seed=config.seed,
+                even_batches=False,
+                non_blocking=cuda,  # 训练的 DataLoader 锁了页，传输与计算重叠
             ),
             kwargs_handlers=[group],
         )

@@ -90,7 +90,7 @@ def find_device(name: str | None) -> Device:
     Raises:
         DistillabError: 没有这个名字。
     """
-    if name in GPUS:
+    if name is not None and name in GPUS:
         return GPUS[name]
     if name not in (None, "cpu"):
         choices = [*GPUS, "cpu"]

@@ -6,12 +6,10 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from .build import Parts, build_models, build_teacher
@@ -31,6 +29,7 @@ from .local import LocalBackend
 from .metrics import read_metrics
 from .paired import load_pairs
 from .pretrained import load_pretrained
+from .profiling import peak_memory_bytes, profiling
 from .questions import Backend, Task
 from .recipes import dump_recipe
 from .report_page import write_report
@@ -50,6 +49,7 @@ def train(
     *,
     parts: Parts | None = None,
     on_metrics: Callable[[Path], object] | None = None,
+    profile: bool = False,
 ) -> tuple[RunDirectory, dict[str, Any]]:
     """走完一次训练：评测训练前、训练、再评测、生成样例、导出、画图、写 ``summary.json``。
 
@@ -58,6 +58,7 @@ def train(
         resume: 运行目录已存在时接着来；已经走完的直接返回它的结果。
         parts: ``build_models(recipe)`` 刚装配好、没有训练过的模型；缺省为在这里装配。
         on_metrics: 见 ``DistillationTrainer.train``。
+        profile: 剖析前面的几步，写进运行目录的 ``profile/``；见 ``StepProfile``。
 
     Returns:
         ``(运行目录, summary.json 的内容)``。
@@ -81,13 +82,14 @@ def train(
         )
         trainer = build_trainer(recipe, parts, run.path, pairs)
         checks = Checks(recipe, tasks, parts, trainer, run.checks)
+        main = trainer.accelerator.is_main_process
         with trainer.watch:
             reference = _reference(run, trainer)
             before = checks.measure("student_before")
-            state = trainer.train(resume, on_metrics)
+            with profiling(run.path / "profile" if profile and main else None):
+                state = trainer.train(resume, on_metrics)
             load_student(trainer.student, trainer.checkpoint_dir / BEST)
             checked = merged(before, checks.measure("student_after"))
-        main = trainer.accelerator.is_main_process
         with whole_parts(parts, trainer, main) as parts:
             if not main:
                 return run, {}
@@ -302,15 +304,3 @@ def _cost(state: TrainerState) -> dict[str, Any]:
         "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-def peak_memory_bytes() -> int:
-    """至今的内存峰值，字节：有 GPU 时是显存，否则是进程的常驻内存。"""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

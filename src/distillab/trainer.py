@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
 from .checkpoint import TrainerState, resume_newest, save_best, save_checkpoint
+from .compilation import prepare_bodies, training_step
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
 from .engine import engine_name, global_sum, make_accelerator, prepare, resolve_precision
@@ -34,6 +35,7 @@ from .loaders import evaluation_loader, in_step, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
+from .profiling import profiled_step, timed
 from .progress import TrainingProgress
 from .sharding import WholeCopy
 from .signals import StopRequest
@@ -113,8 +115,7 @@ class DistillationTrainer:
         reuse = 1 if on_policy is None else on_policy.config.reuse
         total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
         self.total_steps = min(config.max_steps or total, total)
-        if config.activation_checkpointing:
-            student.enable_activation_checkpointing()
+        prepare_bodies(student, None if teacher is None else teacher.model, config)
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
         module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
@@ -186,12 +187,12 @@ class DistillationTrainer:
         if self.on_policy is None:
             yield Prepared(window)
             return
-        started = time.perf_counter()
-        step, accelerator = self.state.current_step, self.accelerator
+        started, step = time.perf_counter(), self.state.current_step
+        rank = self.accelerator.process_index, self.accelerator.num_processes
         self.watch.at("sampling")
-        prepared = self.on_policy.prepare(
-            window, step, self.total_steps, accelerator.process_index, accelerator.num_processes,
-            self.whole_student,
+        prepared = timed(
+            "sampling", self.on_policy.prepare,
+            window, step, self.total_steps, *rank, self.whole_student,
         )  # fmt: skip
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
@@ -203,10 +204,9 @@ class DistillationTrainer:
         state, size = self.state, self.config.gradient_accumulation_steps
         while state.current_step < self.total_steps:
             self.train_loader.set_epoch(state.current_epoch)
-            loader = skip_first_batches(self.train_loader, state.batches_in_epoch)
-            batches = iter(loader)
+            batches = iter(skip_first_batches(self.train_loader, state.batches_in_epoch))
             self.watch.at("reading data", state.current_step + 1)
-            while window := list(itertools.islice(batches, size)):
+            while window := timed("data", list[Batch], itertools.islice(batches, size)):
                 state.batches_in_epoch += len(window)
                 self._failed_rows += report_failed_rows(window)
                 if state.batches_in_epoch >= len(self.train_loader):
@@ -216,6 +216,8 @@ class DistillationTrainer:
                     return
                 self.watch.at("reading data", state.current_step + 1)
 
+    @profiled_step
+    @training_step()
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
         module, accelerator = self.module, self.accelerator
@@ -231,11 +233,12 @@ class DistillationTrainer:
             accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
             with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
-                accelerator.backward(part.total * scale)
+                timed("backward", accelerator.backward, part.total * scale)
             sums += torch.stack([value.detach().double() for value in part])
         if self.teacher is not None:
             self.teacher.release()
-        norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+        parameters, clip = module.parameters(), self.config.gradient_clip
+        norm = timed("gradient clip", accelerator.clip_grad_norm_, parameters, clip)
         shared = [self._failed_rows, *self.stop.votes()]
         mean_norm = torch.as_tensor(norm).to(sums).reshape(1) / accelerator.num_processes
         sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
@@ -244,12 +247,12 @@ class DistillationTrainer:
         total = losses["total"]
         self.stop.agree([stop_1, stop_2])
         self.state.failed_rows, self._failed_rows = self.state.failed_rows + int(failed), 0
-
         self.state.current_step += 1
         self.learning_rate = self.scheduler.get_last_lr()[0]
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:
-            self.optimizer.step()  # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+            # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+            timed("optimizer", self.optimizer.step)
         if finite:
             self.scheduler.step()
             self.state.tokens += int(tokens)
@@ -271,7 +274,7 @@ class DistillationTrainer:
     def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
             return self.teacher  # 后者在学生的 forward 里取目标
-        return self.teacher.targets(batch.teacher, self.vocab_limit)
+        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocab_limit)
 
     def _skipped(self, loss: float, batches: int) -> None:
         state, scaler = self.state, self.accelerator.scaler
