@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,8 +275,13 @@ def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch):
 @pytest.mark.parametrize("cuda", [True, False])
 def test_batches_travel_to_a_gpu_while_it_computes(cuda, monkeypatch, tmp_path):
     given = {}
+
+    def engine(**options):
+        given.update(options)
+        return SimpleNamespace(distributed_type="NO")
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("distillab.engine.Accelerator", lambda **options: given.update(options))
+    monkeypatch.setattr("distillab.engine.Accelerator", engine)
     make_accelerator(TrainingConfig(), tmp_path)
     assert given["dataloader_config"].non_blocking is cuda
 
