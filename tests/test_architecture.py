@@ -43,6 +43,7 @@ ORDER = [
     "usable_responses",
     "paired",
     "chat_data",
+    "packing",
     "lora",
     "hf_layout",
     "convert",

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from .batch import Batch, collate_examples, collate_text
+from .batch import Batch, collate_text
 from .build import Parts
 from .chat_data import ChatDataset, LengthGroupedSampler
 from .config import Recipe, TextConfig
@@ -22,8 +22,10 @@ from .errors import DistillabError
 from .generate import TextGenerator
 from .loaders import evenly
 from .on_policy import OnPolicy
+from .packing import PackedDataset, collate_rows, keeps_documents_apart
 from .paired import Pair, load_pairs
 from .rollout import Rollout, answered
+from .tokenizer import document_separator
 from .trainer import DistillationTrainer
 
 logger = logging.getLogger("distillab")
@@ -88,7 +90,9 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
     train, validation = text_splits(
         recipe, parts.tokenizer, data.max_seq_len or parts.student.max_seq_len
     )
-    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
+    separator = document_separator(parts.tokenizer) if _packs(recipe, parts) else None
+    collate = partial(collate_text, vocab_limit=parts.vocab_limit, separator=separator)
+    return Data(train, validation, collate)
 
 
 def text_splits(
@@ -138,15 +142,48 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     config = recipe.train
     window = config.batch_size * config.gradient_accumulation_steps * _processes()
     collate = partial(
-        collate_examples,
+        collate_rows,
         pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
         vocab_limit=parts.vocab_limit,
         padding_side=parts.tokenizer.padding_side,
     )
+    if _packs(recipe, parts):
+        rows = PackedDataset(train, max_seq_len, config.seed)
+        logger.info(
+            "packed %s conversations into %s rows of %d tokens: %.1f%% of the student's are "
+            "filled, %.1f%% of the teacher's",
+            f"{len(train):,}", f"{len(rows):,}", max_seq_len, *(100 * f for f in rows.filled),
+        )  # fmt: skip
+        return Data(rows, validation, collate)
     sampler = LengthGroupedSampler(train.lengths, window, config.seed)
     if recipe.responses.only_sampled and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
     return Data(train, validation, collate, sampler)
+
+
+def _packs(recipe: Recipe, parts: Parts) -> bool:
+    """要不要、也能不能让一行里的几段互不相见；不能就在日志里说。"""
+    if not recipe.data.packing:
+        return False
+    if recipe.responses.on_policy:
+        logger.warning(
+            "data.packing: sampled responses have no length before they are sampled: "
+            "padding batches of similar length instead"
+        )
+        return False
+    for name, model in {"student": parts.student, "teacher": parts.teacher}.items():
+        if model is not None and not keeps_documents_apart(model):
+            instead = (
+                "padding batches of similar length"
+                if recipe.data.format == "chat"
+                else "letting them see each other"
+            )
+            logger.warning(
+                "data.packing: the attention of the %s does not keep documents apart: %s instead",
+                name, instead,
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[Any]:

@@ -124,6 +124,11 @@ class DataSection(Experience, Records):
     max_seq_len: int | None = Field(
         None, ge=2, description="Tokens per training sequence; default: the student's."
     )
+    packing: bool = Field(
+        False,
+        description="Several conversations in one row of max_seq_len tokens, or the articles of a "
+        "chunk, none seeing another; where attention cannot, padding as without it.",
+    )
     template_options: dict[str, Any] = Field(
         {}, description="Options of the tokenizer's chat template, such as enable_thinking."
     )
@@ -139,6 +144,8 @@ class DataSection(Experience, Records):
         if self.format == "chat":
             if "size_mb" not in self.model_fields_set:
                 self.size_mb = None
+            if self.packing and self.max_seq_len is None:
+                raise ValueError("packing needs max_seq_len: the length that rows are packed to")
             return self
         for key in ("teacher_source", "experience", "responses", "template_options"):
             if getattr(self, key):

@@ -40,7 +40,8 @@ class DistillationModule(nn.Module):
     def forward(self, batch: Batch, targets: Targets | None) -> LossSums:
         """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。"""
         view = batch.student
-        hidden = view.rows(self.student(view.input_ids, view.attention_mask))
+        hidden = self.student(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+        hidden = view.rows(hidden)
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
