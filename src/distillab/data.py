@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .articles import files_identity, read_files, read_hub, take_megabytes, text_files
 from .batch import IGNORE_INDEX
-from .cache import build_dir, cache_dir
+from .cache import build_once, cache_dir
 from .errors import DistillabError
 from .sources import fetch
 from .tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
@@ -122,15 +122,10 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         directory = cache_dir() / "datasets" / key
-        if not directory.is_dir():
-            texts, _ = take_megabytes(articles, size_mb)
-            if not texts:
-                raise DistillabError(
-                    f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
-                    f"article is larger"
-                )
-            parts = split_articles(texts, validation_fraction, seed)
-            with build_dir(directory) as building:
+        with build_once(directory) as building:
+            if building is not None:
+                texts = _head(articles, size_mb, source)
+                parts = split_articles(texts, validation_fraction, seed)
                 for name, part in zip(("train", "validation"), parts, strict=True):
                     _write_chunks(building / name, part, tokenizer, max_seq_len, num_proc)
         return cls._open(directory, "train", key), cls._open(directory, "validation", key)
@@ -194,6 +189,16 @@ def split_articles(
         [text for text in articles if text not in validation],
         [text for text in articles if text in validation],
     )
+
+
+def _head(articles: Iterator[str], size_mb: float | None, source: str) -> list[str]:
+    texts, _ = take_megabytes(articles, size_mb)
+    if not texts:
+        raise DistillabError(
+            f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
+            f"article is larger"
+        )
+    return texts
 
 
 def _check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
