@@ -60,10 +60,23 @@ EVALUATION: list[Column] = [
     ("same answers", number("same_answers", ".0f")),
     ("/ plain loop", number("ratio_to_loop", ".2f")),
 ]
+PACKING: list[Column] = [
+    ("model", lambda record: record["model"]),
+    ("rows", lambda record: record["implementation"]),
+    ("tokens/s", number("conversation_tokens_per_second", ".0f")),
+    ("seconds", number("seconds", ".2f")),
+    ("student's padding", number("student_padding", ".1%")),
+    ("teacher's padding", number("teacher_padding", ".1%")),
+]
 
 
 def title(record: Record) -> str:
     """一格的标题。"""
+    if "student_padding" in record:
+        return (
+            f"{record['conversations']} conversations, rows of {record['max_seq_len']}, "
+            f"{record['experience']} tokens of experience"
+        )
     if "items" in record:
         return f"tasks, {record['dtype']}"
     if "rounds" in record:
@@ -93,6 +106,7 @@ def main(paths: list[str]) -> None:
             columns = TRAIN_STEP if "case" in cell[0] else LOSS_HEAD
             columns = SAMPLING if "rounds" in cell[0] else columns
             columns = EVALUATION if "items" in cell[0] else columns
+            columns = PACKING if "student_padding" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

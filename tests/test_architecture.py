@@ -37,6 +37,7 @@ ORDER = [
     "tokenizer",
     "articles",
     "data",
+    "streams",
     "conversations",
     "chat",
     "truncate",

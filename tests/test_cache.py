@@ -93,12 +93,12 @@ TOKENISE = """
 import sys, time
 import distillab.data as data
 from distillab.tokenizer import load_tokenizer
-joined = data._joined_ids
+joined = data.joined_ids
 def counted(*arguments):
     print("tokenising", flush=True)
     time.sleep(1)
     return joined(*arguments)
-data._joined_ids = counted
+data.joined_ids = counted
 train, _ = data.WikiDataset.build(sys.argv[1], load_tokenizer(sys.argv[2]), max_seq_len=16)
 print(train.fingerprint, len(train), flush=True)
 """

@@ -25,6 +25,7 @@ from .on_policy import OnPolicy
 from .packing import PackedDataset, collate_rows, keeps_documents_apart
 from .paired import Pair, load_pairs
 from .rollout import Rollout, answered
+from .streams import TextStream
 from .tokenizer import document_separator
 from .trainer import DistillationTrainer
 
@@ -97,8 +98,8 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
 
 def text_splits(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
-) -> tuple[WikiDataset, WikiDataset]:
-    """文本数据的训练集与验证集；切好的存在缓存里，第二次很快。
+) -> tuple[WikiDataset | TextStream, WikiDataset]:
+    """文本数据的训练集（或流）与验证集；切好的存在缓存里，第二次很快。
 
     Args:
         recipe: 配方，``data.format`` 是 ``text``。
@@ -109,18 +110,25 @@ def text_splits(
         DistillabError: 见 ``WikiDataset.build``。
     """
     data = recipe.data
-    train, validation = WikiDataset.build(
-        data.source,
-        tokenizer,
-        max_seq_len=max_seq_len,
-        size_mb=data.size_mb,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        subset=data.subset,
-        split=data.split,
-        seed=recipe.train.seed,
-        sha256=data.sha256,
-    )
+    options: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "size_mb": data.size_mb,
+        "validation_fraction": data.validation_fraction,
+        "text_field": data.text_field,
+        "subset": data.subset,
+        "split": data.split,
+        "seed": recipe.train.seed,
+        "sha256": data.sha256,
+    }
+    if data.streaming:
+        options["shuffle_buffer"] = data.shuffle_buffer
+        stream, validation = TextStream.build(data.source, tokenizer, **options)
+        logger.info(
+            "streaming the training text; %s tokens for validation, from its beginning, in "
+            "sequences of %d", f"{validation.num_tokens:,}", max_seq_len,
+        )  # fmt: skip
+        return stream, validation
+    train, validation = WikiDataset.build(data.source, tokenizer, **options)
     logger.info(
         "%s training tokens, %s for validation, in sequences of %d",
         f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,

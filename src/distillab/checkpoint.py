@@ -50,6 +50,7 @@ class TrainerState:
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
         guard: 从学生采样时，拿来与以后比较的。
         data: 训练数据的指纹；``None`` 是没有指纹的数据集。
+        stream: 训练数据是流时，读到了哪里：``StreamState`` 的各项。
     """
 
     current_epoch: int = 0
@@ -64,6 +65,7 @@ class TrainerState:
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
+    stream: dict[str, Any] | None = None
 
     def add(self, sums: Mapping[str, float]) -> None:
         """记下一步的总和；跳过的一步只有 ``seconds``。"""
@@ -253,6 +255,7 @@ def read_state(path: Path) -> TrainerState:
     """
     try:
         values = json.loads((path / STATE_FILE).read_text())["state"]
+        values.setdefault("stream", None)  # 较早的检查点没有
         values["guard"] = RolloutGuard(**values["guard"])
         return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
     except FileNotFoundError:

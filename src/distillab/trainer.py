@@ -43,7 +43,7 @@ from .engine import (
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
-from .loaders import evaluation_loader, train_loader
+from .loaders import StreamLoader, evaluation_loader, steps_in_all, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
@@ -117,10 +117,8 @@ class DistillationTrainer:
             train_data, self.accelerator, self.collate, config.batch_size, train_sampler
         )
         self.validation_loader = self.evaluation_loader(validation_data)
-        window = config.gradient_accumulation_steps
         reuse = 1 if on_policy is None else on_policy.config.reuse
-        total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
-        self.total_steps = min(config.max_steps or total, total)
+        self.total_steps = steps_in_all(self.train_loader, config, reuse)
         warmup = warmup_steps(config, self.total_steps)
         if warmup >= self.total_steps:
             logger.warning(
@@ -207,6 +205,8 @@ class DistillationTrainer:
     def _windows(self) -> Iterator[list[Batch]]:
         """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
         state, size = self.state, self.config.gradient_accumulation_steps
+        if isinstance(self.train_loader, StreamLoader):
+            yield from self.train_loader.windows(state, size, self.total_steps)
         while state.current_step < self.total_steps:
             self.train_loader.set_epoch(state.current_epoch)
             loader = skip_first_batches(self.train_loader, state.batches_in_epoch)
