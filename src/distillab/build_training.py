@@ -162,7 +162,9 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
             "filled, %.1f%% of the teacher's",
             f"{len(train):,}", f"{len(rows):,}", max_seq_len, *(100 * f for f in rows.filled),
         )  # fmt: skip
-        return Data(rows, validation, collate)
+        # 行一样长，所以只是打乱；一轮仍是整数步，怎样切成 micro-batch、分给几个进程都相同。
+        shuffled = LengthGroupedSampler([max_seq_len] * len(rows), window, config.seed)
+        return Data(rows, validation, collate, shuffled)
     sampler = LengthGroupedSampler(train.lengths, window, config.seed)
     if recipe.responses.only_sampled and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
