@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,26 +37,39 @@ from distillab.config import LossConfig, ModelConfig
 from distillab.distillation_module import DistillationModule
 from distillab.language_model import LanguageModel, PretrainedLM
 from distillab.model import StudentModel
-from distillab.packing import PackedDataset, collate_rows, keeps_documents_apart
+from distillab.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
 from distillab.teachers import LocalTeacher
 
 IMPLEMENTATIONS = ("random order", "length-grouped", "packed")
 MODELS = ("student", "transformers")
+MANY = 4000
 SIDES = ("student", "teacher")
 SIZES = ("conversations", "batch_size", "max_seq_len", "rounds", "experience")
 
 
+def lengths(count: int, options: argparse.Namespace) -> list[int]:
+    """截断的对数正态分布：多数很短，少数很长，像指令数据那样。"""
+    rng = random.Random(options.seed)
+    most = options.max_seq_len - options.experience
+    return [
+        min(most, max(12, int(rng.lognormvariate(math.log(most / 5), 0.9)))) for _ in range(count)
+    ]
+
+
 def conversations(options: argparse.Namespace) -> list[Example]:
-    """长度是截断的对数正态分布：多数很短，少数很长，像指令数据那样；三分之二是 response。"""
+    """从 ``MANY`` 条里长短相近地分好的几组，一组接一组；三分之二是 response，内容是随机的。
+
+    几十条里凑不出几条一样长的，那样的分组会显得没有用。
+    """
     rng = random.Random(options.seed)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(1, options.vocab) for _ in range(count)]
 
     found = []
-    for _ in range(options.conversations):
-        most = options.max_seq_len - options.experience
-        length = min(most, max(12, int(rng.lognormvariate(math.log(most / 5), 0.9))))
+    many = lengths(MANY, options)
+    grouped = LengthGroupedSampler([n + options.experience for n in many], options.batch_size)
+    for length in (many[i] for i in islice(grouped, options.conversations)):
         prompt, response = ids(length // 3), ids(length - length // 3)
 
         def view(before: list[int], response: list[int] = response) -> Tokens:
@@ -76,12 +90,37 @@ def batches(name: str, data: ChatDataset, options: argparse.Namespace) -> list[B
         groups = [items[i : i + size] for i in range(0, len(items), size)]
     else:
         size, order = options.batch_size, list(range(len(data)))
-        if name == "length-grouped":
-            order = list(LengthGroupedSampler(data.lengths, size, options.seed))
-        else:
+        if name == "random order":  # 数据本来就是分好组的次序
             random.Random(options.seed).shuffle(order)
         groups = [[data[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
     return [collate_rows(group, pad_id=0).to(options.device) for group in groups]
+
+
+def padding_of_many(options: argparse.Namespace) -> list[Record]:
+    """``MANY`` 条对话时的 padding，只看长度。"""
+    students = lengths(MANY, options)
+    teachers = [n + options.experience for n in students]
+    size, order = options.batch_size, list(range(MANY))
+    grouped = list(LengthGroupedSampler(students, size, options.seed))
+    random.Random(options.seed).shuffle(order)
+    rows = best_fit(list(zip(students, teachers, strict=True)), options.max_seq_len, options.seed)
+    records = []
+    for name, chosen in zip(IMPLEMENTATIONS, (order, grouped, None), strict=True):
+        shares = []
+        for sizes in (students, teachers):
+            slots = len(rows) * options.max_seq_len
+            if chosen is not None:
+                starts = range(0, len(chosen), size)
+                groups = [[sizes[i] for i in chosen[at : at + size]] for at in starts]
+                slots = sum(len(group) * max(group) for group in groups)
+            shares.append(1 - sum(sizes) / slots)
+        records.append({
+            "implementation": name,
+            "model": f"none, {MANY:,} lengths",
+            "student_padding": shares[0],
+            "teacher_padding": shares[1],
+        })  # fmt: skip
+    return records
 
 
 def make_model(name: str, options: argparse.Namespace) -> LanguageModel:
@@ -157,22 +196,22 @@ def measure(model: str, options: argparse.Namespace) -> list[Record]:
 
 def show(records: list[Record]) -> None:
     """印成表；比值是对同一模型的 ``length-grouped``。"""
-    peers = {r["model"]: r["conversation_tokens_per_second"] for r in records
+    peers = {r["model"]: r.get("conversation_tokens_per_second") for r in records
              if r["implementation"] == "length-grouped"}  # fmt: skip
     table = Table()
     columns = ("model", "rows", "tokens/s", "seconds", "padding", "teacher's", "ratio")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right", no_wrap=True)
     for record in records:
-        speed = record["conversation_tokens_per_second"]
+        speed = record.get("conversation_tokens_per_second")
         table.add_row(
             record["model"],
             record["implementation"],
             number(speed, ".0f"),
-            number(record["seconds"], ".2f"),
+            number(record.get("seconds"), ".2f"),
             number(record["student_padding"], ".1%"),
             number(record["teacher_padding"], ".1%"),
-            number(ratio(speed, peers.get(record["model"])), ".2f"),
+            number(speed and ratio(speed, peers[record["model"]]), ".2f"),
         )
     Console(width=max(100, Console().width)).print(table)
 
@@ -184,8 +223,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--conversations", type=int, default=40, help="of an epoch")
+    add("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    add("--conversations", type=int, default=32, help="of an epoch")
     add("--experience", type=int, default=0, help="tokens that only the teacher reads")
     add("--batch-size", type=int, default=8, help="conversations of a padded batch")
     add("--max-seq-len", type=int, default=512, help="tokens of a packed row")
@@ -205,7 +244,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """量完所有的格，印表；返回退出码。"""
     options = parse(arguments)
-    records = [record for model in options.models for record in measure(model, options)]
+    records = padding_of_many(options)
+    records += [record for model in options.models for record in measure(model, options)]
     show(records)
     if options.json:
         about = {name: getattr(options, name) for name in SIZES} | environment(options.device)
