@@ -85,6 +85,14 @@ SCALING: list[Column] = [
     ("extra MiB", lambda record: ", ".join(f"{x / 2**20:,.0f}" for x in record["extra_bytes"])),
     ("memory exponent", number("memory_exponent", ".2f")),
 ]
+PACKING: list[Column] = [
+    ("model", lambda record: record["model"]),
+    ("rows", lambda record: record["implementation"]),
+    ("tokens/s", number("conversation_tokens_per_second", ".0f")),
+    ("seconds", number("seconds", ".2f")),
+    ("student's padding", number("student_padding", ".1%")),
+    ("teacher's padding", number("teacher_padding", ".1%")),
+]
 
 
 def title(record: Record) -> str:
@@ -95,6 +103,11 @@ def title(record: Record) -> str:
         return f"peak of a step beyond the libraries, {record['device']}"
     if "axis" in record:
         return f"growth, medians of {record['scaling_rounds']} rounds"
+    if "student_padding" in record:
+        return (
+            f"{record['conversations']} conversations, rows of {record['max_seq_len']}, "
+            f"{record['experience']} tokens of experience"
+        )
     if "items" in record:
         return f"tasks, {record['dtype']}"
     if "rounds" in record:
@@ -127,6 +140,7 @@ def main(paths: list[str]) -> None:
             columns = ENGINES if "engine" in cell[0] else columns
             columns = PLAN if "planned" in cell[0] else columns
             columns = SCALING if "axis" in cell[0] else columns
+            columns = PACKING if "student_padding" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

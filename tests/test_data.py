@@ -214,7 +214,7 @@ def test_the_second_build_reads_no_text(jsonl, tiny_tokenizer, monkeypatch):
     def refuse(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("distillab.data._joined_ids", refuse)
+    monkeypatch.setattr("distillab.data.joined_ids", refuse)
     second, _ = WikiDataset.build(jsonl, tiny_tokenizer, max_seq_len=16)
     assert stream(first) == stream(second)
     assert first.fingerprint == second.fingerprint
@@ -262,7 +262,7 @@ def test_a_build_killed_half_way_is_started_again(tmp_path, jsonl, tiny_tokenize
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import os, sys, distillab.data as data; from distillab.tokenizer import load_tokenizer;"
-        "data._joined_ids = lambda *_: os._exit(9);"
+        "data.joined_ids = lambda *_: os._exit(9);"
         "data.WikiDataset.build(sys.argv[1], load_tokenizer(sys.argv[2]), max_seq_len=16)"
     )
     command = [sys.executable, "-c", code, jsonl, str(tmp_path / "tokenizer")]

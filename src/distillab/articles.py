@@ -9,11 +9,15 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cache import file_sha256
 from .errors import DistillabError, nearest
 from .pretrained import hub_is_reachable, one_line_errors
+from .sources import fetch
+
+if TYPE_CHECKING:
+    import datasets
 
 TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
 
@@ -139,6 +143,12 @@ def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str
     Raises:
         DistillabError: hub 连不上，或没有这个数据集。
     """
+    with one_line_errors("data", name):
+        for number, record in enumerate(_hub_stream(name, subset, split)):
+            yield f"{name}: row {number}", record
+
+
+def _hub_stream(name: str, subset: str | None, split: str) -> datasets.IterableDataset:
     if not Path(name).exists() and not hub_is_reachable():
         raise DistillabError(
             f"cannot load data {name!r}: not on this machine and the hub is unreachable; "
@@ -146,10 +156,92 @@ def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str
         )
     import datasets
 
-    with one_line_errors("data", name):
-        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
-        for number, record in enumerate(stream):
-            yield f"{name}: row {number}", record
+    return datasets.load_dataset(name, subset, split=split, streaming=True)
+
+
+class ArticleStream:
+    """一篇篇文章的流，读到哪里都能记下，再从那里接着读。
+
+    Args:
+        rows: ``datasets`` 的流，每行的 ``text_field`` 是正文。
+        text_field: 同上。
+        name: 来源，写进错误信息。
+        identity: 内容的身份，换一台机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。
+        local_identity: 在这台机器上的：文件还看路径与修改时间。
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        text_field: str,
+        name: str,
+        identity: list[Any],
+        local_identity: list[Any],
+    ) -> None:
+        self.rows, self.text_field, self.name = rows, text_field, name
+        self.identity, self.local_identity = identity, local_identity
+
+    @classmethod
+    def open(
+        cls, source: str, text_field: str, subset: str | None, split: str, sha256: str | None
+    ) -> ArticleStream:
+        """打开来源；每个文件是一个分片。
+
+        Raises:
+            DistillabError: 来源读不到，或 ``split``、``subset`` 不适用。
+        """
+        path = fetch(source, sha256=sha256)
+        if isinstance(path, str):
+            with one_line_errors("data", path):
+                rows = _hub_stream(path, subset, split)
+            hub = ["hub", path, subset, split]
+            return cls(rows, text_field, path, hub, hub)
+        if split != "train":
+            raise DistillabError(f"split {split!r} does not apply to {source!r}; it is for hub ids")
+        import datasets
+
+        files = text_files(path, subset)
+        rows = datasets.IterableDataset.from_generator(
+            _file_rows,
+            features=datasets.Features({"text": datasets.Value("string")}),
+            gen_kwargs={"files": [str(file) for file in files], "text_field": text_field},
+        )
+        sizes = [file.stat() for file in files]
+        identity = [
+            "files",
+            *(f"{f.suffix}:{s.st_size}" for f, s in zip(files, sizes, strict=True)),
+        ]
+        local = [f"{f.resolve()}:{s.st_mtime_ns}" for f, s in zip(files, sizes, strict=True)]
+        return cls(rows, "text", str(path), identity, [*identity, *local])
+
+    def __iter__(self) -> Iterator[str]:
+        return self.resume(None)
+
+    def resume(self, state: dict[str, Any] | None) -> Iterator[str]:
+        """从 ``state_dict()`` 记下的地方接着读；``None`` 为从头。
+
+        Yields:
+            正文，原样；空白的文章跳过。
+
+        Raises:
+            DistillabError: 读不了，或没有这个字段。
+        """
+        self.rows.load_state_dict(state)
+        with one_line_errors("data", self.name):
+            for row in self.rows:
+                text = _text_of(row, self.text_field, self.name)
+                if text.strip():
+                    yield text
+
+    def state_dict(self) -> dict[str, Any]:
+        """最近一次 ``resume`` 读到了哪里，能存成 JSON。"""
+        state: dict[str, Any] = self.rows.state_dict()
+        return state
+
+
+def _file_rows(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
+    for text in read_files([Path(file) for file in files], text_field):
+        yield {"text": text}
 
 
 def take_megabytes(articles: Iterator[str], size_mb: float | None) -> tuple[list[str], int]:

@@ -22,16 +22,20 @@ class View:
         input_ids: ``[B, T]``，int64。
         attention_mask: ``[B, T]``，int64，1 为真实 token；``None`` 表示没有 padding。
         index: ``[P]``，int64，``input_ids`` 展平后的位置；第 i 个位置预测 ``labels[i]``。
+        position_ids: ``[B, T]``，int64，一行里放了几段文档时每段各从 0 数起，文档互相看不见；
+            ``None`` 表示一行就是一段。
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     index: Tensor
+    position_ids: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> View:
         """对每个张量施加 ``function``（搬到别的设备、锁页），得到新的视角。"""
         mask = None if self.attention_mask is None else function(self.attention_mask)
-        return View(function(self.input_ids), mask, function(self.index))
+        positions = None if self.position_ids is None else function(self.position_ids)
+        return View(function(self.input_ids), mask, function(self.index), positions)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """挑出预测 response token 的行：padding 与 prompt 从不进入 head。
@@ -166,13 +170,19 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
 
-def collate_text(items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None = None) -> Batch:
+def collate_text(
+    items: Sequence[Mapping[str, Tensor]],
+    vocab_limit: int | None = None,
+    separator: int | None = None,
+) -> Batch:
     """把等长的文本块拼成 ``Batch``，两个模型看同一个视角。
 
     Args:
         items: 每项有 ``input_ids [T]`` 与 ``labels [T]``，``labels[t]`` 是位置 t 的目标，
             ``IGNORE_INDEX`` 的位置不训练。
         vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的目标不训练。
+        separator: 文章之后的分隔 token；给出它，块里的文章便互相看不见，也不由分隔 token 去猜
+            下一篇的开头。
 
     Returns:
         没有 padding 的 ``Batch``。
@@ -181,8 +191,17 @@ def collate_text(items: Sequence[Mapping[str, Tensor]], vocab_limit: int | None 
     trained = labels != IGNORE_INDEX
     if vocab_limit is not None:
         trained &= labels < vocab_limit
+    ids = torch.stack([item["input_ids"] for item in items])
+    positions = None
+    if separator is not None:
+        ends = ids == separator
+        trained &= ~ends.flatten()
+        steps = torch.arange(ids.shape[1]).expand_as(ids)
+        starts = torch.zeros_like(ids)
+        starts[:, 1:] = torch.where(ends[:, :-1], steps[:, 1:], 0)
+        positions = steps - starts.cummax(dim=1).values
     index = trained.nonzero().squeeze(1)
-    view = View(torch.stack([item["input_ids"] for item in items]), None, index)
+    view = View(ids, None, index, positions)
     return Batch(view, view, labels[index])
 
 
@@ -203,10 +222,7 @@ def collate_examples(
     Returns:
         ``Batch``；没有一条带特权信息时，两个视角是同一个对象。
     """
-    keep = [
-        [vocab_limit is None or label < vocab_limit for label in example.student.labels]
-        for example in examples
-    ]
+    keep = _kept(examples, vocab_limit)
 
     def view(sequences: Sequence[Tokens]) -> View:
         length = max(len(tokens.ids) for tokens in sequences)
@@ -230,10 +246,66 @@ def collate_examples(
     student = view([example.student for example in examples])
     same = all(example.teacher is example.student for example in examples)
     teacher = student if same else view([example.teacher for example in examples])
+    return Batch(student, teacher, _labels(examples, keep), tuple(examples))
+
+
+def collate_packed(
+    rows: Sequence[Sequence[Example]], pad_id: int, vocab_limit: int | None = None
+) -> Batch:
+    """每行首尾相接地放几条 ``Example``，两个视角以同样的次序；它们互相看不见。
+
+    行尾补到最长的一行；补的那一段自成一个文档，从不被训练，也不被看见。
+
+    Args:
+        rows: 每行至少一条。
+        pad_id: 填充用的 id。
+        vocab_limit: 见 ``collate_examples``。
+
+    Returns:
+        ``Batch``；``position_ids`` 逐条从 0 数起，``attention_mask`` 为 ``None``。
+    """
+    examples = [example for row in rows for example in row]
+    keep = _kept(examples, vocab_limit)
+
+    def view(side: Callable[[Example], Tokens]) -> View:
+        length = max(sum(len(side(example).ids) for example in row) for row in rows)
+        ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        index: list[int] = []
+        kept = iter(keep)
+        for number, row in enumerate(rows):
+            start = 0
+            for tokens in map(side, row):
+                end = start + len(tokens.ids)
+                ids[number, start:end] = torch.tensor(tokens.ids)
+                positions[number, start:end] = torch.arange(end - start)
+                index += [
+                    number * length + start + position - 1
+                    for position, wanted in zip(tokens.response, next(kept), strict=True)
+                    if wanted
+                ]
+                start = end
+            positions[number, start:] = torch.arange(length - start)
+        return View(ids, None, torch.tensor(index, dtype=torch.long), positions)
+
+    student = view(lambda example: example.student)
+    same = all(example.teacher is example.student for example in examples)
+    teacher = student if same else view(lambda example: example.teacher)
+    return Batch(student, teacher, _labels(examples, keep), tuple(examples))
+
+
+def _kept(examples: Sequence[Example], vocab_limit: int | None) -> list[list[bool]]:
+    return [
+        [vocab_limit is None or label < vocab_limit for label in example.student.labels]
+        for example in examples
+    ]
+
+
+def _labels(examples: Sequence[Example], keep: list[list[bool]]) -> Tensor:
     labels = [
         label
         for example, kept in zip(examples, keep, strict=True)
         for label, wanted in zip(example.student.labels, kept, strict=True)
         if wanted
     ]
-    return Batch(student, teacher, torch.tensor(labels, dtype=torch.long), tuple(examples))
+    return torch.tensor(labels, dtype=torch.long)

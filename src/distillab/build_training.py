@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from .batch import Batch, collate_examples, collate_text
+from .batch import Batch, collate_text
 from .build import Parts
 from .chat_data import ChatDataset, LengthGroupedSampler
 from .config import Recipe, TextConfig
@@ -22,8 +22,11 @@ from .errors import DistillabError
 from .generate import TextGenerator
 from .loaders import evenly
 from .on_policy import OnPolicy
+from .packing import PackedDataset, collate_rows, keeps_documents_apart
 from .paired import Pair, load_pairs
 from .rollout import Rollout, answered
+from .streams import TextStream
+from .tokenizer import document_separator
 from .trainer import DistillationTrainer
 
 logger = logging.getLogger("distillab")
@@ -88,13 +91,15 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
     train, validation = text_splits(
         recipe, parts.tokenizer, data.max_seq_len or parts.student.max_seq_len
     )
-    return Data(train, validation, partial(collate_text, vocab_limit=parts.vocab_limit))
+    separator = document_separator(parts.tokenizer) if _packs(recipe, parts) else None
+    collate = partial(collate_text, vocab_limit=parts.vocab_limit, separator=separator)
+    return Data(train, validation, collate)
 
 
 def text_splits(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
-) -> tuple[WikiDataset, WikiDataset]:
-    """文本数据的训练集与验证集；切好的存在缓存里，第二次很快。
+) -> tuple[WikiDataset | TextStream, WikiDataset]:
+    """文本数据的训练集（或流）与验证集；切好的存在缓存里，第二次很快。
 
     Args:
         recipe: 配方，``data.format`` 是 ``text``。
@@ -105,18 +110,25 @@ def text_splits(
         DistillabError: 见 ``WikiDataset.build``。
     """
     data = recipe.data
-    train, validation = WikiDataset.build(
-        data.source,
-        tokenizer,
-        max_seq_len=max_seq_len,
-        size_mb=data.size_mb,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        subset=data.subset,
-        split=data.split,
-        seed=recipe.train.seed,
-        sha256=data.sha256,
-    )
+    options: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "size_mb": data.size_mb,
+        "validation_fraction": data.validation_fraction,
+        "text_field": data.text_field,
+        "subset": data.subset,
+        "split": data.split,
+        "seed": recipe.train.seed,
+        "sha256": data.sha256,
+    }
+    if data.streaming:
+        options["shuffle_buffer"] = data.shuffle_buffer
+        stream, validation = TextStream.build(data.source, tokenizer, **options)
+        logger.info(
+            "streaming the training text; %s tokens for validation, from its beginning, in "
+            "sequences of %d", f"{validation.num_tokens:,}", max_seq_len,
+        )  # fmt: skip
+        return stream, validation
+    train, validation = WikiDataset.build(data.source, tokenizer, **options)
     logger.info(
         "%s training tokens, %s for validation, in sequences of %d",
         f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,
@@ -138,15 +150,50 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     config = recipe.train
     window = config.batch_size * config.gradient_accumulation_steps * _processes()
     collate = partial(
-        collate_examples,
+        collate_rows,
         pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
         vocab_limit=parts.vocab_limit,
         padding_side=parts.tokenizer.padding_side,
     )
+    if _packs(recipe, parts):
+        rows = PackedDataset(train, max_seq_len, config.seed)
+        logger.info(
+            "packed %s conversations into %s rows of %d tokens: %.1f%% of the student's are "
+            "filled, %.1f%% of the teacher's",
+            f"{len(train):,}", f"{len(rows):,}", max_seq_len, *(100 * f for f in rows.filled),
+        )  # fmt: skip
+        # 行一样长，所以只是打乱；一轮仍是整数步，怎样切成 micro-batch、分给几个进程都相同。
+        shuffled = LengthGroupedSampler([max_seq_len] * len(rows), window, config.seed)
+        return Data(rows, validation, collate, shuffled)
     sampler = LengthGroupedSampler(train.lengths, window, config.seed)
     if recipe.responses.only_sampled and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
     return Data(train, validation, collate, sampler)
+
+
+def _packs(recipe: Recipe, parts: Parts) -> bool:
+    """要不要、也能不能让一行里的几段互不相见；不能就在日志里说。"""
+    if not recipe.data.packing:
+        return False
+    if recipe.responses.on_policy:
+        logger.warning(
+            "data.packing: sampled responses have no length before they are sampled: "
+            "padding batches of similar length instead"
+        )
+        return False
+    for name, model in {"student": parts.student, "teacher": parts.teacher}.items():
+        if model is not None and not keeps_documents_apart(model):
+            instead = (
+                "padding batches of similar length"
+                if recipe.data.format == "chat"
+                else "letting them see each other"
+            )
+            logger.warning(
+                "data.packing: the attention of the %s does not keep documents apart: %s instead",
+                name, instead,
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[Any]:

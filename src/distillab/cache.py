@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import uuid
@@ -10,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import DistillabError
+
+logger = logging.getLogger("distillab")
 
 
 def cache_dir() -> Path:
@@ -77,10 +82,7 @@ def build_dir(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise DistillabError(
-            f"cannot write to the cache at {target.parent}: {error.strerror}; "
-            f"set DISTILLAB_CACHE to a writable directory"
-        ) from error
+        raise _not_writable(target, error) from error
     try:
         yield temporary
         try:
@@ -90,3 +92,50 @@ def build_dir(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def build_once(target: Path) -> Iterator[Path | None]:
+    """同 ``build_dir``，但只有一个进程在建，同时要它的别的进程等着用。
+
+    锁由系统持有：建的进程被杀，锁随它而去，等着的进程接手重建，并清掉它留下的临时目录。
+
+    Args:
+        target: 最终的目录。
+
+    Yields:
+        空的临时目录；``target`` 已经在了（也许是刚才等来的），则为 ``None``。
+
+    Raises:
+        DistillabError: 缓存目录不可写。
+    """
+    if target.is_dir():
+        yield None
+        return
+    lock = FileLock(cache_dir() / "locks" / f"{target.parent.name}-{target.name}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.info("waiting for another process to build %s", target)
+            lock.acquire()
+    except OSError as error:
+        raise _not_writable(target, error) from error
+    try:
+        if target.is_dir():
+            yield None
+            return
+        for left in target.parent.glob(f".{target.name}.{'[0-9a-f]' * 12}"):
+            shutil.rmtree(left, ignore_errors=True)
+        with build_dir(target) as temporary:
+            yield temporary
+    finally:
+        lock.release()
+
+
+def _not_writable(target: Path, error: OSError) -> DistillabError:
+    return DistillabError(
+        f"cannot write to the cache at {target.parent}: {error.strerror}; "
+        f"set DISTILLAB_CACHE to a writable directory"
+    )

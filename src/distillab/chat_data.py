@@ -130,6 +130,11 @@ class ChatDataset(Dataset[Example]):
                 digest.update(len(part).to_bytes(8, "little") + part.tobytes())
         self.fingerprint = f"{digest.hexdigest()[:16]}-{name}"
 
+    @property
+    def view_lengths(self) -> list[tuple[int, int]]:
+        """每条 ``(学生, 教师)`` 两个视角各多长，单位 token。"""
+        return [(len(views[0][0]), len(views[-1][0])) for views in self._views]
+
     @classmethod
     def build(
         cls,

@@ -63,6 +63,7 @@ class TrainerState:
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
         guard: 从学生采样时，拿来与以后比较的。
         data: 训练数据的指纹；``None`` 是没有指纹的数据集。
+        stream: 训练数据是流时，读到了哪里：``StreamState`` 的各项。
     """
 
     current_epoch: int = 0
@@ -78,6 +79,7 @@ class TrainerState:
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
+    stream: dict[str, Any] | None = None
 
     def add(self, sums: Mapping[str, float]) -> None:
         """记下一步的总和；跳过的一步只有 ``seconds``。"""
@@ -338,7 +340,8 @@ def read_state(path: Path) -> TrainerState:
     """
     try:
         values = json.loads((path / STATE_FILE).read_text())["state"]
-        values.setdefault("failed_rows", 0)
+        values.setdefault("failed_rows", 0)  # 较早的检查点没有这两项
+        values.setdefault("stream", None)
         values["guard"] = RolloutGuard(**values["guard"])
         return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
     except FileNotFoundError:

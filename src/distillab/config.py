@@ -371,6 +371,8 @@ class Recipe(Section):
                 f"{config.max_seq_len}"
             )
         total = self.train.max_steps
+        if self.data.streaming and total is None:
+            raise ValueError("data.streaming=true needs train.max_steps: a stream has no end")
         warmup = self.train.warmup_steps if self.train.warmup_ratio is None else 0
         if total is not None and warmup >= total:
             raise ValueError(

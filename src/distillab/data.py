@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .articles import files_identity, read_files, read_hub, take_megabytes, text_files
 from .batch import IGNORE_INDEX
-from .cache import build_dir, cache_dir
+from .cache import build_once, cache_dir
 from .errors import DistillabError
 from .sources import fetch
 from .tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
@@ -108,7 +108,7 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         Raises:
             DistillabError: 来源读不到或读不懂、参数越界，或文本不够每边切出一块。
         """
-        _check_arguments(max_seq_len, size_mb, validation_fraction)
+        check_arguments(max_seq_len, size_mb, validation_fraction)
         articles, identity = _open_source(source, text_field, subset, split, sha256)
         settings = {
             "format": _FORMAT,
@@ -122,21 +122,17 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         directory = cache_dir() / "datasets" / key
-        if not directory.is_dir():
-            texts, _ = take_megabytes(articles, size_mb)
-            if not texts:
-                raise DistillabError(
-                    f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
-                    f"article is larger"
-                )
-            parts = split_articles(texts, validation_fraction, seed)
-            with build_dir(directory) as building:
+        with build_once(directory) as building:
+            if building is not None:
+                texts = head(articles, size_mb, source)
+                parts = split_articles(texts, validation_fraction, seed)
                 for name, part in zip(("train", "validation"), parts, strict=True):
-                    _write_chunks(building / name, part, tokenizer, max_seq_len, num_proc)
-        return cls._open(directory, "train", key), cls._open(directory, "validation", key)
+                    write_chunks(building / name, part, tokenizer, max_seq_len, num_proc)
+        return cls.open(directory, "train", key), cls.open(directory, "validation", key)
 
     @classmethod
-    def _open(cls, directory: Path, name: str, key: str) -> WikiDataset:
+    def open(cls, directory: Path, name: str, key: str) -> WikiDataset:
+        """缓存里的 ``directory`` 的一边：``train`` 或 ``validation``。"""
         import datasets
 
         info = json.loads((directory / f"{name}.json").read_text())
@@ -158,7 +154,11 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         return len(self._chunks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        input_ids = torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64)
+        return self.item(torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64))
+
+    @staticmethod
+    def item(input_ids: Tensor) -> dict[str, Tensor]:
+        """一块 ``input_ids: [max_seq_len]``，int64，与它的 ``labels``。"""
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels[:-1] = input_ids[1:]
         return {"input_ids": input_ids, "labels": labels}
@@ -196,7 +196,23 @@ def split_articles(
     )
 
 
-def _check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
+def head(articles: Iterator[str], size_mb: float | None, source: str) -> list[str]:
+    """最前面的 ``size_mb``；一篇也没有就报错，``source`` 写进信息。"""
+    texts, _ = take_megabytes(articles, size_mb)
+    if not texts:
+        raise DistillabError(
+            f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
+            f"article is larger"
+        )
+    return texts
+
+
+def check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
+    """``WikiDataset.build`` 的几个数在不在范围里。
+
+    Raises:
+        DistillabError: 不在。
+    """
     if max_seq_len < 2:
         raise DistillabError(
             f"max_seq_len is {max_seq_len}; expected at least 2: a token and its target"
@@ -222,18 +238,23 @@ def _open_source(
     return read_files(files, text_field), ["files", *files_identity(files)]
 
 
-def _write_chunks(
+def write_chunks(
     directory: Path,
     articles: list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
-    num_proc: int | None,
+    num_proc: int | None = None,
 ) -> None:
+    """把一边的文章切成块，写进 ``directory``，旁边的 ``.json`` 记着文章数与字节数。
+
+    Raises:
+        DistillabError: 不足一块，或分词器给出的 id 越界。
+    """
     import datasets
     import numpy as np
     import pyarrow as pa
 
-    ids = _joined_ids(articles, tokenizer, num_proc, f"tokenising {directory.name}")
+    ids = joined_ids(articles, tokenizer, num_proc, f"tokenising {directory.name}")
     count = len(ids) // max_seq_len
     if not count:
         raise DistillabError(
@@ -256,21 +277,25 @@ def _write_chunks(
     directory.with_name(f"{directory.name}.json").write_text(json.dumps(asdict(info)))
 
 
-def _joined_ids(
+def encode_articles(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """每篇的 token，之后一个分隔 token；不加别的特殊 token。"""
+    if not texts:
+        return []
+    # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    separator = document_separator(tokenizer)
+    return [[*ids, separator] for ids in encoded["input_ids"]]
+
+
+def joined_ids(
     articles: list[str], tokenizer: PreTrainedTokenizerBase, num_proc: int | None, desc: str
 ) -> Any:
     """所有文章的 token 首尾相接，每篇之后一个分隔 token：``[N]``，int32。"""
     import datasets
     import numpy as np
 
-    separator = document_separator(tokenizer)
-
     def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
-        encoded = tokenizer(
-            batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        return {"input_ids": [[*ids, separator] for ids in encoded["input_ids"]]}
+        return {"input_ids": encode_articles(batch["text"], tokenizer)}
 
     rows = datasets.Dataset.from_dict({"text": articles}).map(
         tokenise,

@@ -118,11 +118,22 @@ class DataSection(Experience, Records):
 
     format: Literal["text", "chat"] = Field("text", description="Running text, or prompt/response.")
     size_mb: float | None = Field(
-        50.0, gt=0, description="At most this much text, in 10^6 bytes; chat: all of it."
+        50.0, gt=0, description="At most this much text, in 10^6 bytes; chat, streaming: all of it."
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of articles held out.")
     max_seq_len: int | None = Field(
         None, ge=2, description="Tokens per training sequence; default: the student's."
+    )
+    streaming: bool = Field(
+        False, description="Read and tokenise text while training; needs train.max_steps."
+    )
+    shuffle_buffer: int = Field(
+        10_000, gt=0, description="Sequences of a stream that are shuffled together."
+    )
+    packing: bool = Field(
+        False,
+        description="Several conversations in one row of max_seq_len tokens, or the articles of a "
+        "chunk, none seeing another; where attention cannot, padding as without it.",
     )
     template_options: dict[str, Any] = Field(
         {}, description="Options of the tokenizer's chat template, such as enable_thinking."
@@ -137,9 +148,18 @@ class DataSection(Experience, Records):
     @model_validator(mode="after")
     def _chat_keys(self) -> DataSection:
         if self.format == "chat":
+            if self.streaming:
+                raise ValueError(
+                    "streaming and format=chat disagree: conversations are checked against each "
+                    "other before training; drop streaming"
+                )
             if "size_mb" not in self.model_fields_set:
                 self.size_mb = None
+            if self.packing and self.max_seq_len is None:
+                raise ValueError("packing needs max_seq_len: the length that rows are packed to")
             return self
+        if self.streaming and "size_mb" not in self.model_fields_set:
+            self.size_mb = None
         for key in ("teacher_source", "experience", "responses", "template_options"):
             if getattr(self, key):
                 raise ValueError(f"{key} and format={self.format} disagree: set format: chat")

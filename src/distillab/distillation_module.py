@@ -48,7 +48,10 @@ class DistillationModule(nn.Module):
         view = batch.student
         if isinstance(targets, AdapterOffTeacher):
             targets = timed("teacher forward", targets.targets, batch.teacher, self.vocab_limit)
-        hidden = timed("student forward", self.student, view.input_ids, view.attention_mask)
+        hidden = timed(
+            "student forward", self.student,
+            view.input_ids, view.attention_mask, position_ids=view.position_ids,
+        )  # fmt: skip
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER

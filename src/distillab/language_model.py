@@ -27,9 +27,16 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """``input_ids: [B, T]`` → 最后一层隐状态 ``[B, T, H]``（已归一化，未乘词表）。"""
+        """``input_ids: [B, T]`` → 最后一层隐状态 ``[B, T, H]``（已归一化，未乘词表）。
+
+        ``position_ids: [B, T]`` 每从 0 重新数起就是另一段文档，互相看不见；给出它时没有另外两样。
+        """
 
     @property
     @abstractmethod
@@ -112,7 +119,11 @@ class PretrainedLM(LanguageModel):
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """算出最后一层隐状态。
 
@@ -120,11 +131,20 @@ class PretrainedLM(LanguageModel):
             input_ids: ``[B, T]``，int64。
             attention_mask: ``[B, past + T]``，1 为真实 token；左右填充皆可。
             cache: ``new_cache()`` 的返回值，或 ``None``。
+            position_ids: ``[B, T]``，一行里有几段文档时各从 0 数起；transformers 由此认出它们，
+                是否真的隔开见 :func:`distillab.packing.keeps_documents_apart`。
 
         Returns:
             ``[B, T, H]``，模型自身的 dtype，已过最终归一化，未乘词表。
+
+        Raises:
+            ValueError: 给了 ``position_ids`` 而模型不看它。
         """
         extra: dict[str, Any] = {}
+        if position_ids is not None:
+            if not self._takes_positions:
+                raise ValueError(f"{type(self.model).__name__} takes no position_ids")
+            extra["position_ids"] = position_ids
         if attention_mask is not None and self._takes_positions:
             # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

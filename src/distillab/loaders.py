@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,8 +13,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .batch import Batch
+from .checkpoint import TrainerState
+from .config import TrainingConfig
 from .errors import DistillabError
 from .skips import GuardedCollate, GuardedRows
+from .streams import StreamState, TextStream
 
 Collate = Callable[[Sequence[Any]], Batch]
 """把若干项拼成 ``Batch``。"""
@@ -58,18 +64,20 @@ def train_loader(
     """训练数据；最后不足一批的不要，读不出的行跳过（见 ``skips``）。
 
     Args:
-        data: 训练集。
+        data: 训练集，或没有尽头的 ``TextStream``。
         accelerator: 引擎，由它分给各进程。
         collate: 把若干项拼成 ``Batch``。
         batch_size: 每个进程每批几条。
         sampler: 次序；``None`` 为随机打乱。
 
     Returns:
-        Accelerate 包装过的 ``DataLoader``。
+        Accelerate 包装过的 ``DataLoader``；流则是 ``StreamLoader``。
 
     Raises:
         DistillabError: 数据不足每个进程一批。
     """
+    if isinstance(data, TextStream):
+        return StreamLoader(data, accelerator, collate, batch_size)
     processes, count = accelerator.num_processes, len(data)  # type: ignore[arg-type]
     if count < batch_size * processes:
         raise DistillabError(
@@ -90,6 +98,63 @@ def train_loader(
         generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
     )
     return accelerator.prepare(loader)
+
+
+class StreamLoader:
+    """一个流分给各进程：依次取「进程数 x 批大小」块，第 r 个进程取其中的第 r 批。
+
+    一步由哪些块组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。
+    不预取：记下的位置总是刚用到的地方。
+
+    Args:
+        stream: 训练的流。
+        accelerator: 引擎。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每个进程每批几条。
+    """
+
+    def __init__(
+        self, stream: TextStream, accelerator: Accelerator, collate: Collate, batch_size: int
+    ) -> None:
+        self.stream, self.accelerator, self.collate = stream, accelerator, collate
+        self.batch_size = batch_size
+
+    def windows(self, state: TrainerState, size: int, total_steps: int) -> Iterator[list[Batch]]:
+        """给出窗口，每个 ``size`` 批，直到第 ``total_steps`` 步；先把读到的位置记进 ``state``。"""
+        position = StreamState(**state.stream) if state.stream else StreamState()
+        items = self.stream.items(position)
+        start = self.accelerator.process_index * self.batch_size
+        together = self.accelerator.num_processes * self.batch_size
+        while state.current_step < total_steps:
+            window = []
+            for _ in range(size):
+                read = list(islice(items, together))
+                position = read[-1][1]
+                own = [item for item, _ in read[start : start + self.batch_size]]
+                window.append(self.collate(own).to(self.accelerator.device))
+            state.stream, state.current_epoch = asdict(position), position.epoch
+            state.batches_in_epoch += size
+            yield window
+
+
+def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:
+    """一共走多少 optimizer 步。
+
+    Args:
+        loader: ``train_loader`` 的返回值。
+        config: 训练超参数。
+        reuse: 一个窗口走几步。
+
+    Raises:
+        DistillabError: 流没有尽头，而 ``config.max_steps`` 没有设。
+    """
+    if isinstance(loader, StreamLoader):
+        if config.max_steps is None:
+            raise DistillabError("data.streaming=true needs train.max_steps: a stream has no end")
+        return config.max_steps
+    windows = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    total = config.num_epochs * windows * reuse
+    return min(config.max_steps or total, total)
 
 
 def evaluation_loader(

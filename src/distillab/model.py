@@ -263,6 +263,7 @@ class StudentModel(LanguageModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """算到最终归一化为止；词表投影交给 ``head``，由损失决定怎样乘。
 
@@ -271,6 +272,8 @@ class StudentModel(LanguageModel):
             attention_mask: ``[B, past + T]``，1 为真实 token、0 为填充，左右填充皆可；
                 ``None`` 表示没有填充，走因果注意力的快速路径。
             cache: 之前的键值，会被就地更新；``None`` 表示不缓存。
+            position_ids: ``[B, T]``，一行里有几段文档时各从 0 数起，它们互相看不见；给出它时
+                没有 ``attention_mask`` 与 ``cache``。
 
         Returns:
             ``[B, T, H]``。填充位置上的值没有意义，但不会是 NaN。
@@ -291,7 +294,10 @@ class StudentModel(LanguageModel):
                 f"attention_mask has shape {list(attention_mask.shape)}, expected "
                 f"[{batch}, {total}] (batch, cached + new tokens)"
             )
-        positions, mask = _positions_and_mask(input_ids, attention_mask, past)
+        if position_ids is None:
+            positions, mask = _positions_and_mask(input_ids, attention_mask, past)
+        else:
+            positions, mask = position_ids, _document_mask(position_ids)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         hidden: Tensor = self.embedding(input_ids)  # (B, T, H)
         recompute = self.gradient_checkpointing and self.training and cache is None
@@ -342,6 +348,22 @@ def _positions_and_mask(
     # 真实 token 本来就看得见自己，不受影响。
     visible = (steps <= queries) & real | (steps == queries)
     return positions, visible  # (B, 1, T, S)
+
+
+def _document_mask(positions: Tensor) -> Tensor:
+    """``positions: [B, T]`` → 可见性 ``[B, 1, T, T]``：同一段文档里在前面的。
+
+    例如位置 0 1 2 0 1 是两段，可见性是对角线上的两个下三角::
+
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        . . . 1 .
+        . . . 1 1
+    """
+    document = (positions == 0).cumsum(-1)  # (B, T)
+    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
+    return same.tril()
 
 
 def _init_weights(module: nn.Module) -> None:

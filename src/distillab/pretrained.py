@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from .cache import build_dir, cache_dir, file_sha256
+from .cache import build_once, cache_dir, file_sha256
 from .errors import DistillabError
 from .sources import fetch
 
@@ -121,13 +121,13 @@ def resolve_gguf_tokenizer(path: Path) -> Path:
     if model_dir.is_dir():
         return model_dir
     target = model_dir.with_name(f"{model_dir.name}-tokenizer")
-    if not target.is_dir():
-        from transformers import AutoTokenizer
+    with build_once(target) as directory:
+        if directory is not None:
+            from transformers import AutoTokenizer
 
-        with build_dir(target) as directory, quiet_transformers():
-            with _readable_gguf(path):
+            with quiet_transformers(), _readable_gguf(path):
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer.save_pretrained(directory)
+                tokenizer.save_pretrained(directory)
     return target
 
 
@@ -220,11 +220,13 @@ def _converted_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     tokenizer_dir = resolve_gguf_tokenizer(path)
-    logger.info("converting %s to safetensors (once)", path.name)
-    import torch
-    from transformers import AutoModelForCausalLM
+    with build_once(target) as directory, quiet_transformers():
+        if directory is None:
+            return target
+        logger.info("converting %s to safetensors (once)", path.name)
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    with build_dir(target) as directory, quiet_transformers():
         with _readable_gguf(path):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .cache import build_dir, cache_dir, file_sha256
+from .cache import build_once, cache_dir, file_sha256
 from .errors import DistillabError
 
 logger = logging.getLogger("distillab")
@@ -78,10 +78,10 @@ def qwen_tokenizer_dir(path: Path) -> Path:
         DistillabError: 有一行读不懂，或 rank 不是 0..151642。
     """
     target = cache_dir() / "tokenizers" / f"qwen-{file_sha256(path)[:16]}-v1"
-    if not target.is_dir():
-        ranks = _read_ranks(path)
-        logger.info("building the Qwen tokenizer from %s (once)", path.name)
-        with build_dir(target) as directory:
+    with build_once(target) as directory:
+        if directory is not None:
+            ranks = _read_ranks(path)
+            logger.info("building the Qwen tokenizer from %s (once)", path.name)
             _write_tokenizer(ranks, directory)
     return target
 

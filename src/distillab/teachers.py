@@ -54,7 +54,8 @@ class LocalTeacher:
             ``HiddenTargets``，``hidden [P, H_t]``。
         """
         with torch.autocast(view.input_ids.device.type, enabled=False):
-            hidden = view.rows(self.model(view.input_ids, view.attention_mask))
+            hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+            hidden = view.rows(hidden)
         return HiddenTargets(hidden, self.model.head.cut(vocab_limit))
 
 
@@ -113,7 +114,8 @@ class _Reader(nn.Module):
         self.model = model
 
     def forward(self, view: View) -> Tensor:
-        return view.rows(self.model(view.input_ids, view.attention_mask))
+        hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+        return view.rows(hidden)
 
 
 class AdapterOffTeacher(LocalTeacher):

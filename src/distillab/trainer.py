@@ -31,7 +31,7 @@ from .engine import engine_name, global_sum, make_accelerator, prepare, resolve_
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
-from .loaders import evaluation_loader, in_step, train_loader
+from .loaders import StreamLoader, evaluation_loader, in_step, steps_in_all, train_loader
 from .losses import LossSums
 from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
@@ -111,10 +111,8 @@ class DistillationTrainer:
             train_data, self.accelerator, self.collate, config.batch_size, train_sampler
         )
         self.validation_loader = self.evaluation_loader(validation_data)
-        window = config.gradient_accumulation_steps
         reuse = 1 if on_policy is None else on_policy.config.reuse
-        total = config.num_epochs * math.ceil(len(self.train_loader) / window) * reuse
-        self.total_steps = min(config.max_steps or total, total)
+        self.total_steps = steps_in_all(self.train_loader, config, reuse)
         prepare_bodies(student, None if teacher is None else teacher.model, config)
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
@@ -202,6 +200,8 @@ class DistillationTrainer:
     def _windows(self) -> Iterator[list[Batch]]:
         """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
         state, size = self.state, self.config.gradient_accumulation_steps
+        if isinstance(self.train_loader, StreamLoader):
+            yield from self.train_loader.windows(state, size, self.total_steps)
         while state.current_step < self.total_steps:
             self.train_loader.set_epoch(state.current_epoch)
             batches = iter(skip_first_batches(self.train_loader, state.batches_in_epoch))
