@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,14 +203,22 @@ def test_fraction_follows_its_schedule():
     assert [student_fraction(linear, step, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1.0]
 
 
+class Unsampled:
+    """不采样的 Rollout：只看哪些步会采样。"""
+
+    generator = SimpleNamespace(model=None)
+
+    def of(self, model):
+        return self
+
+    def sample(self, examples, seeds):
+        return list(examples), RolloutSums()
+
+
 def test_about_the_fraction_of_steps_is_sampled_and_a_resumed_run_repeats_it(rollout):
     collate = partial(collate_examples, pad_id=397)
     policy = OnPolicy(rollout, ResponsesConfig(student_fraction=0.3), collate, seed=5)
-    policy.rollout = type(
-        "Fake",
-        (),
-        {"sample": staticmethod(lambda examples, seeds: (list(examples), RolloutSums()))},
-    )
+    policy.rollout = Unsampled()
     batch = collate([example(3)])
     flags = [policy.prepare([batch] * 4, step, 400, rank=0).sampled for step in range(400)]
     assert 0.25 < sum(flags) / 400 < 0.35

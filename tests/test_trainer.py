@@ -340,6 +340,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(make, stop):
 
 
 def test_a_run_may_be_resumed_in_other_micro_batches_but_not_in_other_steps(make, caplog):
+    caplog.set_level(logging.INFO, "distillab")
     whole = make("whole", max_steps=8, batch_size=4)
     whole.train()
     first = make("moved", max_steps=8, batch_size=4, save_interval=3)
