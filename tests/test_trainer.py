@@ -456,6 +456,7 @@ def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_resumed(ma
         first.train()
     newest = checkpoints(first.checkpoint_dir)[-1]
     os.truncate(newest / "model.safetensors", 100)
+    caplog.set_level(logging.INFO, "distillab")
     again = make("parts", max_steps=9, save_interval=100)
     again.train(resume=True)
     assert losses(again) == losses(whole)

@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import DistillabError, Terminated, exit_code
 from .signals import terminable
 
+
+class Commands(TyperGroup):
+    """Ctrl-C 与 SIGTERM 各有退出码；typer 自己把两者都当作 130。"""
+
+    def invoke(self, ctx: Any) -> Any:
+        """执行命令。"""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(_what(stop), file=sys.stderr)
+            raise typer.Exit(exit_code(stop)) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     name="distillab",
     help="Distil large language models into small ones.",
     no_args_is_help=True,
@@ -387,9 +401,6 @@ def main() -> None:
     except OSError as error:  # 磁盘满、没有权限
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(_what(stop), file=sys.stderr)
-        sys.exit(exit_code(stop))
 
 
 def _what(stop: KeyboardInterrupt) -> str:

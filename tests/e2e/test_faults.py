@@ -168,7 +168,7 @@ def test_when_one_process_is_killed_the_others_say_where_it_was(run):
     killed = run("kill", 2, FAULT_RANK="1")
     assert killed.codes == [2, -signal.SIGKILL], killed.logs
     assert "waited for the others in vain" in killed.logs[0]
-    assert re.search(r"rank 1: step [56], .*, not heard of for \d+ s", killed.logs[0])  # 每秒一次
+    assert re.search(r"rank 1: step \d, .*, not heard of for \d+ s", killed.logs[0])  # 每秒一次
     assert steps() == [4]
     assert killed.seconds < 30
     assert run("none", 2, "--resume").codes == [0, 0]
