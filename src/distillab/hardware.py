@@ -80,7 +80,7 @@ CORE_FLOPS = 50e9
 CPU_BANDWIDTH = 4e9
 """采样时持续的字节每秒：``benchmarks/results/sampling-cpu.json`` 8 行每步读一遍 0.5 GB 的权重。"""
 
-CPU_OVERHEAD = int(0.7 * GIB)
+CPU_OVERHEAD = int(0.55 * GIB)
 """Python、PyTorch、transformers 与编译器常驻的内存，``benchmarks/plan.py`` 量到的。"""
 
 
@@ -92,9 +92,9 @@ def find_device(name: str | None) -> Device:
     """
     if name is not None and name in GPUS:
         return GPUS[name]
-    if name not in (None, "cpu"):
+    if name is not None and name != "cpu":
         choices = [*GPUS, "cpu"]
-        raise DistillabError(f"--device {name}: unknown device; {nearest(str(name), choices)}")
+        raise DistillabError(f"--device {name}: unknown device; {nearest(name, choices)}")
     if name is None and (here := _this_gpu()) is not None:
         return here
     rate = CORE_FLOPS * (os.cpu_count() or 1)

@@ -223,7 +223,7 @@ class Step:
 
     @property
     def response_rows(self) -> int:
-        """Response token 数 P。"""
+        """算损失的 response token 数 P。"""
         return self.rows or self.tokens
 
     @property
