@@ -37,7 +37,7 @@ from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
 from .profiling import profiled_step, timed
 from .progress import TrainingProgress
-from .sharding import WholeCopy
+from .sharding import WholeCopy, whole
 from .signals import StopRequest
 from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .targets import Targets
@@ -240,7 +240,8 @@ class DistillationTrainer:
         parameters, clip = module.parameters(), self.config.gradient_clip
         norm = timed("gradient clip", accelerator.clip_grad_norm_, parameters, clip)
         shared = [self._failed_rows, *self.stop.votes()]
-        mean_norm = torch.as_tensor(norm).to(sums).reshape(1) / accelerator.num_processes
+        norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
+        mean_norm = norm.reshape(1) / accelerator.num_processes
         sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
         *values, norm, failed, stop_1, stop_2 = accelerator.reduce(sums, reduction="sum").tolist()
         losses = dict(zip(LossSums._fields, values, strict=True))
