@@ -29,8 +29,8 @@ def compare(runs: Path) -> Iterator[Record]:
         runs: 目录；没有可比的跳过。
 
     Yields:
-        记录；权重的差除以那个张量里最大的数。键的偏置另列：它对 softmax 没有影响，梯度只是舍入误差，
-        Adam 却会放大。
+        记录；权重的差除以那个张量里最大的数。键的偏置另列：它对 softmax 没有影响，梯度只是舍入
+        误差，Adam 却会放大。
     """
     for path in sorted(runs.iterdir()):
         engine, _, method = path.name.partition("-")
