@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from distillab.metrics import read_metrics
 
 BASELINE = "single"
+KD_VARIANTS = ("resumed", "shard")
+"""也与在线 KD 比较的：从另一个引擎的检查点恢复的，教师分片的。"""
 
 
 def compare(runs: Path) -> Iterator[Record]:
@@ -27,18 +29,20 @@ def compare(runs: Path) -> Iterator[Record]:
         runs: 目录；没有可比的跳过。
 
     Yields:
-        记录；权重的差除以那个张量里最大的数。
+        记录；权重的差除以那个张量里最大的数。键的偏置另列：它对 softmax 没有影响，梯度只是舍入
+        误差，Adam 却会放大。
     """
     for path in sorted(runs.iterdir()):
         engine, _, method = path.name.partition("-")
-        base = runs / f"{BASELINE}-{method}"
-        if engine == BASELINE or not (base / "export").is_dir():
+        base = runs / f"{BASELINE}-{'kd' if method in KD_VARIANTS else method}"
+        if path == base or not (base / "export").is_dir():
             continue
         yield {
             "engine": engine,
             "method": method,
             **{key: _steps(path, base, key) for key in ("loss", "grad_norm")},
-            "weights": _weights(path, base),
+            "weights": _weights(path, base, key_biases=False),
+            "key_biases": _weights(path, base, key_biases=True),
         }
 
 
@@ -50,11 +54,12 @@ def _steps(path: Path, base: Path, key: str) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def _weights(path: Path, base: Path) -> float:
+def _weights(path: Path, base: Path, key_biases: bool) -> float:
     found, expected = (load_file(run / "export" / "model.safetensors") for run in (path, base))
     return max(
         float((found[name] - weight).abs().max() / weight.abs().max())
         for name, weight in expected.items()
+        if name.endswith("k_proj.bias") == key_biases
     )
 
 

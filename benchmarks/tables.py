@@ -66,6 +66,7 @@ ENGINES: list[Column] = [
     ("loss", number("loss", ".1e")),
     ("gradient norm", number("grad_norm", ".1e")),
     ("exported weights", number("weights", ".1e")),
+    ("key biases", number("key_biases", ".1e")),
 ]
 
 

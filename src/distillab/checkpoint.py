@@ -369,7 +369,8 @@ def _load_weights(module: nn.Module, path: Path) -> None:
             found, expected = file.get_slice(name).get_shape(), list(shape(targets[name]))
             if found != expected:
                 raise DistillabError(
-                    f"{path}: holds another model: {name} is {found}, expected {expected}"
+                    f"{path}: holds another model: size mismatch for {name}: found {found}, "
+                    f"expected {expected}"
                 )
             place(targets[name], file.get_tensor(name))
 

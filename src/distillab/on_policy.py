@@ -130,8 +130,8 @@ class OnPolicy:
         prompts = [example for examples in old for example in examples]
         new: list[Example] = []
         sums = RolloutSums()
-        with nullcontext(self.rollout.generator.model) if student is None else student() as model:
-            rollout = self.rollout.of(model)
+        with nullcontext() if student is None else student() as model:
+            rollout = self.rollout if model is None else self.rollout.of(model)
             for start in range(0, len(prompts), ROWS_TOGETHER):
                 rows = slice(start, start + ROWS_TOGETHER)
                 sampled, part = rollout.sample(prompts[rows], seeds[rows])

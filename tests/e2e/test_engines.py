@@ -171,7 +171,9 @@ def assert_same_export(place: Path, run: str, expected: str) -> None:
     found, wanted = exported(place, run), exported(place, expected)
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
-        torch.testing.assert_close(found[name], weight, rtol=2e-4, atol=2e-5)
+        # 键的偏置对 softmax 没有影响，梯度只是舍入误差，Adam 却会把它放大到学习率那么大
+        atol = 3e-4 if name.endswith("k_proj.bias") else 1e-5
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=atol)
 
 
 CASES = [(engine, method) for engine in ENGINES for method in METHODS
