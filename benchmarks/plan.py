@@ -56,6 +56,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("responses.student_fraction=1.0", "train.batch_size=4"),
     ),
     "LoRA": ("experience/demo-skd", ("student.lora={rank: 16}", "train.batch_size=4")),
+    "LoRA, 0.5B": (
+        "experience/demo-skd",
+        (
+            "student={path: Qwen/Qwen2.5-0.5B, lora: {rank: 8}}",
+            "student.sha256=null", "teacher.path=Qwen/Qwen2.5-0.5B", "teacher.sha256=null",
+            "train.batch_size=2",
+        ),
+    ),
     "LoRA, bf16 base": (
         "qwen3-chat",
         (

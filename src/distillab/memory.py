@@ -330,25 +330,43 @@ class Step:
         )
         # 走完各层：embedding 的梯度先单独算出，再与 head 的相加；已有的梯度要等它们都齐了才加上去。
         apart = student.tied + (held > 0 or sharded > 1)
-        freed = 0 if device == "cuda" else self._not_returned(layers)
         found["embedding"] = (
             kept
             | targets
             | {
                 "gradients": gradients + apart * head,
-                "student activations": layer * self.checkpointing + working + freed,
+                "student activations": layer * self.checkpointing + working,
             }
         )
+        if device == "cpu":
+            for name, size in self._not_returned(layers).items():
+                found[name]["allocator"] = size
         return found
 
-    def _not_returned(self, layers: int) -> int:
-        """反向已经放掉、CPU 的分配器却没有还给系统的激活值，字节。
+    def _not_returned(self, layers: int) -> dict[str, int]:
+        """已经放掉、CPU 的分配器却没有还给系统的，时刻 -> 字节。
 
-        glibc 的 malloc 把不超过 32 MiB 的块留在堆里，梯度又很少正好放得进它们空出的地方；设
-        ``MALLOC_MMAP_THRESHOLD_=1048576`` 就会还，峰值果然低这么多。更大的块直接还给系统。
+        glibc 的 malloc 把不超过 32 MiB 的块留在堆里，后来的块又很少正好放得进空出的地方。设
+        ``MALLOC_MMAP_THRESHOLD_=1048576`` 就会还，峰值果然低这么多。留下的有：
+
+        * 反向走过的各层的激活值；
+        * 累积时，加到已有梯度上之后放掉的各层的梯度；
+        * LoRA 的每个线性层前向里临时的两份输出：adapter 留下的秩为 r 的小块占住了空出的地方。
         """
-        widest = self.tokens * self.student.intermediate_size * BYTES[self.precision]
-        return layers if widest <= HEAP_BLOCK else 0
+        student, size = self.student, BYTES[self.precision]
+        wide = self.tokens * student.intermediate_size * size
+        left = after = 0
+        if wide <= HEAP_BLOCK:
+            after = layers
+            if self.lora_rank is not None and not self.checkpointing:
+                outputs = student.query_size + 2 * student.kv_size
+                outputs += 2 * student.hidden_size + 2 * student.intermediate_size
+                left = 2 * self.tokens * outputs * size * student.num_layers
+        if self.lora_rank is None and self.accumulation > 1:
+            matrix = student.hidden_size * student.intermediate_size * 4
+            gradients = student.num_layers * student.block_matmuls * 4
+            after += gradients if matrix <= HEAP_BLOCK else 0
+        return {"loss": left, "backward": left, "embedding": left + after}
 
     def _layer(self) -> int:
         """一层为反向留下的字节数，整个 micro-batch。"""

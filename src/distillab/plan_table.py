@@ -132,6 +132,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "sampling", f"KV cache of {cells}, weights, logits"
     buckets = step.engine in ("ddp", "zero2")
     yield "communication", "gradient buckets" if buckets else "two gathered layers and the head"
+    yield "allocator", "freed, but not returned by malloc"
     yield "overhead", "libraries" if plan.device.kind == "cpu" else "CUDA context, fragmentation"
 
 
