@@ -26,6 +26,7 @@ STOPPED = 4
 
 METHODS = {
     "kd": ["train.activation_checkpointing=true"],
+    "seqkd": ["loss.alpha=0"],
     "skd": ["loss.alpha=0.9", "teacher.shard=true"],
     "gkd": [
         "loss={divergence: jsd, alpha: 1.0}",
