@@ -78,6 +78,7 @@ ORDER = [
     "curves",
     "run_dir",
     "engine",
+    "trainer_state",
     "layout",
     "checkpoint",
     "progress",
