@@ -104,6 +104,7 @@ ORDER = [
     "evaluation",
     "run",
     "launch",
+    "terminal",
     "cli",
 ]
 """每个模块只能导入排在它前面的。"""
