@@ -78,6 +78,7 @@ ORDER = [
     "curves",
     "run_dir",
     "engine",
+    "trainer_state",
     "layout",
     "checkpoint",
     "progress",
@@ -103,6 +104,7 @@ ORDER = [
     "evaluation",
     "run",
     "launch",
+    "terminal",
     "cli",
 ]
 """每个模块只能导入排在它前面的。"""

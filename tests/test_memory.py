@@ -190,3 +190,19 @@ def test_a_recorded_step_took_about_what_is_computed(case, student, teacher, siz
     _, parts = Step(student, SHAPES[teacher], *sizes).peak("cpu")
     extra = sum(size for name, size in parts.items() if "weights" not in name)
     assert record["extra_bytes"] == pytest.approx(extra - parts["optimizer"], rel=0.15)
+
+
+def test_what_malloc_keeps_is_counted_on_a_cpu_and_nowhere_else():
+    plain = Step(SHAPES["SmolLM2-135M"], None, 1, 64)
+    assert all("allocator" not in parts for parts in plain.moments("cuda").values())
+    kept = plain.moments("cpu")
+    assert kept["loss"]["allocator"] == 0
+    assert kept["embedding"]["allocator"] == kept["loss"]["student activations"]
+    blocks = 30 * SHAPES["SmolLM2-135M"].block_matmuls * 4
+    window = replace(plain, accumulation=2).moments("cpu")["embedding"]
+    assert window["allocator"] == kept["embedding"]["allocator"] + blocks
+    long = replace(plain, seq_len=8192).moments("cpu")  # 每块都大于 32 MiB，用完就还
+    assert long["embedding"]["allocator"] == 0
+    outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
+    lora = replace(plain, lora_rank=4).moments("cpu")
+    assert lora["loss"]["allocator"] == 2 * 64 * outputs * 4 * 30

@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import Dataset
 
 from distillab.batch import Batch, FailedRow, collate_text
-from distillab.checkpoint import TrainerState
 from distillab.errors import DistillabError
 from distillab.skips import (
     MAX_FAILED_ROWS,
@@ -16,6 +15,7 @@ from distillab.skips import (
     check_failed_rows,
     report_failed_rows,
 )
+from distillab.trainer_state import TrainerState
 
 
 class Rows(Dataset):

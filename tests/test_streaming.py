@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import distillab.streams
 from distillab.articles import ArticleStream
 from distillab.batch import collate_text
-from distillab.checkpoint import TrainerState
 from distillab.data import WikiDataset
 from distillab.errors import DistillabError
 from distillab.loaders import StreamLoader
 from distillab.streams import StreamState, TextStream, text_digest
+from distillab.trainer_state import TrainerState
 
 ARTICLES = [f"article {n} of the teacher" + " gives soft targets" * (n % 7) for n in range(90)]
 LENGTH = 16

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from .errors import DistillabError, Terminated, exit_code
+from .errors import DistillabError, exit_code
 from .signals import terminable
-
-
-class Commands(TyperGroup):
-    """Ctrl-C 与 SIGTERM 各有退出码；typer 自己把两者都当作 130。"""
-
-    def invoke(self, ctx: Any) -> Any:
-        """执行命令。"""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            print(_what(stop), file=sys.stderr)
-            raise typer.Exit(exit_code(stop)) from None
-
+from .terminal import (
+    Commands,
+    ResumeAuto,
+    print_samples,
+    print_tables,
+    print_written,
+    quiet_libraries,
+    what,
+)
 
 app = typer.Typer(
     cls=Commands,
@@ -50,17 +44,6 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     str, typer.Option(help="Which checkpoint: best, last, or a name like step-00000100.")
 ]
-
-
-class ResumeAuto(TyperCommand):
-    """``--resume`` 与 ``--resume auto`` 是一回事：后者的 ``auto`` 不能被当作配方。"""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """去掉紧跟着 ``--resume`` 的 ``auto``。"""
-        args = ["--resume" if arg == "--resume=auto" else arg for arg in args]
-        kept = [arg for before, arg in zip(["", *args], args, strict=False)
-                if (before, arg) != ("--resume", "auto")]  # fmt: skip
-        return super().parse_args(ctx, kept)
 
 
 @app.command(cls=ResumeAuto)
@@ -94,7 +77,7 @@ def train(
     from .recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from . import run as runs
 
     try:
@@ -102,12 +85,12 @@ def train(
     except KeyboardInterrupt as stop:
         again = Path("runs") / resolved.name / "recipe.yaml"
         if os.environ.get("RANK", "0") == "0":
-            print(f"{_what(stop)}; to continue: distillab train {again} --resume", file=sys.stderr)
+            print(f"{what(stop)}; to continue: distillab train {again} --resume", file=sys.stderr)
         raise typer.Exit(exit_code(stop)) from None
     if not summary:  # 不是主进程
         return
-    _print_samples(directory.samples_file)
-    _print_tables(summary)
+    print_samples(directory.samples_file)
+    print_tables(summary)
     print(f"plots:   {directory.plots}")
     if directory.report.exists():
         print(f"report:  {directory.report}")
@@ -212,7 +195,7 @@ def evaluate(
       distillab evaluate quickstart
       distillab evaluate quickstart --checkpoint last --model quickstart-ce
     """  # noqa: D301
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from .evaluation import evaluate as measure
@@ -243,13 +226,13 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
     from .recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from . import run as runs
 
     try:
         report = runs.synthesize(resolved)
     except KeyboardInterrupt as stop:
-        said = str(stop) or _what(stop)
+        said = str(stop) or what(stop)
         print(f"{said}; run the same command again to continue", file=sys.stderr)
         raise typer.Exit(exit_code(stop)) from None
     print(report)
@@ -276,7 +259,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeatable sampling.")] = None,
 ) -> None:
     """Continue prompts with a student; a single prompt is streamed as it is generated."""
-    _quiet_libraries()
+    quiet_libraries()
     from .run import chat_prompts, load_generator
 
     generator = load_generator(model)
@@ -307,7 +290,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory that transformers loads by itself."""
-    _quiet_libraries()
+    quiet_libraries()
     from . import run as runs
 
     print(runs.export(run, checkpoint, output))
@@ -344,9 +327,9 @@ def report(
 
     paths = [RunDirectory.find(run).path for run in runs]
     if watch:
-        watch_report(paths, output, every, _print_written)
+        watch_report(paths, output, every, print_written)
     else:
-        _print_written(write_report(paths, output)[0])
+        print_written(write_report(paths, output)[0])
 
 
 @app.command(name="runs")
@@ -401,55 +384,6 @@ def main() -> None:
     except OSError as error:  # 磁盘满、没有权限
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _what(stop: KeyboardInterrupt) -> str:
-    return "terminated" if isinstance(stop, Terminated) else "interrupted"
-
-
-def _print_written(path: Path) -> None:
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
-
-
-def _print_tables(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from .report import checks_table, closing_table
-
-    terminal = Console()
-    for table in (closing_table(summary), checks_table(summary)):
-        if table is not None:
-            terminal.print(table)
-
-
-def _print_samples(path: Path) -> None:
-    import json
-
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            print(f"> {row['prompt']}{row['student']}\n")
-
-
-def _quiet_libraries() -> None:
-    """我们的日志走 stderr；别人的警告只留错误，输出被重定向时进度条也不要。"""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # 要在 tqdm 导入之前
-    import transformers
-    from rich.logging import RichHandler
-
-    from .progress import console
-
-    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
-                          highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip
-    logger = logging.getLogger("distillab")
-    logger.handlers, logger.propagate = [handler], False
-    main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

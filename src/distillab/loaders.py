@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .batch import Batch
-from .checkpoint import TrainerState
 from .config import TrainingConfig
 from .errors import DistillabError
 from .skips import GuardedCollate, GuardedRows
 from .streams import StreamState, TextStream
+from .trainer_state import TrainerState
 
 Collate = Callable[[Sequence[Any]], Batch]
 """把若干项拼成 ``Batch``。"""

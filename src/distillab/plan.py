@@ -215,6 +215,8 @@ def _changes(found: Plan) -> Iterator[dict[str, str]]:
         yield {"train.precision": half}
     if recipe.teacher is not None and step.teacher_precision == "fp32":
         yield {"teacher.dtype": dtype}
+    if step.teacher is not None and step.processes > 1 and not step.shard_teacher:
+        yield {"teacher.shard": "true"}
     if recipe.student.path is not None and recipe.student.lora is None:
         yield {"student.lora.rank": "16", "student.lora.dtype": dtype}
     if recipe.teacher is not None and recipe.student.path and recipe.data.format == "chat":
@@ -310,6 +312,7 @@ def _planned(
         lora_rank=None if lora is None else lora.rank,
         base_precision="fp32" if lora is None else frozen(lora.dtype),
         self_teacher=models.shared,
+        shard_teacher=recipe.teacher is not None and recipe.teacher.shard and processes > 1,
         engine=engine,
         processes=processes,
         sampling=sampling,

@@ -16,7 +16,7 @@ from .build import Parts, build_models, build_teacher
 from .build_training import build_trainer, read_pairs
 from .card import model_card
 from .chat import question_prompt, render_prompt
-from .checkpoint import BEST, TrainerState, find_checkpoint, load_student
+from .checkpoint import BEST, find_checkpoint, load_student
 from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
@@ -39,6 +39,7 @@ from .synthesize import SynthesisReport
 from .synthesize import synthesize as ask
 from .tokenizer import load_tokenizer
 from .trainer import DistillationTrainer
+from .trainer_state import TrainerState
 
 logger = logging.getLogger("distillab")
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from .batch import Batch, FailedRow, View
-from .checkpoint import TrainerState
 from .errors import DistillabError
+from .trainer_state import TrainerState
 
 logger = logging.getLogger("distillab")
 

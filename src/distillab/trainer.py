@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
-from .checkpoint import TrainerState, resume_newest, save_best, save_checkpoint
+from .checkpoint import resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, training_step
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
@@ -42,6 +42,7 @@ from .signals import StopRequest
 from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .targets import Targets
 from .teachers import AdapterOffTeacher, LocalTeacher
+from .trainer_state import TrainerState
 from .watch import Watch
 
 logger = logging.getLogger("distillab")

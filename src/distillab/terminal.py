@@ -1,0 +1,90 @@
+"""命令行的零件：退出码、``--resume auto``、印给人看的东西。重的导入都在函数里面。"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .errors import Terminated, exit_code
+
+
+class Commands(TyperGroup):
+    """Ctrl-C 与 SIGTERM 各有退出码；typer 自己把两者都当作 130。"""
+
+    def invoke(self, ctx: Any) -> Any:
+        """执行命令。"""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(what(stop), file=sys.stderr)
+            raise typer.Exit(exit_code(stop)) from None
+
+
+class ResumeAuto(TyperCommand):
+    """``--resume`` 与 ``--resume auto`` 是一回事：后者的 ``auto`` 不能被当作配方。"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """去掉紧跟着 ``--resume`` 的 ``auto``。"""
+        args = ["--resume" if arg == "--resume=auto" else arg for arg in args]
+        kept = [arg for before, arg in zip(["", *args], args, strict=False)
+                if (before, arg) != ("--resume", "auto")]  # fmt: skip
+        return super().parse_args(ctx, kept)
+
+
+def what(stop: KeyboardInterrupt) -> str:
+    """为什么停下，一个词。"""
+    return "terminated" if isinstance(stop, Terminated) else "interrupted"
+
+
+def print_written(path: Path) -> None:
+    """写好的文件与它的大小。"""
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
+
+
+def print_tables(summary: dict[str, Any]) -> None:
+    """一次训练结束时的表。"""
+    from rich.console import Console
+
+    from .report import checks_table, closing_table
+
+    terminal = Console()
+    for table in (closing_table(summary), checks_table(summary)):
+        if table is not None:
+            terminal.print(table)
+
+
+def print_samples(path: Path) -> None:
+    """``samples.jsonl`` 里的续写；没有就不印。"""
+    import json
+
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            print(f"> {row['prompt']}{row['student']}\n")
+
+
+def quiet_libraries() -> None:
+    """我们的日志走 stderr；别人的警告只留错误，输出被重定向时进度条也不要。"""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # 要在 tqdm 导入之前
+    import transformers
+    from rich.logging import RichHandler
+
+    from .progress import console
+
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
+                          highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip
+    logger = logging.getLogger("distillab")
+    logger.handlers, logger.propagate = [handler], False
+    main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
+    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
