@@ -1,6 +1,6 @@
 """用 lm-evaluation-harness 的一个任务量几个模型，写成一个 JSON；不要 hub。
 
-python results/lm_eval.py general_questions teacher=pypi:... student=runs/quickstart/export
+python results/harness_record.py general_questions teacher=pypi:... student=runs/quickstart/export
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distillab.errors import DistillabError
 from distillab.harness import evaluate_with_harness
 from distillab.run_dir import environment
 
-HERE = Path(__file__).parent / "lm_eval"
+HERE = Path(__file__).parent / "harness"
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("task", help="a task of results/lm_eval, or one of the harness's own")
+    parser.add_argument("task", help="a task of results/harness, or one of the harness's own")
     parser.add_argument("model", nargs="+", metavar="NAME=SOURCE", help="any model source")
     options = parser.parse_args()
     config = LmEvalConfig(tasks=[options.task], include_path=str(HERE))
@@ -43,7 +43,7 @@ def main() -> None:
         sys.exit(2)
     content = {
         "task": options.task,
-        "command": " ".join(["python", "results/lm_eval.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "results/harness_record.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "environment": environment(),
         "models": found,
