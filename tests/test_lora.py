@@ -448,7 +448,7 @@ def test_best_is_read_into_a_fresh_student(make):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (LoraConfig(rank=8), r"holds another model: .* is \[4, \d+\], expected \[8, \d+\]"),
+        (LoraConfig(rank=8), "holds another model: size mismatch"),
         (LoraConfig(rank=4, target_modules=["q_proj"]), "holds another model: .* has no place"),
         (LoraConfig(rank=4, target_modules=["q_proj", "v_proj"]), "has no place in it"),
     ],

@@ -481,9 +481,7 @@ def test_checkpoint_of_another_architecture_is_refused(make):
     trainer = make()
     trainer.train()
     other = StudentModel(ModelConfig(**SMALL | {"intermediate_size": 64}))
-    with pytest.raises(
-        DistillabError, match=r"holds another model: .* is \[32, 48\], expected \[32, 64\]"
-    ):
+    with pytest.raises(DistillabError, match="holds another model: size mismatch"):
         load_student(other, checkpoints(trainer.checkpoint_dir)[-1])
 
 
