@@ -11,7 +11,7 @@ from test_trainer import FAST, SMALL, Chunks, losses, make, teacher, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from distillab import compilation
-from distillab.compilation import blocks, prepare_bodies, training_step
+from distillab.compilation import prepare_bodies, training_step
 from distillab.config import LoraConfig, ModelConfig, TrainingConfig
 from distillab.convert import export_student
 from distillab.generate import TextGenerator
@@ -160,8 +160,8 @@ def test_without_a_compiler_training_runs_uncompiled_and_says_so_once(
 
 
 def test_the_blocks_are_those_of_the_body(tiny_qwen2, tiny_llama):
-    assert blocks(PretrainedLM(tiny_qwen2)) == list(tiny_qwen2.model.layers)
-    assert blocks(PretrainedLM(tiny_llama)) == list(tiny_llama.model.layers)
+    assert PretrainedLM(tiny_qwen2).blocks == list(tiny_qwen2.model.layers)
+    assert PretrainedLM(tiny_llama).blocks == list(tiny_llama.model.layers)
 
 
 @pytest.mark.slow

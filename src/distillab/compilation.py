@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from .config import TrainingConfig
-from .fused import compile_errors
+from .fused import compile_errors, compile_reason
 from .language_model import LanguageModel
 
 logger = logging.getLogger("distillab")
@@ -48,18 +47,11 @@ def prepare_bodies(
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
     settings.optimize_ddp = False  # 各层自有反向，DDP 的通信本来就与它们重叠，不必再切
     for model in (student, teacher):
-        for block in [] if model is None else blocks(model):
+        for block in [] if model is None else model.blocks:
             # 与 nn.Module.compile() 同一个位置：hook 照常触发，复制与存盘都不会带上它。
             compiled = torch.compile(block._call_impl)
             block._compiled_call_impl = functools.partial(_call, block._call_impl, compiled)
     logger.info("train.compile: the first steps compile and take longer")
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """最外层的、由同一种模块组成的 ``nn.ModuleList`` 里的各层。"""
-    if isinstance(model, nn.ModuleList) and len({type(part) for part in model}) == 1:
-        return list(model)
-    return [block for part in model.children() for block in blocks(part)]
 
 
 @contextmanager
@@ -82,10 +74,9 @@ def _call(
             return compiled(*args, **kwargs)
         except compile_errors() as error:
             _failed = True
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             logger.warning(
                 "train.compile: torch.compile cannot be used here, the models run uncompiled: "
                 "same numbers, slower (%s)",
-                (lines or [type(error).__name__])[0],
+                compile_reason(error),
             )
     return eager(*args, **kwargs)

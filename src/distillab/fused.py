@@ -363,11 +363,16 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return (TorchDynamoException, InductorError)
 
 
+def compile_reason(error: Exception) -> str:
+    """编译不成的原因，一行英文。"""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def _give_up_compiling(error: Exception) -> None:
     global _compilation_failed
     _compilation_failed = True
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     logger.warning(
         "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)",
-        reason.strip(),
+        compile_reason(error),
     )

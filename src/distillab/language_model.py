@@ -62,6 +62,11 @@ class LanguageModel(nn.Module, ABC):
         """各层的类名；分片时一层一层地收齐。"""
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """各层，由前到后；分片与编译都以层为单位。"""
+        return [part for part in self.modules() if type(part).__name__ in self.block_names]
+
+    @property
     def vocab_size(self) -> int:
         """``head.weight`` 的行数 V，含填充行。"""
         return int(self.head.weight.shape[0])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from .batch import Batch, FailedRow, View
+from .batch import Batch, FailedRow
 from .errors import DistillabError
 from .trainer_state import TrainerState
 
@@ -101,8 +101,9 @@ class GuardedCollate:
             if row.reason is None:
                 batch = self.collate([row.item])
                 none = batch.labels[:0]
-                student = View(batch.student.input_ids, batch.student.attention_mask, none)
-                teacher = View(batch.teacher.input_ids, batch.teacher.attention_mask, none)
+                student, teacher = (
+                    replace(view, index=none) for view in (batch.student, batch.teacher)
+                )
                 return replace(batch, student=student, teacher=teacher, labels=none)
         raise DistillabError("not one row of the training data can be read")
 

@@ -77,9 +77,8 @@ class ShardedTeacher(LocalTeacher):
 
         self._copy = WholeCopy(self.model, device)
         reader = self._reader = _Reader(self.model)
-        for part in self.model.modules():
-            if type(part).__name__ in self.model.block_names:
-                fully_shard(part)
+        for block in self.model.blocks:
+            fully_shard(block)
         fully_shard(reader)  # 其余的：embedding、最后的 norm 与 head
 
     @torch.no_grad()
