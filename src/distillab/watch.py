@@ -78,6 +78,7 @@ class Watch:
             # 自己的连接：进程组的那一个在等待时会占着。
             store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=1))))
             self._store = PrefixStore("distillab", store)
+            self._publish()  # 线程的第一次在一秒之后，那之前就没了的也要说得出
             self._done.clear()
             threading.Thread(target=self._run, name="distillab-watch", daemon=True).start()
         return self
@@ -162,10 +163,7 @@ class Watch:
         store = self._store
         while not self._done.wait(PERIOD):
             try:
-                step, phase, since = self._position
-                seconds = time.monotonic() - since
-                row = {"step": step, "phase": phase, "seconds": seconds, "at": time.time()}
-                store.set(str(self.rank), json.dumps(row))
+                seconds = self._publish()
                 if store.check(["failed"]):
                     self._failed = _loaded(store.get("failed"))
                     self._end(self._failed, GRACE)
@@ -177,6 +175,14 @@ class Watch:
             except RuntimeError:
                 self._alone()
                 return
+
+    def _publish(self) -> float:
+        """告诉其余的进程自己在做什么；返回做了多少秒。"""
+        step, phase, since = self._position
+        seconds = time.monotonic() - since
+        row = {"step": step, "phase": phase, "seconds": seconds, "at": time.time()}
+        self._store.set(str(self.rank), json.dumps(row))
+        return seconds
 
     def _alone(self) -> None:
         """存着消息的进程没了：torchrun 没了先试着存好；否则是 0 号进程没了，走不下去。"""

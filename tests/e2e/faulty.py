@@ -18,6 +18,8 @@ from pathlib import Path
 import distillab.run  # noqa: F401 - 在 fork 之前导入一切
 from distillab import build_training, checkpoint, cli, evaluation, report_page, skips
 from distillab.data import WikiDataset
+from distillab.on_policy import OnPolicy
+from distillab.rollout import Rollout
 from distillab.trainer import DistillationTrainer
 
 LIMIT = 300.0
@@ -69,6 +71,22 @@ def nan_gradient(trainer):
         return gradient * math.nan
 
     hook = next(trainer.student.parameters()).register_hook(poison)
+
+
+def while_sampling():
+    prepare, sample = OnPolicy.prepare, Rollout.sample
+    now = []
+
+    def noted(on_policy, window, step, *rest):
+        now[:] = [step]
+        return prepare(on_policy, window, step, *rest)
+
+    def faulty(rollout, *arguments):
+        if at_step(*now):
+            fail()
+        return sample(rollout, *arguments)
+
+    OnPolicy.prepare, Rollout.sample = noted, faulty
 
 
 def in_validation():
@@ -125,6 +143,7 @@ def term_before_writing(module):
 FAULTS = {
     "none": lambda: None,
     "raise": lambda: in_step(fail),
+    "raise-while-sampling": while_sampling,
     "raise-in-validation": in_validation,
     "raise-while-saving": while_saving,
     "nan": lambda: in_step(nan_gradient),

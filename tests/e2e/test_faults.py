@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from test_invariance import options
+from test_invariance import taught as taught
 
 from distillab.checkpoint import checkpoints
 from distillab.metrics import read_metrics
@@ -156,6 +158,16 @@ def test_when_one_process_raises_all_end_with_its_reason(run, fault, phase):
 
 
 @pytest.mark.slow
+def test_when_one_process_raises_while_sampling_all_end_with_its_reason(run, taught):
+    failed = run("raise-while-sampling", 2, *options(
+        ["responses.student_fraction=1.0", "train.save_interval=2"]
+    ), FAULT_RANK="1", FAULT_STEP="3")  # fmt: skip
+    assert failed.codes == [2, 1], failed.logs
+    assert "error: rank 1 at step 3, sampling: ValueError: no such expert" in failed.logs[0]
+    assert (steps(), failed.seconds < 30) == ([2], True)
+
+
+@pytest.mark.slow
 def test_when_the_main_process_raises_the_others_end_with_its_reason(run):
     failed = run("raise", 2, FAULT_RANK="0")
     assert failed.codes == [1, 2], failed.logs
@@ -163,13 +175,14 @@ def test_when_the_main_process_raises_the_others_end_with_its_reason(run):
     assert failed.seconds < 30
 
 
+@pytest.mark.parametrize(("step", "saved"), [("1", []), ("6", [4])])  # 第一秒之内的也说得出
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_others_say_where_it_was(run):
-    killed = run("kill", 2, FAULT_RANK="1")
+def test_when_one_process_is_killed_the_others_say_where_it_was(run, step, saved):
+    killed = run("kill", 2, FAULT_RANK="1", FAULT_STEP=step)
     assert killed.codes == [2, -signal.SIGKILL], killed.logs
     assert "waited for the others in vain" in killed.logs[0]
     assert re.search(r"rank 1: step \d, .*, not heard of for \d+ s", killed.logs[0])  # 每秒一次
-    assert steps() == [4]
+    assert steps() == saved
     assert killed.seconds < 30
     assert run("none", 2, "--resume").codes == [0, 0]
 
