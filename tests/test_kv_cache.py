@@ -21,6 +21,14 @@ def test_contents_are_the_chunks_in_order(chunks):
     assert torch.equal(values, torch.cat([value for _, value in parts], dim=2))
 
 
+def test_autocast_stores_what_attention_would_cast_to():
+    cache, (keys, values) = LayerCache(), pair(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cache.update(keys, values)
+    for part, whole in zip(found, (keys, values), strict=True):
+        assert torch.equal(part, whole.bfloat16())
+
+
 def test_a_new_token_seldom_copies_the_old_ones():
     cache, stores = LayerCache(), set()
     cache.update(*pair(100))

@@ -184,6 +184,25 @@ def test_rollout_metrics_are_recorded_only_when_something_was_sampled(make):
     assert row["tokens"] == 6
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sampling_has_the_precision_of_training(make, monkeypatch, precision):
+    trainer = make([4] * 4, precision=precision)
+    prepare, products = OnPolicy.prepare, set()
+
+    def watched(*arguments):
+        hook = trainer.student.blocks[0].attention.q_proj.register_forward_hook(
+            lambda *call: products.add(call[-1].dtype)
+        )
+        try:
+            return prepare(*arguments)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(OnPolicy, "prepare", watched)
+    trainer.train()
+    assert products == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
 def test_reuse_trains_several_steps_on_one_rollout(make, monkeypatch):
     trainer = make([3] * 8, reuse=2)
     calls = []

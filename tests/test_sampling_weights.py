@@ -114,6 +114,20 @@ def test_adapters_of_a_half_precision_base_are_not_merged(tiny_qwen2):
         assert all(not part.disable_adapters for part in model.modules() if hasattr(part, "lora_A"))
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+@torch.no_grad()
+def test_in_autocast_weights_are_cast_once_and_nothing_changes(model, rows):
+    before = snapshot(model)
+    block, head = model.blocks[0].mlp.up_proj, model.head.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.logits(model(IDS))
+        with sampling_weights(model, rows, 16):
+            assert (block.weight.dtype, head.dtype) == (torch.bfloat16, torch.float32)
+            assert torch.equal(model.logits(model(IDS)), expected)
+        assert torch.equal(model.logits(model(IDS)), expected)
+    assert_untouched(model, before)
+
+
 def test_without_memory_for_a_copy_the_weights_stay(tiny_llama, monkeypatch):
     full = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: full)

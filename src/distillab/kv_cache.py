@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["KVCache", "LayerCache", "dynamic_cache"]
@@ -56,12 +57,22 @@ class LayerCache:
 
 
 def _grown(old: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """够 ``length`` 个 token 的空间，外加余地；旧的抄过来。"""
+    """够 ``length`` 个 token 的空间，外加余地；旧的抄过来。
+
+    autocast 里存它的类型：注意力反正要转成它，不必每步把整个缓存转一遍。
+    """
     *outer, _, width = new.shape
-    room = new.new_empty(*outer, length + max(_ROOM, length // 2), width)
+    dtype = autocast_dtype(new.device)
+    room = new.new_empty(*outer, length + max(_ROOM, length // 2), width, dtype=dtype or new.dtype)
     if old is not None:
         room[..., : old.shape[-2], :] = old
     return room
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """``device`` 上此刻 autocast 的类型；没有打开是 ``None``。"""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class KVCache:

@@ -420,20 +420,35 @@ class Step:
     def _sampling(self, device: str) -> int:
         """KV cache，换成采样用的一份权重，与最后一个位置的 logits。"""
         assert self.sampling is not None
-        student, sampling, size = self.student, self.sampling, BYTES[self.base_precision]
+        student, sampling = self.student, self.sampling
+        size = BYTES[self.sampling_precision]
         tokens = sampling.rows * sampling.room
         cache = 2 * student.kv_size * student.num_layers * size * tokens
-        copied = self.base_precision == "fp32" and sampling.new_tokens >= SAMPLING_STEPS
-        copied = copied and (
-            self.lora_rank is not None or (device == "cpu" and sampling.rows >= SAMPLING_ROWS)
-        )
-        weights = student.num_layers * student.block_matmuls * 4 * copied
-        if copied and device == "cpu" and sampling.rows >= SAMPLING_ROWS:
-            weights += student.head_parameters * 4
+        layers = student.num_layers * student.block_matmuls
+        by_column = device == "cpu" and sampling.rows >= SAMPLING_ROWS and size == 4
+        weights = 0
         if self._shards("fsdp2", "zero3") > 1:  # 分片的学生收成完整的一份，整次采样都用它
-            weights = student.parameters * 4
+            weights = self.sampling_weights
+        elif size < BYTES[self.base_precision] or (
+            size == 4
+            and sampling.new_tokens >= SAMPLING_STEPS
+            and (by_column or self.lora_rank is not None)
+        ):
+            weights = layers * size + student.head_parameters * 4 * by_column
         logits = 4 * sampling.rows * student.vocab_size * 4
         return cache + weights + logits
+
+    @property
+    def sampling_precision(self) -> str:
+        """采样时 KV cache 与各层权重的精度：autocast 里是半精度，半精度的基座总是。"""
+        return min(self.precision, self.base_precision, key=BYTES.__getitem__)
+
+    @property
+    def sampling_weights(self) -> int:
+        """采样时一份完整的学生，字节：各层如 ``sampling_precision``，其余与存放的相同。"""
+        layers = self.student.num_layers * self.student.block_matmuls
+        rest = self.student.parameters - layers
+        return layers * BYTES[self.sampling_precision] + rest * BYTES[self.base_precision]
 
     def dense_logits(self) -> int:
         """若把两个模型的 logits 以 float32 整个放下要多少字节；distillab 从不这样做。"""

@@ -124,13 +124,10 @@ class Plan:
         seconds = {part: count / rates[part] for part, count in found.items()}
         sampling = self.step.sampling
         if sampling is not None:
-            weights = self.step.student.parameters * (
-                4 if self.step.base_precision == "fp32" else 2
-            )
             groups = -(-self.step.batch_size * self.step.accumulation // sampling.rows)
-            reads = groups * sampling.new_tokens * weights / device.bandwidth
+            read = groups * sampling.new_tokens * self.step.sampling_weights
             share = self.sampled_share / self.recipe.responses.reuse
-            seconds["sampling"] = max(seconds["sampling"], reads * share)
+            seconds["sampling"] = max(seconds["sampling"], read / device.bandwidth * share)
         return sum(seconds.values())
 
     @property
@@ -139,7 +136,7 @@ class Plan:
         return self.tokens / self.seconds
 
     def _precision_of(self, part: str) -> str:
-        name = {"teacher": self.step.teacher_precision, "sampling": self.step.base_precision}
+        name = {"teacher": self.step.teacher_precision, "sampling": self.step.sampling_precision}
         precision = name.get(part, self.step.precision)
         return precision if precision in self.device.flops else "fp32"
 

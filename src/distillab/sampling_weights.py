@@ -1,4 +1,4 @@
-"""采样期间的权重：LoRA 的 adapter 并进基座，CPU 上改为按列存放。
+"""采样期间的权重：LoRA 的 adapter 并进基座，CPU 上改为按列存放；autocast 里先转成半精度。
 
 训练的权重一个比特也不动：``Parameter.data`` 暂时指向一份拷贝，退出时指回原来的张量。拷贝与
 线性层的权重一样大，采样之后就释放；全参数训练时，此刻梯度正好不在。
@@ -13,6 +13,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from .kv_cache import autocast_dtype
+from .language_model import LanguageModel
 from .lora import adapters_off, is_plain_float32, mergeable_layers, merged_weight
 
 MANY_STEPS = 16
@@ -23,7 +25,7 @@ MANY_ROWS = 4
 
 
 @contextmanager
-def sampling_weights(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
+def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[None]:
     """换上采样用的权重，退出时还原。
 
     * float32 的基座并入 adapter：每层少两个小矩阵乘。半精度的基座不并，小于半格的更新会被舍掉，
@@ -31,21 +33,28 @@ def sampling_weights(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
     * CPU 上 float32 的权重按列存放（``stride (1, out)``）：行数少时，MKL 的 ``x @ W.T`` 对按行
       存放的权重只有带宽的三分之一。
 
+    * autocast 里 float32 的权重一次转成半精度，不必每步转一遍；结果逐位相同。输出层不在内，logits
+      总是 float32 的。
+
     分片的（FSDP2、ZeRO-3）与量化的权重原样不动；内存不够再放一份时也是。
 
     Args:
-        model: 任意模型。
+        model: 任意语言模型。
         rows: 批大小。
         steps: 最多生成的步数。
     """
     if steps < MANY_STEPS:
         yield
         return
-    layers = mergeable_layers(model)
+    head = model.head.weight
+    half = autocast_dtype(head.device)
+    layers = {} if half else mergeable_layers(model)
     chosen = [
         weight
         for weight in _linear_weights(model)
-        if weight in layers or (weight.device.type == "cpu" and rows >= MANY_ROWS)
+        if (half and weight is not head)
+        or weight in layers
+        or (not half and weight.device.type == "cpu" and rows >= MANY_ROWS)
     ]
     on_cpu = sum(weight.nbytes for weight in chosen if weight.device.type == "cpu")
     if 2 * on_cpu > psutil.virtual_memory().available:
@@ -56,7 +65,9 @@ def sampling_weights(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
         try:
             for weight in chosen:
                 data = merged_weight(layers[weight]) if weight in layers else weight.data
-                if weight.device.type == "cpu" and rows >= MANY_ROWS:
+                if half:
+                    data = data.to(half)
+                elif weight.device.type == "cpu" and rows >= MANY_ROWS:
                     data = _by_column(data)
                 weight.data = data
             yield

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .checkpoint import resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, training_step
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
-from .engine import engine_name, global_sum, make_accelerator, prepare, resolve_precision
+from .engine import DTYPES, engine_name, global_sum, make_accelerator, prepare, resolve_precision
 from .errors import DistillabError
 from .evaluate import Metrics, student_metrics, teacher_metrics
 from .language_model import LanguageModel
@@ -94,6 +94,7 @@ class DistillationTrainer:
         self.run_dir = Path(run_dir)
         self.accelerator = make_accelerator(config, self.run_dir)
         precision, device = resolve_precision(config.precision), self.accelerator.device
+        self._compute = DTYPES[precision]
         logger.info("computing in %s on %s", precision, device)
         self.checkpoint_dir = self.run_dir / config.checkpoint_dir
         self.state = TrainerState(data=getattr(train_data, "fingerprint", None))
@@ -128,11 +129,23 @@ class DistillationTrainer:
         student: LanguageModel = self.accelerator.unwrap_model(self.module).student
         return student
 
-    def whole_student(self, keep: bool = True) -> AbstractContextManager[LanguageModel]:
-        """权重完整的学生，供生成与导出；分片时是一份拷贝，``keep`` 见 ``WholeCopy.filled``。"""
+    def whole_student(
+        self, keep: bool = True, compute: torch.dtype = torch.float32
+    ) -> AbstractContextManager[LanguageModel]:
+        """权重完整的学生，供生成与导出；分片时是一份拷贝，参数见 ``WholeCopy.filled``。"""
         if self._copy is None:
             return nullcontext(self.student)
-        return self._copy.filled(self.module, keep)
+        return self._copy.filled(self.module, keep, compute)
+
+    @contextmanager
+    def _sampled_student(self) -> Iterator[LanguageModel]:
+        """供采样的完整的学生，与训练的前向同样精度。"""
+        device, compute = self.accelerator.device.type, self._compute
+        with (
+            torch.autocast(device, compute, enabled=compute != torch.float32),
+            self.whole_student(compute=compute) as student,
+        ):
+            yield student
 
     # ------------------------------------------------------------------ 训练
 
@@ -191,7 +204,7 @@ class DistillationTrainer:
         self.watch.at("sampling")
         prepared = timed(
             "sampling", self.on_policy.prepare,
-            window, step, self.total_steps, *rank, self.whole_student,
+            window, step, self.total_steps, *rank, self._sampled_student,
         )  # fmt: skip
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
