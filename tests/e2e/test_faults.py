@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_invariance import options
+from test_invariance import ON_POLICY, options
 from test_invariance import taught as taught
 
 from distillab.checkpoint import checkpoints
@@ -160,7 +160,7 @@ def test_when_one_process_raises_all_end_with_its_reason(run, fault, phase):
 @pytest.mark.slow
 def test_when_one_process_raises_while_sampling_all_end_with_its_reason(run, taught):
     failed = run("raise-while-sampling", 2, *options(
-        ["responses.student_fraction=1.0", "train.save_interval=2"]
+        [ON_POLICY, "responses.student_fraction=1.0", "train.save_interval=2"]
     ), FAULT_RANK="1", FAULT_STEP="3")  # fmt: skip
     assert failed.codes == [2, 1], failed.logs
     assert "error: rank 1 at step 3, sampling: ValueError: no such expert" in failed.logs[0]
