@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from distillab.launch import engine_config
 from distillab.metrics import read_metrics
 
 
-def train(*arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def train(*arguments: str, **changed: str) -> str:
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1"} | (changed or {"ACCELERATE_USE_CPU": "true"})
+    )
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -41,3 +44,26 @@ def test_two_processes_give_the_losses_of_one(workdir):
     for left, right in zip(rows("one", "validation"), rows("two", "validation"), strict=True):
         assert right["perplexity"] == pytest.approx(left["perplexity"], rel=1e-4)
     assert (Path("runs/two/export") / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_zero3_starts_from_its_config_file(workdir):
+    recipe = ["recipe.yaml", "--set", "train.max_steps=6"]
+    halved = ["--set", "train.batch_size=2"]
+    train("-m", "distillab", "train", *recipe, "--set", "name=one")
+    train("-m", "accelerate.commands.launch", "--config_file", str(engine_config("zero3")),
+          "--num_processes", "2", "--main_process_port", "0",
+          "-m", "distillab", "train", *recipe, "--set", "name=two", *halved,
+          DS_ACCELERATOR="cpu")  # fmt: skip
+    log = train("-m", "distillab", "launch", *recipe, "--processes", "2", "--engine", "zero3",
+                "--set", "name=half", "--set", "train.precision=bf16", *halved,
+                DS_ACCELERATOR="cpu")  # fmt: skip
+    assert "computing in bf16" in log
+    one = rows("one", "train")
+    for name, rel in (("two", 1e-5), ("half", 0.05)):
+        found = rows(name, "train")
+        assert len(found) == len(one) == 6
+        for left, right in zip(one, found, strict=True):
+            assert right["tokens"] == left["tokens"]
+            for key in ("loss", "grad_norm"):
+                assert right[key] == pytest.approx(left[key], rel=rel)

@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 
 from distillab.metrics import read_metrics
 
@@ -136,3 +138,55 @@ def test_streams_that_make_no_sense_are_refused_in_one_line(shards, command, ove
     code, _, err = command("train", "recipe.yaml", *options([*STREAM, *overrides]))
     assert code == 2
     assert message in " ".join(err.split())
+
+
+# ---------------------------------------------------------------------- hub
+
+
+@pytest.fixture
+def hub(shards):
+    """教师与三个分片都在一个 hub 上；分片在一个 subset 里。"""
+    articles, teacher = Path("hub/datasets/acme/articles"), Path("hub/models/acme/teacher")
+    shutil.copytree("teacher", teacher)
+    for number in range(3):
+        name = f"train-0000{number}-of-00003.jsonl"
+        (articles / "2023.zh").mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"shards/{number}.jsonl", articles / "2023.zh" / name)
+    (articles / "README.md").write_text(
+        "---\nconfigs:\n- config_name: 2023.zh\n  data_files:\n  - split: train\n"
+        "    path: 2023.zh/train-*\n---\n"
+    )
+    with Hub(Path("hub")) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_stream_and_a_model_from_a_hub_train_as_those_on_disk_do_and_resume(train, hub):
+    def from_hub(*resume):
+        overrides = options(
+            [*STREAM, "name=remote", "teacher.path=acme/teacher", "data.source=acme/articles",
+             "data.subset=2023.zh"]
+        )  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if "proxy" not in name}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": "hf", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "distillab", "train", "recipe.yaml", *overrides, *resume]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    train("local")
+    from_hub()
+    expected = steps("local")
+    assert_same(steps("remote"), expected, rel=1e-6)
+    Path("runs/remote/summary.json").unlink()
+    for path in Path("runs/remote/checkpoints").glob("step-*"):
+        if int(path.name[-8:]) > 8:
+            shutil.rmtree(path)
+    assert "at step 8" in " ".join(from_hub("--resume").split())
+    assert_same(steps("remote"), expected, rel=1e-6)
+    read = [path.rpartition("/")[-1] for _, path in hub.asked]
+    assert {f"train-0000{number}-of-00003.jsonl" for number in range(3)} <= set(read)
