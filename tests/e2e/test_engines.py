@@ -141,6 +141,8 @@ def logs(place):
     for engine in ("fsdp2", "zero3", "ddp", "zero2"):
         methods = METHODS if engine != "zero2" else ["kd"]
         commands = [command(method, f"{engine}-{method}", *SPLIT) for method in methods]
+        if engine != "zero2":
+            commands.append(command("kd", f"{engine}-compiled", "train.compile=true", *SPLIT))
         if engine == "fsdp2":
             commands.append(command("kd", "fsdp2-shard", "teacher.shard=true", *SPLIT))
             commands.append(command("kd", "fsdp2-bf16", "train.precision=bf16", *SPLIT))
@@ -231,6 +233,14 @@ def test_a_sharded_teacher_gives_what_a_replicated_one_gives(place, logs):
 def test_resumes_on_another_engine_and_number_of_processes(place, logs, engine):
     assert_same(place, f"{engine}-resumed", "single-kd")
     assert_same_export(place, f"{engine}-resumed", "single-kd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_compiled_bodies_give_the_steps_of_one_process(place, logs, engine):
+    assert_same(place, f"{engine}-compiled", "single-kd")
+    assert "train.compile: the first steps compile" in " ".join(logs[engine].split())
+    assert "cannot be used here" not in " ".join(logs[engine].split())
 
 
 @pytest.mark.slow
