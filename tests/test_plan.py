@@ -14,11 +14,11 @@ import pytest
 from distillab.config import Recipe
 from distillab.errors import DistillabError
 from distillab.hardware import GIB, GPUS, find_device
-from distillab.memory import SHAPES, Shape
 from distillab.model_shapes import BUILT_IN, find_shape, from_config
 from distillab.plan import ENGINES, plan, suggestions
 from distillab.plan_table import MOMENTS, change_table, memory_table, summary
 from distillab.recipes import load_recipe, shipped_recipes
+from distillab.shapes import SHAPES, Shape
 
 T4, H100 = GPUS["t4"], GPUS["h100"]
 CPU = replace(find_device("cpu"), memory=16 * GIB)

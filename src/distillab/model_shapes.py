@@ -1,4 +1,4 @@
-"""模型的来源变成 ``Shape``：只看配置，不碰权重。随包配方用到的几个写在 ``memory.SHAPES`` 里。"""
+"""模型的来源变成 ``Shape``：只看配置，不碰权重。随包配方用到的几个写在 ``shapes.SHAPES`` 里。"""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import DistillabError
-from .memory import SHAPES, Shape
 from .pretrained import hub_is_reachable, one_line_errors
+from .shapes import SHAPES, Shape
 from .sources import fetch, parse_source
 
 BUILT_IN: Mapping[str, tuple[str, int]] = MappingProxyType(

@@ -16,9 +16,10 @@ from .config import ModelConfig, Recipe
 from .conversations import Conversation
 from .errors import DistillabError
 from .hardware import Device
-from .memory import Sampling, Shape, Step
+from .memory import Sampling, Step
 from .model_shapes import Planned, find_shape
 from .paired import load_pairs
+from .shapes import Shape
 from .sources import fetch, parse_source
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
