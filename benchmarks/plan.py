@@ -235,7 +235,7 @@ def worker(case: str, device: str) -> Record:
     warm_up(found, device)
     baseline = reset_peak(device) or 0
     from distillab.generate import TextGenerator
-    from distillab.on_policy import OnPolicy, Prepared
+    from distillab.on_policy import OnPolicy
     from distillab.rollout import Rollout
     from distillab.trainer import DistillationTrainer
 
@@ -260,10 +260,7 @@ def worker(case: str, device: str) -> Record:
             if number == STEPS - 1:
                 current = reset_peak(device) or 0
                 start = time.perf_counter()
-            prepared = Prepared(window)
-            if on_policy is not None:
-                prepared = on_policy.prepare(window, number, STEPS)
-            trainer._step(prepared)
+            trainer._step(next(trainer._prepared(window)))
         seconds = time.perf_counter() - start
         peak = read_peak(device)
     return {
