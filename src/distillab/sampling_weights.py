@@ -33,8 +33,8 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
     * CPU 上 float32 的权重按列存放（``stride (1, out)``）：行数少时，MKL 的 ``x @ W.T`` 对按行
       存放的权重只有带宽的三分之一。
 
-    * autocast 里 float32 的权重一次转成半精度，不必每步转一遍；结果逐位相同。输出层不在内，logits
-      总是 float32 的。
+    * autocast 里 float32 的权重一次转成半精度，不必每步转一遍；结果逐位相同，所以 adapter 也不并。
+      输出层不在内，logits 总是 float32 的。
 
     分片的（FSDP2、ZeRO-3）与量化的权重原样不动；内存不够再放一份时也是。
 
@@ -49,12 +49,11 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
     head = model.head.weight
     half = autocast_dtype(head.device)
     layers = {} if half else mergeable_layers(model)
+    by_column = head.device.type == "cpu" and rows >= MANY_ROWS and not half
     chosen = [
         weight
         for weight in _linear_weights(model)
-        if (half and weight is not head)
-        or weight in layers
-        or (not half and weight.device.type == "cpu" and rows >= MANY_ROWS)
+        if (weight is not head if half else by_column or weight in layers)
     ]
     on_cpu = sum(weight.nbytes for weight in chosen if weight.device.type == "cpu")
     if 2 * on_cpu > psutil.virtual_memory().available:
@@ -67,7 +66,7 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
                 data = merged_weight(layers[weight]) if weight in layers else weight.data
                 if half:
                     data = data.to(half)
-                elif weight.device.type == "cpu" and rows >= MANY_ROWS:
+                elif by_column:
                     data = _by_column(data)
                 weight.data = data
             yield

@@ -137,15 +137,18 @@ def resume(place: Path, engine: str, *extra: str) -> list[str]:
 @pytest.fixture(scope="module")
 def logs(place):
     """全部训练；返回各引擎的日志。"""
-    logs = {"single": start(place, "single", [command(m, f"single-{m}") for m in METHODS])}
+    half = "train.precision=bf16"
+    commands = [*(command(m, f"single-{m}") for m in METHODS), command("gkd", "single-half", half)]
+    logs = {"single": start(place, "single", commands)}
     for engine in ("fsdp2", "zero3", "ddp", "zero2"):
         methods = METHODS if engine != "zero2" else ["kd"]
         commands = [command(method, f"{engine}-{method}", *SPLIT) for method in methods]
         if engine != "zero2":
             commands.append(command("kd", f"{engine}-compiled", "train.compile=true", *SPLIT))
+            commands.append(command("gkd", f"{engine}-half", half, *SPLIT))
         if engine == "fsdp2":
             commands.append(command("kd", "fsdp2-shard", "teacher.shard=true", *SPLIT))
-            commands.append(command("kd", "fsdp2-bf16", "train.precision=bf16", *SPLIT))
+            commands.append(command("kd", "fsdp2-bf16", half, *SPLIT))
         logs[engine] = start(place, engine, [*commands, resume(place, engine, *SPLIT)])
     logs["back"] = start(place, "single", [resume(place, "single")])
     return logs
@@ -254,3 +257,17 @@ def test_a_resumed_run_says_what_changes(place, logs):
 def test_half_precision_is_near_full_precision(place, logs):
     assert_same(place, "fsdp2-bf16", "fsdp2-kd", rel=0.05)
     assert all(weight.dtype == torch.float32 for weight in exported(place, "fsdp2-bf16").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_half_precision_samples_what_one_process_samples(place, logs, engine):
+    found, expected = steps(place, f"{engine}-half"), steps(place, "single-half")
+    first = next(i for i, row in enumerate(expected) if "rollout_responses" in row)
+    for left, right in zip(found[: first + 1], expected[: first + 1], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=0.05)
+    for left, right in zip(found, expected, strict=True):
+        assert left.get("rollout_responses") == right.get("rollout_responses")
+    assert found[first]["rollout_length"] == pytest.approx(
+        expected[first]["rollout_length"], rel=0.2
+    )
