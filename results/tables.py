@@ -28,7 +28,7 @@ METHODS = {"seqkd": "SeqKD", "skd": "SKD", "gkd": "GKD", "skd-gkd": "SKD, GKD"}
 _BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 Record = dict[str, Any]
-"""``summary.json`` 的内容，加上 ``record``：``record.json`` 的内容。"""
+"""``summary.json`` 的内容，加上 ``record`` 与 ``evaluation``：那两个文件的内容。"""
 
 
 class NotRecorded(Exception):
@@ -46,7 +46,9 @@ def read(name: str) -> Record:
         raise NotRecorded(name)
     summary: Record = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
-    return summary | {"name": name, "record": record}
+    evaluation = directory / "evaluation.json"
+    found = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
+    return summary | {"name": name, "record": record, "evaluation": found}
 
 
 # ---------------------------------------------------------------------- 快速开始
@@ -117,9 +119,10 @@ def demo(chinese: bool) -> str:
     wikipedia = first["texts"]["wikipedia"]
     _same_start([run for method in ("seqkd", "skd", "gkd") for run in runs[method]])
     header = (
-        ["", "手册的问题", "差距补上了", "无关的问题", "维基百科困惑度", "训练"] if chinese else
+        ["", "手册的问题", "差距补上了", "无关的问题", "维基百科困惑度", "与训练前的 KL", "训练"]
+        if chinese else
         ["", "handbook questions", "gap closed", "unrelated questions", "Wikipedia perplexity",
-         "training"]
+         "KL from before", "training"]
     )  # fmt: skip
     labels = (
         ["教师，手册在 prompt 里", "学生，训练前"] if chinese else
@@ -127,9 +130,9 @@ def demo(chinese: bool) -> str:
     )  # fmt: skip
     rows = [
         [labels[0], _percent(handbook["teacher"]), "", _percent(unrelated["teacher"]),
-         f"{wikipedia['teacher']:.1f}", ""],
+         f"{wikipedia['teacher']:.1f}", "0", ""],
         [labels[1], _percent(handbook["student_before"]), "0 %",
-         _percent(unrelated["student_before"]), f"{wikipedia['student_before']:.1f}", ""],
+         _percent(unrelated["student_before"]), f"{wikipedia['student_before']:.1f}", "0", ""],
     ]  # fmt: skip
     gap = handbook["teacher"] - handbook["student_before"]
     for method, group in runs.items():
@@ -150,6 +153,7 @@ def demo(chinese: bool) -> str:
                 _range([run["tasks"]["unrelated"]["student_after"] for run in group], _percent),
                 _range([run["texts"]["wikipedia"]["student_after"] for run in group],
                        lambda value: f"{value:.1f}"),
+                _range([_drift(run) for run in group], lambda value: f"{value:.2f}"),
                 f"{_range([s / 60 for s in seconds], lambda value: f'{value:.0f}')} {minutes}",
             ]
         )  # fmt: skip
@@ -165,6 +169,14 @@ def demo(chinese: bool) -> str:
         [markdown_table(header, rows), f"{note}{end}{_source(everything, chinese)}",
          _commands([group[0] for group in runs.values()])]
     )  # fmt: skip
+
+
+def _drift(run: Record) -> float:
+    """维基百科上 KL(训练前‖训练后)，nat/token：教师就是训练前的模型，这里没有经验可读。"""
+    if run["evaluation"] is None:
+        raise NotRecorded(f"{run['name']}/evaluation.json")
+    found = run["evaluation"]["agreement"]["wikipedia"]["student_after"]["forward_kl"]["value"]
+    return float(found)
 
 
 def _same_start(runs: Sequence[Record]) -> None:
