@@ -116,16 +116,31 @@ def test_adapters_of_a_half_precision_base_are_not_merged(tiny_qwen2):
 
 @pytest.mark.parametrize("rows", [2, 8])
 @torch.no_grad()
-def test_in_autocast_weights_are_cast_once_and_nothing_changes(model, rows):
-    before = snapshot(model)
-    block, head = model.blocks[0].mlp.up_proj, model.head.weight
+def test_in_autocast_nothing_changes_and_frozen_weights_are_cast_once(model, rows):
+    before, head = snapshot(model), model.head.weight
+    block = model.blocks[0].mlp.up_proj
+    frozen = not block.weight.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         expected = model.logits(model(IDS))
         with sampling_weights(model, rows, 16):
-            assert (block.weight.dtype, head.dtype) == (torch.bfloat16, torch.float32)
+            assert block.weight.dtype == (torch.bfloat16 if frozen else torch.float32)
+            assert head.dtype == torch.float32
             assert torch.equal(model.logits(model(IDS)), expected)
         assert torch.equal(model.logits(model(IDS)), expected)
     assert_untouched(model, before)
+
+
+def test_in_autocast_the_hooks_on_gradients_still_fire(model, tiny_tokenizer):
+    """DDP 靠它们归约：挂在 ``AccumulateGrad`` 上，换了它就不再触发。"""
+    trained = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in trained]
+    fired = []
+    for node in nodes:
+        node.register_hook(lambda *_: fired.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        TextGenerator(model, tiny_tokenizer).generate_ids(IDS, max_new_tokens=20)
+        model.logits(model(IDS)).logsumexp(-1).sum().backward()
+    assert len(fired) == len(trained)
 
 
 def test_without_memory_for_a_copy_the_weights_stay(tiny_llama, monkeypatch):

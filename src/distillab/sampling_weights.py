@@ -33,8 +33,9 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
     * CPU 上 float32 的权重按列存放（``stride (1, out)``）：行数少时，MKL 的 ``x @ W.T`` 对按行
       存放的权重只有带宽的三分之一。
 
-    * autocast 里 float32 的权重一次转成半精度，不必每步转一遍；结果逐位相同，所以 adapter 也不并。
-      输出层不在内，logits 总是 float32 的。
+    * autocast 里冻结的 float32 权重一次转成半精度，不必每步转一遍，结果逐位相同，所以 adapter 也
+      不并。训练的由 autocast 自己记着，不能换：``data`` 换了类型，autograd 就另起一个累积梯度的
+      节点，DDP 挂在原来那个上的 hook 不再触发。输出层不在内，logits 总是 float32 的。
 
     分片的（FSDP2、ZeRO-3）与量化的权重原样不动；内存不够再放一份时也是。
 
@@ -50,11 +51,10 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
     half = autocast_dtype(head.device)
     layers = {} if half else mergeable_layers(model)
     by_column = head.device.type == "cpu" and rows >= MANY_ROWS and not half
-    chosen = [
-        weight
-        for weight in _linear_weights(model)
-        if (weight is not head if half else by_column or weight in layers)
-    ]
+    if half:
+        chosen = [w for w in _linear_weights(model) if not w.requires_grad and w is not head]
+    else:
+        chosen = [w for w in _linear_weights(model) if by_column or w in layers]
     on_cpu = sum(weight.nbytes for weight in chosen if weight.device.type == "cpu")
     if 2 * on_cpu > psutil.virtual_memory().available:
         yield
