@@ -153,7 +153,7 @@ def demo(chinese: bool) -> str:
                 _range([run["tasks"]["unrelated"]["student_after"] for run in group], _percent),
                 _range([run["texts"]["wikipedia"]["student_after"] for run in group],
                        lambda value: f"{value:.1f}"),
-                _range([_drift(run) for run in group], lambda value: f"{value:.2f}"),
+                _drift(group),
                 f"{_range([s / 60 for s in seconds], lambda value: f'{value:.0f}')} {minutes}",
             ]
         )  # fmt: skip
@@ -171,12 +171,13 @@ def demo(chinese: bool) -> str:
     )  # fmt: skip
 
 
-def _drift(run: Record) -> float:
+def _drift(runs: Sequence[Record]) -> str:
     """维基百科上 KL(训练前‖训练后)，nat/token：教师就是训练前的模型，这里没有经验可读。"""
-    if run["evaluation"] is None:
-        raise NotRecorded(f"{run['name']}/evaluation.json")
-    found = run["evaluation"]["agreement"]["wikipedia"]["student_after"]["forward_kl"]["value"]
-    return float(found)
+    evaluations = [run["evaluation"] for run in runs]
+    if None in evaluations:
+        return ""
+    after = [found["agreement"]["wikipedia"]["student_after"] for found in evaluations]
+    return _range([found["forward_kl"]["value"] for found in after], lambda value: f"{value:.2f}")
 
 
 def _same_start(runs: Sequence[Record]) -> None:
