@@ -171,7 +171,7 @@ def test_a_stream_and_a_model_from_a_hub_train_as_those_on_disk_do_and_resume(tr
             [*STREAM, "name=remote", "teacher.path=acme/teacher", "data.source=acme/articles",
              "data.subset=2023.zh"]
         )  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if "proxy" not in name}
+        environment = {key: os.environ[key] for key in os.environ if "proxy" not in key.lower()}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": "hf", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "distillab", "train", "recipe.yaml", *overrides, *resume]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
