@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from families import QWEN_SPLIT, SENTENCES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -17,19 +18,6 @@ from transformers import (
 )
 
 from distillab.config import ModelConfig
-
-SENTENCES = [
-    "Knowledge distillation trains a small student to imitate a large teacher.",
-    "The capital of France is Paris, and the capital of China is Beijing.",
-    "A teacher gives a distribution over tokens, not only the right answer.",
-    "知识蒸馏让小模型学习大模型的输出分布。",
-    "中国的首都是北京，法国的首都是巴黎。",
-    "温度越高，分布越平滑，学生看到的信息越多。",
-]
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @pytest.fixture(autouse=True)
