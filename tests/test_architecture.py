@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "parsing",
     "signals",
     "bootstrap",
     "data_config",

@@ -206,3 +206,42 @@ def test_binary_file_is_not_a_recipe(tmp_path):
 )
 def test_malformed_overrides_are_refused(override):
     assert message("quickstart", [override]).startswith(f"--set {override}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 2026-13-45", "r.yaml: not valid YAML: month must be in 1..12"),
+        ("a: !!bool x", "r.yaml: not valid YAML: KeyError: 'x'"),
+        (f"a: {'9' * 5000}", "r.yaml: not valid YAML: Exceeds the limit (4300 digits)"),
+        (f"a: {'[' * 4000}", "r.yaml: not valid YAML: it is nested too deeply"),
+        (f"a: {'[' * 150}{']' * 150}", "r.yaml: nested more than 100 levels deep"),
+        ("a: &a [*a]", "r.yaml: not valid YAML: found unconstructable recursive node"),
+        ("a: &a {b: *a, c: *a}", "r.yaml: not valid YAML: found unconstructable recursive node"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "\n".join(
+                f"{n}: &{n} [{', '.join([f'*{chr(ord(n) - 1)}'] * 9)}]" for n in "bcdefghi"
+            ),
+            "r.yaml: holds more than 100,000 values",
+        ),
+        (f"a: {'x' * 2**20}", "r.yaml: holds 1,048,579 characters, expected at most 1,048,576"),
+        ("a: \x07", "r.yaml: not valid YAML: cannot be parsed"),
+        ("? [a]\n: b", "r.yaml:1: not valid YAML: found unhashable key"),
+    ],
+)
+def test_hostile_yaml_is_one_line(tmp_path, text, expected):
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = message(str(path))
+    assert found.startswith(f"{tmp_path}/{expected}"), found
+    assert "\n" not in found
+
+
+def test_aliases_of_yaml_are_separate_values(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "data: {source: a.jsonl}\nloss: {alpha: 0}\n"
+        "student: {config: &tiny {hidden_size: 32, num_heads: 2, num_kv_heads: 2}, tokenizer: x}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "r.yaml"), ["student.config.num_heads=4"])
+    assert recipe.student.config.num_heads == 4

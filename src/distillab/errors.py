@@ -1,7 +1,8 @@
 """使用者能自己改正的错误。命令行把它们印成一行、退出码 2，不带 traceback。"""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class DistillabError(Exception):
@@ -35,6 +36,39 @@ def some(names: Iterable[str]) -> str:
     """最多列出三个名字；一个也没有是 ``none``。"""
     listed = [shown(name) for name in names]
     return ", ".join(listed[:3]) + ", ..." * (len(listed) > 3) or "none"
+
+
+def reason(error: BaseException) -> str:
+    """一个异常为什么发生，一行：它的第一行话；话里看不出所以然的，带上异常的名字。"""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    name = type(error).__name__
+    if not said:
+        return name
+    tells = isinstance(error, (OSError, ValueError, ImportError)) or type(error) is Exception
+    return said if tells else f"{name}: {said}"
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """读别人写的东西的边界：无论抛出什么，都变成 ``what: 原因`` 一行，原来的异常是 ``__cause__``。
+
+    库对坏文件抛出的异常没有定数（``KeyError``、``RecursionError``、Rust 的 panic……），所以不列举。
+    只包住对库的调用，不包自己的逻辑：自己的错要看得见 traceback。
+
+    Args:
+        what: 读不了的是什么，例如 ``cannot load model 'x'``。
+
+    Raises:
+        DistillabError: 其中抛出了异常；``DistillabError``、Ctrl-C 与退出原样通过。
+    """
+    try:
+        yield
+    except (DistillabError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust 的 PanicException 不是 Exception
+        raise DistillabError(f"{what}: {reason(error)}") from error
 
 
 class Terminated(KeyboardInterrupt):

@@ -13,35 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from .config import Recipe
 from .errors import DistillabError, nearest
+from .parsing import parse_yaml
 from .sources import shipped_directory
 
 OVERRIDE = "--set"
 """覆盖项在报错里的「文件名」。"""
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader，外加两条：``3e-4`` 是数，重复的键是错误。"""
-
-
-_Loader.yaml_implicit_resolvers = {  # 复制一份，不改动 SafeLoader 自己的表
-    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(  # YAML 1.1 要求尾数带小数点，3e-4 因而成了字符串
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for position, key in enumerate(keys):
-        if key in keys[:position]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{key}' is given twice", node.value[position][0].start_mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -132,16 +108,12 @@ def recipe_schema() -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DistillabError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DistillabError(f"{path}: not UTF-8 text; a recipe is a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise DistillabError(f"{path}{where}: not valid YAML: {problem}") from None
+    values = parse_yaml(text, str(path))
     if values is None:
         raise DistillabError(f"{path}: empty; a recipe needs at least data.source")
     if not isinstance(values, dict):
@@ -149,14 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: found a {type(values).__name__}, expected a mapping with keys like "
             f"student, teacher, data"
         )
-    return {key: _unshared(value) for key, value in values.items()}
-
-
-def _unshared(value: Any) -> Any:
-    """YAML 的 ``*别名`` 处处是同一个对象；合并时改了一处，不该处处都变。"""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+    return values
 
 
 def _with_parents(
@@ -215,10 +180,7 @@ def _override(text: str) -> dict[str, Any]:
         raise DistillabError(
             f"{OVERRIDE} {text}: expected KEY=VALUE, as in train.learning_rate=1e-4"
         )
-    try:
-        nested: Any = yaml.load(value, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError:
-        raise DistillabError(f"{OVERRIDE} {text}: '{value}' is not a YAML value") from None
+    nested: Any = parse_yaml(value, f"{OVERRIDE} {text}")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     override: dict[str, Any] = nested
