@@ -14,6 +14,7 @@ ORDER = [
     "parsing",
     "signals",
     "bootstrap",
+    "credentials",
     "data_config",
     "config",
     "shapes",

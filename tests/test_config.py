@@ -183,8 +183,11 @@ def test_all_chat_data_is_read_unless_a_size_is_given():
     ("values", "message"),
     [
         ({"samples": 2}, "samples=2 and sampling.temperature=0 disagree"),
-        ({"server": {"base_url": "https://me:key@host/v1", "model": "m"}}, "set api_key_env"),
-        ({"server": {"base_url": "host/v1", "model": "m"}}, "pattern"),
+        (
+            {"server": {"base_url": "https://me:key@host/v1", "model": "m"}},
+            "name that in api_key_env",
+        ),
+        ({"server": {"base_url": "host/v1", "model": "m"}}, "expected a URL such as"),
     ],
 )
 def test_synthesis_that_cannot_be_meant_is_refused(values, message):

@@ -118,6 +118,18 @@ def test_numbers_that_are_not_finite_never_reach_the_page(ce):
     assert "Infinity" not in html.split('id="library"')[0]
 
 
+def test_a_key_in_an_old_recipe_never_reaches_the_page(ce):
+    key, file = "sk-0123456789abcdef", ce / "recipe.yaml"
+    server = (
+        f"{{base_url: 'https://u:pass@host/v1?k=abc', extra_body: {{user: {key}, token: def9}}}}"
+    )
+    assert "{source: text.jsonl" in read_run(ce).recipe_text  # 没有密钥的原样显示
+    file.write_text(f"{file.read_text()}synthesize: {{server: {server}}}\n")
+    text = page([read_run(ce)])
+    assert "https://host/v1" in text
+    assert not any(secret in text for secret in (key, "pass@", "k=abc", "def9"))
+
+
 def test_runs_compare_with_the_first(kd, ce):
     runs = read_runs([kd, ce, kd])
     assert [run.label for run in runs] == ["kd", "ce"]

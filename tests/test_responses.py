@@ -119,6 +119,19 @@ def test_other_provenance_is_refused_in_one_line_that_names_the_keys(tmp_path):
     assert len(kept_rows(path)) == 1
 
 
+def test_a_key_in_an_old_sidecar_is_neither_repeated_nor_kept(tmp_path):
+    path, key = tmp_path / "r.jsonl", "sk-0123456789abcdef"
+    old = SOURCE | {"backend": {"extra_body": {"user": key}}, "filter": "old"}
+    write(path, [row(0)], old)
+    with pytest.raises(DistillabError, match=r"backend\.extra_body") as caught:
+        write(path, [row(1)], SOURCE | {"backend": {"extra_body": {}}})
+    assert key not in str(caught.value)
+    with ResponseFile(path) as file:
+        file.resume(old | {"backend": {"extra_body": {"user": "***"}}, "filter": "new"})
+        file.rewrite([row(0)])
+    assert key not in file.sidecar.read_text()
+
+
 def test_two_writers_cannot_share_a_file(tmp_path):
     path = tmp_path / "r.jsonl"
     with ResponseFile(path), pytest.raises(DistillabError, match="in use by another process"):

@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from .credentials import WAY_OUT, bare_url, secrets_in
 
 JOINED = "{experience}\n\n{message}"
 """经验与消息缺省的拼法。"""
+
+ENVIRONMENT_NAME = r"^[A-Z_][A-Z0-9_]*$"
 
 LOCAL_OR_HUB = "Local path, hub id, pypi:NAME==VERSION/PATH, or shipped:PATH."
 
@@ -18,7 +25,20 @@ LOCAL_OR_HUB = "Local path, hub id, pypi:NAME==VERSION/PATH, or shipped:PATH."
 class Section(BaseModel):
     """配方的一节：不认识的键、类型不符的值一律拒绝，不做猜测性的转换。"""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, values: Any) -> Any:
+        # 先于其余的检查：它们的报错会引用找到的值。
+        if (key := next(secrets_in(values), None)) is not None:
+            raise PydanticCustomError(
+                "secret", "{key} holds a key, a token or a password: {way_out}",
+                {"key": key, "way_out": WAY_OUT},
+            )  # fmt: skip
+        return values
 
 
 class SamplingConfig(Section):
@@ -248,23 +268,49 @@ class ResponsesConfig(Section):
 class ServerConfig(Section):
     """OpenAI 兼容的服务：vLLM、SGLang、DashScope、DeepSeek 等。"""
 
-    base_url: str = Field(pattern="^https?://", description="Up to and including /v1.")
+    base_url: str = Field(
+        pattern="^https?://", description="Up to and including /v1; no key in it."
+    )
     model: str = Field(min_length=1, description="Model name that the server knows.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=ENVIRONMENT_NAME,
+        description="Environment variable that holds the key, such as MY_KEY; never the key.",
+    )
     concurrency: int = Field(8, gt=0, description="Requests in flight.")
     max_retries: int = Field(6, ge=0, description="Per request, with exponential back-off.")
-    timeout: float = Field(120.0, gt=0, description="Seconds for one request.")
+    timeout: float = Field(120.0, gt=0, description="Seconds for one request, reply included.")
     extra_body: dict[str, Any] = Field(
-        {}, description="Sent with every request, such as chat_template_kwargs."
+        {}, description="Sent with every request, such as chat_template_kwargs; never a key."
     )
 
-    @model_validator(mode="after")
-    def _no_secret(self) -> ServerConfig:
-        if "@" in self.base_url.partition("://")[2].partition("/")[0]:
+    # 这两处的值可能就是密钥，报错都不引用它。
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _plain_url(cls, value: Any) -> Any:
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except (ValueError, TypeError, AttributeError):
+            whole = False
+        if not whole or re.search(r"[^!-~]", value):
+            raise ValueError("expected a URL such as http://localhost:8000/v1")
+        if bare_url(value).partition("://")[2] != value.partition("://")[2]:
             raise ValueError(
-                "base_url holds a user name or key, and recipes are saved: set api_key_env"
+                f"holds a user name, a key or a query, and {WAY_OUT}; "
+                f"expected a URL such as {bare_url(value)}"
             )
-        return self
+        return value
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _variable_name(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and re.fullmatch(ENVIRONMENT_NAME, value)):
+            return value
+        raise ValueError(
+            "expected the NAME of an environment variable, capital letters, digits and _, such "
+            "as MY_KEY; never the key itself"
+        )
 
 
 class SynthesizeConfig(Section):

@@ -78,9 +78,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise DistillabError(_one_line(error, origins, str(path))) from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """解析后的配方，写成可以原样再读的 YAML。"""
+def dump_recipe(recipe: Recipe, *, public: bool = False) -> str:
+    """解析后的配方，写成可以原样再读的 YAML。
+
+    Args:
+        recipe: 配方。
+        public: 要交给别人的一份：没有 ``synthesize.server``，那是自己的服务。
+    """
     values = recipe.model_dump(mode="json", by_alias=True)
+    if public:
+        del values["synthesize"]["server"]
     for key in ("alpha", "temperature"):  # 与 loss.* 是同一个数；只写一处，才能再被 --set 覆盖
         del values["train"][key]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -177,10 +184,11 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise DistillabError(
-            f"{OVERRIDE} {text}: expected KEY=VALUE, as in train.learning_rate=1e-4"
+        raise DistillabError(  # 值不写出来：它可能是密钥
+            f"{OVERRIDE} {key.partition(':')[0]}: expected KEY=VALUE, as in "
+            f"train.learning_rate=1e-4"
         )
-    nested: Any = parse_yaml(value, f"{OVERRIDE} {text}")
+    nested: Any = parse_yaml(value, f"{OVERRIDE} {key}")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     override: dict[str, Any] = nested
@@ -197,16 +205,19 @@ def _one_line(error: ValidationError, origins: dict[str, str], default: str) -> 
     ]
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
-    known = key
+    known = first["ctx"]["key"] if first["type"] == "secret" else key
     while known and known not in origins:
-        known = known.rpartition(".")[0]
+        known = known.rpartition("[" if known.endswith("]") else ".")[0]
     where = origins.get(known, default)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     return f"{where}: {_problem(key, first)}{more}"
 
 
 def _problem(key: str, detail: Any) -> str:
-    kind, found, parent = detail["type"], detail["input"], detail["loc"][:-1]
+    kind, parent = detail["type"], detail["loc"][:-1]
+    if kind == "secret":
+        return str(detail["msg"])
+    found = _Found(detail["input"], hidden=detail["loc"][:2] == ("synthesize", "server"))
     if kind == "extra_forbidden":
         return f"unknown key '{key}'; {nearest(key.rpartition('.')[2], _fields(parent))}"
     if kind == "missing":
@@ -216,7 +227,7 @@ def _problem(key: str, detail: Any) -> str:
         return f"{key}: {message}" if key else message
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        return f"{key}: found {found!r}; {nearest(str(found), choices)}"
+        return f"{key}: found {found!r}; {nearest(str(detail['input']), choices)}"
     if kind == "model_type":
         keys = ", ".join(_fields(detail["loc"]))
         return f"{key}: found {found!r}, expected a mapping with keys {keys}"
@@ -224,6 +235,16 @@ def _problem(key: str, detail: Any) -> str:
         return f"{key}: found {found!r}, expected text that matches {detail['ctx']['pattern']}"
     expected = re.sub(r"^(Input should be (a valid )?|\w+ should have )", "", detail["msg"])
     return f"{key}: found {found!r}, expected {expected}"
+
+
+class _Found:
+    """写进报错的值；``hidden`` 的只说种类：服务的一节里，写错了地方的多半就是密钥。"""
+
+    def __init__(self, value: Any, hidden: bool) -> None:
+        self.value, self.hidden = value, hidden
+
+    def __repr__(self) -> str:
+        return f"a {type(self.value).__name__}" if self.hidden else repr(self.value)
 
 
 def _fields(location: Sequence[Any]) -> list[str]:

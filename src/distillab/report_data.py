@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import yaml
 
+from .credentials import without_secrets
 from .errors import DistillabError
 from .metrics import read_metrics
 
@@ -26,7 +27,7 @@ class RunData:
     Attributes:
         path: 目录。
         label: 页面上的名字，在一页之内不重复。
-        recipe: ``recipe.yaml``，逐级的字典。
+        recipe: ``recipe.yaml``，逐级的字典；里面有密钥的换成 ``***``。
         recipe_text: 它的原文。
         rows: ``metrics.jsonl`` 的各行。
         environment: ``environment.json``。
@@ -132,6 +133,8 @@ def read_run(path: Path) -> RunData:
         raise DistillabError(f"{path / 'recipe.yaml'}: not valid YAML: {first}") from None
     if not isinstance(recipe, dict):
         raise DistillabError(f"{path / 'recipe.yaml'}: expected the keys of a recipe")
+    if (cleaned := without_secrets(recipe)) != recipe:  # 配方从前收得下密钥
+        recipe, text = cleaned, yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True)
     rows = [row for row in finite(read_metrics(path / "metrics.jsonl"))
             if isinstance(row, dict) and "kind" in row]  # fmt: skip
     answers: dict[str, dict[str, list[dict[str, Any]]]] = {}

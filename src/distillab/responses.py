@@ -16,6 +16,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from .cache import replace_file
+from .credentials import without_secrets
 from .errors import DistillabError
 
 __all__ = ["ResponseFile", "read_rows"]
@@ -146,7 +147,9 @@ class ResponseFile:
             content: dict[str, Any] = json.loads(self.sidecar.read_bytes())
         except ValueError as error:
             raise DistillabError(f"{self.sidecar} is not JSON: {error}") from error
-        return content
+        # 从前的来历里也许有密钥：既不写进报错，也不再写回去。
+        cleaned: dict[str, Any] = without_secrets(content)
+        return cleaned
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
         old, new = _flat(before), _flat(self._provenance)

@@ -279,7 +279,7 @@ def _export(
 ) -> None:
     card = model_card(
         name=recipe.name,
-        recipe_yaml=dump_recipe(recipe),
+        recipe_yaml=dump_recipe(recipe, public=True),
         teacher=recipe.teacher.path if recipe.teacher else None,
         data=recipe.data.source,
         tokens=state.tokens,

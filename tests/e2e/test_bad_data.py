@@ -376,8 +376,8 @@ CASES = {
         "not write it; name another file with synthesize.output"),
     "synthesize: address with a key": (
         (*SYNTHESIZE, SET, "synthesize.server={base_url: 'http://me:sk-1@host/v1', model: m}"), None,
-        "--set: synthesize.server: base_url holds a user name or key, and recipes are saved: set "
-        "api_key_env"),
+        "--set: synthesize.server.base_url holds a key, a token or a password: recipes are saved: "
+        "put it into an environment variable and name that in api_key_env"),
     # ---- on-policy
     "on-policy: alpha below 1": ((*TRAIN, SET, "responses.student_fraction=0.5"), None,
         "recipe.yaml: responses.student_fraction=0.5 and loss.alpha=0.9 disagree: a sampled "
