@@ -39,8 +39,11 @@ def raised(package: Path = PACKAGE) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path in sorted(package.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for text, line in _foreign(tree):
+            found.setdefault(text, f"{path.stem}:{line}")
         kinds = USER_ERRORS | ({"ValueError"} if path.stem in RECIPE_MODULES else set())
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 called = ast.unparse(node.exc.func)
                 if called in kinds and node.exc.args:
@@ -52,13 +55,15 @@ def raised(package: Path = PACKAGE) -> dict[str, str]:
 
 def strings(package: Path = PACKAGE) -> list[str]:
     """源码里的全部字符串：引用的可以是一条报错的一部分，也可以是一条日志。"""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.glob("*.py"))]
     found = [
         _text(node)
-        for path in sorted(package.glob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for tree in trees
+        for node in ast.walk(tree)
         if isinstance(node, (ast.JoinedStr, ast.BinOp))
         or (isinstance(node, ast.Constant) and isinstance(node.value, str))
     ]
+    found += [text for tree in trees for text, _ in _foreign(tree)]
     return found + [_FORMATS.sub("…", text) for text in found]
 
 
@@ -81,6 +86,15 @@ def unexplained(page: Path = PAGE, package: Path = PACKAGE) -> list[str]:
         for text, where in raised(package).items()
         if not any(part in _key(text) for part in explained)
     ]
+
+
+def _foreign(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """``errors.foreign`` 的边界：它的话，后面跟着原因。"""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "foreign":
+            text = _text(node.args[0])
+            if re.search(r"\w\w", text):
+                yield f"{text}: …", node.lineno
 
 
 def _key(text: str) -> str:

@@ -298,7 +298,7 @@ def smollm2_gguf(package_cache):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"hidden_size": None}, "its config.json has no hidden_size"),
+        ({"hidden_size": None}, "its config.json has hidden_size=None"),
         ({"num_experts": 8}, "a mixture of 8 experts"),
     ],
 )

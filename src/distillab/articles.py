@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import file_sha256
-from .errors import DistillabError, nearest
+from .errors import DistillabError, foreign, nearest
+from .parsing import parse_json
 from .pretrained import hub_is_reachable, one_line_errors
 from .sources import fetch
 
@@ -289,11 +289,11 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
 def _jsonl(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
-            yield f"{file}:{number}", _parse_json(line.strip(), f"{file}:{number}")
+            yield f"{file}:{number}", parse_json(line.strip(), f"{file}:{number}")
 
 
 def _json(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
-    content = _parse_json("".join(_lines(file)), str(file))
+    content = parse_json("".join(_lines(file)), str(file))
     if isinstance(content, dict):
         content = list(content.values())
     if not isinstance(content, list):
@@ -315,10 +315,9 @@ def _txt(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with foreign(f"cannot read parquet file {str(file)!r}"):
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         # 没有这一列时交给 _text_of 报错，那里会列出有哪些列。
@@ -328,9 +327,6 @@ def _parquet(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
         )
         for number, row in enumerate(rows):
             yield f"{file}: row {number}", row
-    except (pa.ArrowInvalid, OSError) as error:
-        message = str(error).splitlines()[0]
-        raise DistillabError(f"cannot read parquet file {str(file)!r}: {message}") from error
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -342,11 +338,3 @@ def _lines(file: Path) -> Iterator[str]:
         raise DistillabError(
             f"{str(file)!r} is not UTF-8 text ({error.reason}); convert it first"
         ) from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = where if error.lineno == 1 else f"{where}:{error.lineno}"
-        raise DistillabError(f"{at}: not valid JSON: {error.msg} (column {error.colno})") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DistillabError
+from .errors import DistillabError, foreign
 
 logger = logging.getLogger("distillab")
 
@@ -24,8 +24,17 @@ def cache_dir() -> Path:
     Returns:
         环境变量 ``DISTILLAB_CACHE`` 所指，没有设置则是 ``~/.cache/distillab``；不保证已存在。
     """
-    configured = os.environ.get("DISTILLAB_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "distillab"
+    return expanded(os.environ.get("DISTILLAB_CACHE") or "~/.cache/distillab")
+
+
+def expanded(path: str) -> Path:
+    """开头的 ``~`` 换成家目录。
+
+    Raises:
+        DistillabError: 不知道家目录在哪里，例如没有 ``HOME`` 的容器。
+    """
+    with foreign(f"{path}: where is '~'? Set HOME, or give a path without it"):
+        return Path(path).expanduser()
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

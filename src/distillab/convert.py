@@ -24,7 +24,7 @@ from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 from .language_model import PretrainedLM
 from .lora import has_lora, merged_copy
 from .model import StudentModel
-from .pretrained import quiet_transformers
+from .pretrained import one_line_errors, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,9 +147,10 @@ def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
             f"{directory}: expected a directory with config.json and *.safetensors files"
         )
     state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    return AutoConfig.from_pretrained(directory), state
+    with one_line_errors("model", str(directory)):
+        for file in files:
+            state.update(load_file(file))
+        return AutoConfig.from_pretrained(directory), state
 
 
 def _load(

@@ -46,8 +46,7 @@ def reason(error: BaseException) -> str:
     name = type(error).__name__
     if not said:
         return name
-    tells = isinstance(error, (OSError, ValueError, ImportError)) or type(error) is Exception
-    return said if tells else f"{name}: {said}"
+    return f"{name}: {said}" if isinstance(error, (LookupError, AttributeError)) else said
 
 
 @contextmanager

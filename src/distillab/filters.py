@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FilterConfig
-from .errors import DistillabError, nearest
+from .errors import DistillabError, foreign, nearest
 
 __all__ = ["Filter", "make_filter", "needs_answer", "normalise"]
 
@@ -57,12 +57,8 @@ def _regex_filter(template: str, where: str) -> Filter:
     def pattern(answer: str) -> re.Pattern[str]:
         return re.compile(template.replace("{answer}", re.escape(answer)))
 
-    try:
+    with foreign(f"{where}.regex {template!r} is not a regular expression"):
         pattern("answer")
-    except re.error as error:
-        raise DistillabError(
-            f"{where}.regex {template!r} is not a regular expression: {error}"
-        ) from error
     return lambda record, answer, response: pattern(answer or "").search(response) is not None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import GeneratorConfig
 from .conversations import Conversation
-from .errors import DistillabError, nearest
+from .errors import DistillabError, foreign, nearest
 
 __all__ = ["Score", "generated"]
 
@@ -54,14 +54,9 @@ def generated(config: GeneratorConfig, where: str) -> tuple[list[Conversation], 
             raise DistillabError(
                 f"{where}.options: {config.name} has no option {key!r}; {nearest(key, choices)}"
             )
-    try:
+    with foreign(f"{where}.options: {config.name} refuses them"):
         dataset = create_dataset(config.name, seed=config.seed, size=config.size, **config.options)
         entries = [dataset[index] for index in range(config.size)]
-    except Exception as error:  # 各个数据集以 assert、ValueError、TypeError 等各种方式拒绝
-        raise DistillabError(
-            f"{where}.options: {config.name} refuses them: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
 
     def score(record: Mapping[str, Any], answer: str | None, response: str) -> float:
         try:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from .errors import DistillabError
+from .parsing import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,10 +81,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+            with suppress(DistillabError):
+                rows.append(parse_json(line, str(path)))
     return rows
 
 

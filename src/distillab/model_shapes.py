@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import DistillabError
+from .errors import DistillabError, foreign
+from .parsing import parse_json
 from .pretrained import hub_is_reachable, one_line_errors
 from .shapes import SHAPES, Shape
 from .sources import fetch, parse_source
@@ -28,6 +28,7 @@ BUILT_IN: Mapping[str, tuple[str, int]] = MappingProxyType(
 
 _KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "vocab_size")  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,9 @@ def find_shape(source: str) -> Planned:
             raise DistillabError(f"{source!r} has no config.json to plan from")
     else:
         path = _hub_config(found)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DistillabError(f"{str(path)!r} is not JSON") from None
+    config = parse_json(path.read_bytes(), str(path))
+    if not isinstance(config, dict):
+        raise DistillabError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return from_config(config, source)
 
 
@@ -78,12 +78,13 @@ def from_config(config: Mapping[str, Any], source: str) -> Planned:
     Raises:
         DistillabError: 缺少 decoder 的尺寸，或是混合专家模型。
     """
-    config = config.get("text_config") or config
-    for key in _KEYS:
-        if not isinstance(config.get(key), int):
+    if isinstance(inner := config.get("text_config"), dict):
+        config = inner
+    for key in (*_KEYS, *(key for key in _OPTIONAL if config.get(key))):
+        if type(value := config.get(key)) is not int or value < 1:
             raise DistillabError(
-                f"cannot plan {source!r}: its config.json has no {key}; expected a decoder with "
-                f"the layout of Llama, Qwen2 or Qwen3"
+                f"cannot plan {source!r}: its config.json has {key}={value!r}, expected a positive "
+                f"number: a decoder with the layout of Llama, Qwen2 or Qwen3"
             )
     experts = config.get("num_experts") or config.get("num_local_experts")
     if experts:
@@ -121,7 +122,7 @@ def _from_gguf(path: Path) -> Planned:
     """GGUF 的元数据；权重只映射，不读。"""
     from gguf import GGUFReader
 
-    try:
+    with foreign(f"cannot plan {str(path)!r}: expected a Llama- or Qwen-like decoder"):
         reader = GGUFReader(path)
         names = {tensor.name: tensor.shape for tensor in reader.tensors}
         values = {name: field.contents() for name, field in reader.fields.items()
@@ -142,8 +143,3 @@ def _from_gguf(path: Path) -> Planned:
             qk_norm="blk.0.attn_q_norm.weight" in names,
         )
         return Planned(shape, values[f"{kind}.context_length"])
-    except (KeyError, ValueError, OSError, IndexError) as error:
-        raise DistillabError(
-            f"cannot plan {str(path)!r}: {type(error).__name__}: {error}; expected the metadata of "
-            f"a Llama- or Qwen-like decoder"
-        ) from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from .cache import expanded
 from .config import DataSection
 from .conversations import Conversation, Message, read_conversations
 from .data_config import Experience
@@ -118,7 +119,7 @@ def read_experience(text: str) -> str:
     """
     content = text
     if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):
-        path = Path(fetch(text) if text.startswith(SHIPPED) else text).expanduser()
+        path = Path(fetch(text)) if text.startswith(SHIPPED) else expanded(text)
         if not path.exists():
             raise DistillabError(f"data.experience: {text!r} does not exist; expected a text file")
         try:

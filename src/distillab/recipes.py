@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .cache import expanded
 from .config import Recipe
 from .errors import DistillabError, nearest
 from .parsing import parse_yaml
@@ -42,7 +43,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         DistillabError: 没有这个文件，也没有叫这个名字的配方。
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     shipped = shipped_recipes()

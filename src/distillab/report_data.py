@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ import yaml
 from .credentials import without_secrets
 from .errors import DistillabError
 from .metrics import read_metrics
+from .parsing import parse_json, parse_yaml
 
 FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
          "evaluation.json", "checks/*.json", "checks/*.jsonl")  # fmt: skip
@@ -126,11 +127,7 @@ def read_run(path: Path) -> RunData:
         DistillabError: ``recipe.yaml`` 或一个 JSON 文件不成样子。
     """
     text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        first = str(error).splitlines()[0]
-        raise DistillabError(f"{path / 'recipe.yaml'}: not valid YAML: {first}") from None
+    recipe = parse_yaml(text, str(path / "recipe.yaml"))
     if not isinstance(recipe, dict):
         raise DistillabError(f"{path / 'recipe.yaml'}: expected the keys of a recipe")
     if (cleaned := without_secrets(recipe)) != recipe:  # 配方从前收得下密钥
@@ -201,10 +198,7 @@ def finite(value: Any) -> Any:
 def _object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DistillabError(f"{path}: not valid JSON: {error}") from None
+    value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, dict):
         raise DistillabError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return cast("dict[str, Any]", finite(value))
@@ -215,10 +209,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                found.append(finite(row))
+            with suppress(DistillabError):
+                row = parse_json(line, str(path))
+                if isinstance(row, dict):
+                    found.append(finite(row))
     return found

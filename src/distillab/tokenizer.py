@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _END_OF_TEXT = "<|endoftext|>"
+_SAMPLE = "Tokens 词 1"
 
 
 def load_tokenizer(
@@ -51,6 +52,9 @@ def load_tokenizer(
             trust_remote_code=trust_remote_code,
             local_files_only=isinstance(where, str) and not hub_is_reachable(),
         )
+        # 有的毛病要用起来才看得见。
+        tokenizer.decode(tokenizer(_SAMPLE)["input_ids"])
+        tokenizer.get_vocab()
     if tokenizer.eos_token_id is None:
         raise DistillabError(
             f"tokenizer {text!r} has no eos token: generation could not stop and documents could "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
+from .cache import expanded
 from .errors import DistillabError, some
 from .responses import Row, read_rows
 from .sources import fetch, parse_source, require_file
@@ -64,7 +64,7 @@ def usable_responses(source: str, keys: Collection[str]) -> tuple[dict[str, list
 
 
 def _rows(source: str) -> list[Row]:
-    path = fetch(source) if parse_source(source).kind != "path" else Path(source).expanduser()
+    path = fetch(source) if parse_source(source).kind != "path" else expanded(source)
     if isinstance(path, str):
         raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
     if not path.exists():
