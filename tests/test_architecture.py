@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
 
 ORDER = [
     "errors",
+    "console",
     "parsing",
     "signals",
     "bootstrap",

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .batch import Example, Tokens
 from .config import DataSection
+from .console import make_console
 from .errors import DistillabError
 from .paired import Pair
 from .truncate import Fitted, fit
@@ -291,13 +292,12 @@ def _held_out(prompts: set[str], data: DataSection, seed: int, report: DataRepor
 
 
 def _progress(pairs: list[Pair]) -> Iterable[Pair]:
-    from rich.console import Console
     from rich.progress import track
 
     return track(
         pairs,
         "tokenising",
-        console=Console(stderr=True),
+        console=make_console(stderr=True),
         transient=True,
         disable=len(pairs) < _PROGRESS_FROM,
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .console import make_console, say
 from .errors import DistillabError, exit_code
 from .signals import terminable
 from .terminal import (
@@ -85,17 +86,17 @@ def train(
     except KeyboardInterrupt as stop:
         again = Path("runs") / resolved.name / "recipe.yaml"
         if os.environ.get("RANK", "0") == "0":
-            print(f"{what(stop)}; to continue: distillab train {again} --resume", file=sys.stderr)
+            say(f"{what(stop)}; to continue: distillab train {again} --resume", error=True)
         raise typer.Exit(exit_code(stop)) from None
     if not summary:  # 不是主进程
         return
     print_samples(directory.samples_file)
     print_tables(summary)
-    print(f"plots:   {directory.plots}")
+    say(f"plots:   {directory.plots}")
     if directory.report.exists():
-        print(f"report:  {directory.report}")
-    print(f"export:  {directory.export}")
-    print(f'next:    distillab generate {resolved.name} --prompt "..."')
+        say(f"report:  {directory.report}")
+    say(f"export:  {directory.export}")
+    say(f'next:    distillab generate {resolved.name} --prompt "..."')
 
 
 @app.command(cls=ResumeAuto)
@@ -151,8 +152,6 @@ def plan(
       distillab plan wiki-zh --device t4
       distillab plan experience/skd --device h100 --processes 8 --engine fsdp2
     """  # noqa: D301
-    from rich.console import Console
-
     from .hardware import find_device
     from .plan import plan as make_plan
     from .plan import suggestions
@@ -160,9 +159,9 @@ def plan(
     from .recipes import load_recipe
 
     found = make_plan(load_recipe(recipe, overrides or []), find_device(device), processes, engine)
-    terminal = Console(highlight=False)
+    terminal = make_console(highlight=False)
     terminal.print(memory_table(found))
-    print(summary(found, min(terminal.width, 100)))
+    say(summary(found, min(terminal.width, 100)))
     if not found.fits:
         changes = change_table(suggestions(found))
         terminal.print(changes or "no key would make it smaller: choose a smaller model")
@@ -196,16 +195,14 @@ def evaluate(
       distillab evaluate quickstart --checkpoint last --model quickstart-ce
     """  # noqa: D301
     quiet_libraries()
-    from rich.console import Console
-
     from .evaluation import evaluate as measure
     from .evaluation_tables import evaluation_tables
 
     found, path = measure(run, checkpoint, model or [], output)
-    terminal = Console()
+    terminal = make_console()
     for table in evaluation_tables(found):
         terminal.print(table)
-    print(f"written: {path}")
+    say(f"written: {path}")
 
 
 @app.command()
@@ -233,10 +230,10 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
         report = runs.synthesize(resolved)
     except KeyboardInterrupt as stop:
         said = str(stop) or what(stop)
-        print(f"{said}; run the same command again to continue", file=sys.stderr)
+        say(f"{said}; run the same command again to continue", error=True)
         raise typer.Exit(exit_code(stop)) from None
-    print(report)
-    print(f"written: {report.output}")
+    say(report)
+    say(f"written: {report.output}")
     raise typer.Exit(report.exit_code)
 
 
@@ -273,12 +270,12 @@ def generate(
         "seed": seed,
     }
     if len(prompt) == 1:
-        print(prompt[0], end="\n" if chat else "", flush=True)
-        generator.generate(asked, stream=lambda text: print(text, end="", flush=True), **options)
-        print()
+        say(prompt[0], end="\n" if chat else "")
+        generator.generate(asked, stream=lambda text: say(text, end=""), **options)
+        say("")
         return
     for text, completion in zip(prompt, generator.generate(asked, **options), strict=True):
-        print(text, completion, sep="\n" if chat else "", end="\n\n")
+        say(text + ("\n" if chat else "") + completion, end="\n\n")
 
 
 @app.command()
@@ -293,7 +290,7 @@ def export(
     quiet_libraries()
     from . import run as runs
 
-    print(runs.export(run, checkpoint, output))
+    say(runs.export(run, checkpoint, output))
 
 
 @app.command()
@@ -335,17 +332,15 @@ def report(
 @app.command(name="runs")
 def list_runs() -> None:
     """List the runs under runs/, newest first."""
-    from rich.console import Console
-
     from .report import runs_table
     from .report_data import read_run
     from .run_dir import RUNS
 
     found = [read_run(file.parent) for file in RUNS.glob("*/recipe.yaml")]
     if not found:
-        print(f"no runs under {RUNS}/ yet; start one: distillab train quickstart")
+        say(f"no runs under {RUNS}/ yet; start one: distillab train quickstart")
         return
-    Console().print(runs_table(found))
+    make_console().print(runs_table(found))
 
 
 @app.command()
@@ -355,13 +350,12 @@ def schema() -> None:
 
     from .recipes import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    say(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command()
 def recipes() -> None:
     """List the shipped recipes; each runs by its name."""
-    from rich.console import Console
     from rich.table import Table
 
     from .recipes import load_recipe, shipped_recipes
@@ -370,7 +364,7 @@ def recipes() -> None:
                   caption_justify="left")  # fmt: skip
     for name in shipped_recipes():
         table.add_row(name, load_recipe(name).description)
-    Console().print(table)
+    make_console().print(table)
 
 
 def main() -> None:
@@ -379,10 +373,10 @@ def main() -> None:
         with terminable():
             app()
     except DistillabError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except OSError as error:  # 磁盘满、没有权限
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        say(f"error: {error.filename or 'file'}: {error.strerror or error}", error=True)
         sys.exit(2)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from .console import say
 from .errors import DistillabError
 from .sources import shipped_directory
 
@@ -57,7 +57,7 @@ def launch(engine: Engine, processes: int, arguments: Sequence[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
     except SignalException as stop:  # 启动器已把它转给各进程，等它们存好
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return 128 + int(stop.sigval)
     return 0
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,13 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .console import make_console
 from .evaluate import Metrics
 
 logger = logging.getLogger("distillab")
 
 Item = TypeVar("Item")
 
-console = Console(stderr=True)
+console = make_console(stderr=True)
 """进度条与日志共用的终端；stdout 留给结果。"""
 
 
@@ -32,7 +32,7 @@ def make_bar(enabled: bool = True) -> Progress:
         SpinnerColumn(),
         MofNCompleteColumn(),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         disable=not (enabled and console.is_terminal),

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .console import SafeFormatter, make_console, say
 from .errors import Terminated, exit_code
 
 
@@ -22,7 +23,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            print(what(stop), file=sys.stderr)
+            say(what(stop), error=True)
             raise typer.Exit(exit_code(stop)) from None
 
 
@@ -44,16 +45,14 @@ def what(stop: KeyboardInterrupt) -> str:
 
 def print_written(path: Path) -> None:
     """写好的文件与它的大小。"""
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
+    say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def print_tables(summary: dict[str, Any]) -> None:
     """一次训练结束时的表。"""
-    from rich.console import Console
-
     from .report import checks_table, closing_table
 
-    terminal = Console()
+    terminal = make_console()
     for table in (closing_table(summary), checks_table(summary)):
         if table is not None:
             terminal.print(table)
@@ -66,7 +65,7 @@ def print_samples(path: Path) -> None:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            print(f"> {row['prompt']}{row['student']}\n")
+            say(f"> {row['prompt']}{row['student']}\n")
 
 
 def quiet_libraries() -> None:
@@ -80,6 +79,7 @@ def quiet_libraries() -> None:
 
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
                           highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip
+    handler.setFormatter(SafeFormatter())
     logger = logging.getLogger("distillab")
     logger.handlers, logger.propagate = [handler], False
     main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
