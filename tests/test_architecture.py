@@ -88,6 +88,7 @@ ORDER = [
     "progress",
     "synthesize",
     "local",
+    "replies",
     "server",
     "generated",
     "choices",

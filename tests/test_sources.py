@@ -1,10 +1,12 @@
 """来源的写法、下载与校验，以及预训练模型从哪里读。"""
 
 import hashlib
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -94,6 +96,13 @@ def test_an_incomplete_pypi_source_is_refused(text):
         parse_source(text)
 
 
+def test_an_address_is_refused_without_its_password():
+    for text in ("https://me:hunter2@host/a.jsonl", "s3://hunter2@bucket/a", "http://h/?k=hunter2"):
+        with pytest.raises(DistillabError, match="addresses are not read") as caught:
+            fetch(text)
+        assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("inner", ["../x", "a/../../x", "/etc/passwd", "a\\..\\x", "C:/x"])
 def test_a_path_that_leaves_the_wheel_is_refused(inner):
     with pytest.raises(DistillabError, match=r"without '\.\.'"):
@@ -175,6 +184,72 @@ def test_a_wheel_that_would_write_outside_is_refused(index, tmp_path, empty_cach
         fetch(NAME)
     assert not list(tmp_path.rglob("escaped.txt"))
     assert not any((empty_cache / "pypi").iterdir())
+
+
+@pytest.fixture
+def copied(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """不经 pip 就到手的 wheel：pip 要一秒。"""
+
+    def run(command, **_):
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("distillab.sources.subprocess.run", run)
+    return wheel
+
+
+def rewritten(wheel, member, change):
+    """改写 wheel 里一个成员的中央目录项（46 字节的头）。"""
+    content = bytearray(wheel.read_bytes())
+    start = content.rindex(b"PK\x01\x02", 0, content.rindex(member.encode()))
+    change(memoryview(content)[start : start + 46])
+    wheel.write_bytes(content)
+
+
+def encrypt(header):
+    header[8] |= 1
+
+
+def claim_less(header):
+    header[24:28] = (3).to_bytes(4, "little")
+
+
+def claim_more(header):
+    header[24:28] = (2**32 - 2).to_bytes(4, "little")
+
+
+def unknown_method(header):
+    header[10] = 99
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "message"),
+    [
+        (encrypt, {}, r"is encrypted \('tiny_parts/data/words\.txt'\); not unpacked"),
+        (claim_less, {}, "is not a readable wheel: Bad CRC-32"),
+        (claim_more, {"MAX_UNPACKED": 2**31}, r"would unpack to \d files of 4,294,967,\d+ bytes"),
+        (unknown_method, {}, "is not a readable wheel: That compression method is not supported"),
+        (None, {"MAX_UNPACKED": 100}, "expected at most 100,000 files of 100 bytes; not unpacked"),
+        (None, {"MAX_MEMBERS": 2}, r"would unpack to [45] files"),
+    ],
+)
+def test_a_hostile_wheel_is_one_line_and_leaves_nothing(
+    wheel, monkeypatch, change, limits, message
+):
+    for name, value in limits.items():
+        monkeypatch.setattr(f"distillab.sources.{name}", value)
+    if change is not None:
+        rewritten(copied, "tiny_parts/data/words.txt", change)
+    with pytest.raises(DistillabError, match=message) as caught:
+        fetch(NAME)
+    assert "\n" not in str(caught.value)
+    assert not (cache_dir() / "pypi" / "tiny-parts-1.0").exists()
+
+
+def test_a_wheel_that_does_not_fit_says_what_is_free(copied, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10))
+    with pytest.raises(DistillabError, match=r"bytes, but 10 are free .* set DISTILLAB_CACHE"):
+        fetch(NAME)
 
 
 def test_a_directory_left_by_a_killed_process_is_ignored(wheel, empty_cache):

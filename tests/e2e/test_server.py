@@ -1,5 +1,6 @@
 """服务当教师：一个什么都做得出来的假服务，和一个真的（``transformers serve``）。"""
 
+import gzip
 import json
 import os
 import re
@@ -7,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import Counter
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -179,6 +183,76 @@ def test_question_that_fails_is_left_for_the_next_run(stub, ask, kind):
     assert ask().exit_code == 0
     assert stub.asked() == {"q2": 1}
     assert Counter(row["id"] for row in rows(ask.output)) == Counter(t.id for t in TASKS)
+
+
+def test_a_redirect_to_another_host_is_not_followed(stub, ask, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
+    elsewhere = stub.url.replace("127.0.0.1", "localhost")
+    stub.script = lambda n, body: (307, b"", {"Location": f"{elsewhere}/chat/completions"})
+    with pytest.raises(DistillabError, match=r"redirects to http://localhost:\d+, which is not fo"):
+        ask(api_key_env="TEACHER_KEY", concurrency=1, max_retries=3)
+    assert len(stub.bodies) == 1
+
+
+def test_a_redirect_on_the_same_host_is_followed_as_before(stub, ask):
+    stub.script = lambda n, body: (
+        (307, b"", {"Location": "/v1/moved"}) if n % 2 == 0 else completion()
+    )
+    assert ask(concurrency=1).kept == 6
+    assert len(stub.bodies) == 12
+
+
+def packed(text):
+    return gzip.compress(json.dumps(completion(text)).encode(), 9)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "reason"),
+    [
+        (packed(" " * (80 << 20)), "gzip", "a reply above 64 MiB"),
+        (gzip.compress(packed("4")), "gzip, gzip", "a reply compressed with 'gzip, gzip', expect"),
+        (packed("4"), "br", "a reply compressed with 'br', expected gzip"),
+        (b" " * (65 << 20), "identity", "a reply above 64 MiB"),
+        (packed("4")[:30], "gzip", "unexpected reply (body: Invalid JSON"),
+        (b"\x1f\x8bnot gzip at all", "gzip", "cannot connect"),
+    ],
+)
+def test_a_reply_may_be_compressed_but_not_without_bounds(stub, ask, content, encoding, reason):
+    """峰值内存另有界限：解压的每一步至多约 64 MB。"""
+    stub.script = lambda n, body: (
+        (200, packed("4"), {"Content-Encoding": "gzip"}) if n == 0
+        else (200, content, {"Content-Encoding": encoding}) if n == 1 else completion()
+    )  # fmt: skip
+    report = ask(concurrency=1, max_retries=0)
+    assert (report.kept, report.failed) == (5, 1)
+    assert next(iter(report.failures)).startswith(reason)
+
+
+def test_a_server_that_drips_bytes_meets_the_deadline(ask):
+    """每个字节都来得及，整个回复却没有完的时候。"""
+
+    class Drip(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(600):
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        report = ask(tasks=TASKS[:1], base_url=url, timeout=0.3)
+        server.shutdown()
+    assert dict(report.failures) == {"no reply within 0.3 s": 1}
+    assert time.monotonic() - started < 6
 
 
 def test_hanging_request_times_out_while_the_others_go_on(stub, ask):
