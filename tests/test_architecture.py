@@ -35,6 +35,7 @@ ORDER = [
     "agreement",
     "fused",
     "kv_cache",
+    "head_fit",
     "language_model",
     "model",
     "pretrained",

@@ -12,14 +12,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from .errors import DistillabError
+from .errors import DistillabError, foreign
+from .head_fit import fit_head, relative_error, tolerance
 from .kv_cache import dynamic_cache
 from .targets import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PROBE_TOKENS = 12
+"""核对一个模型用的 token 数。"""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -104,7 +110,7 @@ class PretrainedLM(LanguageModel):
         model: 由 ``AutoModelForCausalLM`` 得到的模型，保存在 ``self.model``。
 
     Raises:
-        DistillabError: 模型没有词表投影，或它的 logits 含有 ``Head`` 表达不了的运算。
+        DistillabError: 模型没有词表投影，它的 logits 含有 ``Head`` 表达不了的运算，或它不是因果的。
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -117,11 +123,13 @@ class PretrainedLM(LanguageModel):
                 "such as AutoModelForCausalLM returns"
             )
         self._config: Any = model.config.get_text_config()
-        self._scale, self._softcap = _logit_transform(self._config)
         # 位置编码不靠 position_ids 的模型（ALiBi 等）没有这个参数。
         self._takes_positions = (
-            "position_ids" in inspect.signature(model.base_model.forward).parameters
+            "position_ids" in inspect.signature(self._backbone.forward).parameters
         )
+        self._scale, self._softcap = 1.0, None
+        fitted = self._fitted_head()
+        self._scale, self._softcap = fitted.scale, fitted.softcap
 
     def forward(
         self,
@@ -154,7 +162,7 @@ class PretrainedLM(LanguageModel):
             # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions[:, -input_ids.shape[1] :]
-        output = self.model.base_model(
+        output = self._backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
@@ -164,6 +172,42 @@ class PretrainedLM(LanguageModel):
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    @property
+    def _backbone(self) -> Any:
+        """词表投影之前的部分。"""
+        base = self.model.base_model
+        if base is not self.model:
+            return base
+        # Llama 4 一类的 ``base_model_prefix`` 写着自己没有的名字，只能从孩子里找。
+        inner = [part for part in self.model.children() if hasattr(part, "base_model_prefix")]
+        return inner[0] if len(inner) == 1 else base
+
+    @torch.no_grad()
+    def _fitted_head(self) -> Head:
+        """用几个 token 核对：logits 能由隐状态算出，后面的 token 也不影响前面的。"""
+        what = f"model_type {self._config.model_type!r} cannot be used here"
+        device = self.head.weight.device
+        length = min(PROBE_TOKENS, self.max_seq_len)
+        ids = torch.arange(1, length + 1, device=device).repeat(2, 1) % self.vocab_size
+        ids[1, -1] = (ids[1, -1] + 7) % self.vocab_size
+        # dropout 之外，autocast 也要关掉：要比较的是权重自己的类型。
+        with evaluating(self), torch.autocast(device.type, enabled=False), foreign(what):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            hidden = self(ids)
+        try:
+            fitted = fit_head(
+                self.head, hidden.flatten(0, 1), logits.flatten(0, 1), vars(self._config)
+            )
+        except DistillabError as error:
+            raise DistillabError(f"{what}: {error}") from None
+        before = hidden[:, :-1]
+        if relative_error(before[1], before[0]) > tolerance(self.head.weight.dtype):
+            raise DistillabError(
+                f"{what}: a later token changes its earlier hidden states, "
+                "expected a causal language model"
+            )
+        return fitted
 
     @property
     def head(self) -> Head:
@@ -178,7 +222,8 @@ class PretrainedLM(LanguageModel):
     @property
     def max_seq_len(self) -> int:
         """最长序列；配置里没有上限的模型（如 ALiBi）给出一个用不完的数。"""
-        return int(getattr(self._config, "max_position_embeddings", None) or 2**31 - 1)
+        longest = int(getattr(self._config, "max_position_embeddings", None) or 0)
+        return longest if longest > 0 else 2**31 - 1
 
     @property
     def block_names(self) -> list[str]:
@@ -193,17 +238,3 @@ class PretrainedLM(LanguageModel):
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:  # transformers 5 的早期版本只有这个名字，后来的版本里它会告警
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """从配置读出 ``(scale, softcap)``；三家对同一件事起了三个名字，Granite 还是除法。"""
-    if (getattr(config, "lm_head_multiplier", None) or 1.0) != 1.0:
-        # Falcon-H1 一类：乘在别处，且 checkpoint 之间写法不一，宁可拒绝也不给错的 logits。
-        raise DistillabError(
-            f"model_type {config.model_type} sets lm_head_multiplier={config.lm_head_multiplier}, "
-            "expected 1: choose a model without it"
-        )
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return scale, None if softcap is None else float(softcap)
