@@ -234,7 +234,7 @@ def unknown_method(header):
     ],
 )
 def test_a_hostile_wheel_is_one_line_and_leaves_nothing(
-    wheel, monkeypatch, change, limits, message
+    copied, monkeypatch, change, limits, message
 ):
     for name, value in limits.items():
         monkeypatch.setattr(f"distillab.sources.{name}", value)
