@@ -85,6 +85,7 @@ ORDER = [
     "engine",
     "trainer_state",
     "layout",
+    "checkpoint_files",
     "checkpoint",
     "progress",
     "synthesize",

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from distillab.batch import Batch, Example, Tokens, View, collate_examples
 from distillab.build import build_models
-from distillab.checkpoint import checkpoints, load_checkpoint, load_student
+from distillab.checkpoint import load_checkpoint, load_student
+from distillab.checkpoint_files import checkpoints
 from distillab.config import EvaluateConfig, LoraConfig, LossConfig, Recipe, TrainingConfig
 from distillab.convert import export_student
 from distillab.distillation_module import DistillationModule

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
-from distillab.checkpoint import checkpoints, load_student, read_state
+from distillab.checkpoint import load_student
+from distillab.checkpoint_files import checkpoints, read_state
 from distillab.config import EvaluateConfig, LossConfig, ModelConfig, TrainingConfig
 from distillab.convert import from_hf
 from distillab.engine import (

@@ -3,32 +3,47 @@
 ``checkpoints/step-00000100/`` 是学生、optimizer、scheduler 与各进程的随机数，加上
 ``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。冻结的参数（LoRA 的基座）不存：它们
 从未变过，配方说了从哪里读。权重与 optimizer 总是完整的张量，与引擎和进程数无关：分片的收齐了再写，
-换一个引擎、换几个进程也读得回来。
+换一个引擎、换几个进程也读得回来。要不要信一个检查点由主进程来查（``checkpoint_files.py``），别的
+进程听它的。
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import random
 import shutil
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, load, set_seed
 from accelerate.utils.constants import SCALER_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from .checkpoint_files import (
+    BEST,
+    WEIGHTS_FILE,
+    DamagedCheckpoint,
+    Saved,
+    check_files,
+    check_whole,
+    checkpoints,
+    discard,
+    publish,
+    read_saved,
+    seal,
+    set_aside,
+    sweep,
+)
 from .config import TrainingConfig
 from .errors import DistillabError
 from .layout import Layout
-from .on_policy import RolloutGuard
 from .optimizer_state import WholeOptimizer
+from .run_dir import run_id
 from .sharding import place, reshard, shape, whole
 from .trainer_state import TrainerState
 
@@ -37,13 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distillab")
 
-STATE_FILE = "trainer_state.json"
-WEIGHTS_FILE = "model.safetensors"
-BEST = "best"
-
-
-class DamagedCheckpoint(DistillabError):
-    """检查点的文件缺失或损坏；更早的一个也许还好。"""
+Found = TypeVar("Found")
 
 
 def save_checkpoint(
@@ -75,12 +84,11 @@ def save_checkpoint(
             step=accelerator.step,
             scaler=accelerator.scaler,
         )
-        _write_state(temporary, state, config, accelerator)
 
-    _write_then_rename(accelerator, target, write)
+    _write_then_rename(accelerator, target, state, config, write)
     if accelerator.is_main_process:
         for old in checkpoints(directory)[: -config.max_checkpoints]:
-            shutil.rmtree(old)
+            discard(old)
     return target
 
 
@@ -96,18 +104,44 @@ def save_best(
     def write(temporary: Path) -> None:
         weights = _weights(accelerator, module)
         accelerator.save(weights, temporary / WEIGHTS_FILE, safe_serialization=True)
-        _write_state(temporary, state, config, accelerator)
 
-    _write_then_rename(accelerator, directory / BEST, write)
+    _write_then_rename(accelerator, directory / BEST, state, config, write)
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """``directory`` 里完整的检查点，由旧到新；写到一半的不算。"""
-    return sorted(directory.glob("step-" + "[0-9]" * 8))
+def begin(accelerator: Accelerator, run_dir: Path, directory: Path, fresh: bool) -> str:
+    """训练之前：清掉上次被杀留下的，定下运行的 id。所有进程都要调用。
+
+    Args:
+        accelerator: 引擎。
+        run_dir: 运行目录。
+        directory: 检查点目录。
+        fresh: 从头开始；那里就不该有检查点。
+
+    Returns:
+        运行的 id。
+
+    Raises:
+        DistillabError: 已有别的训练的检查点，或 id 读不出。
+    """
+
+    def look() -> str:
+        if fresh and (found := checkpoints(directory)):
+            raise DistillabError(
+                f"{found[-1]} is of an earlier training: continue it with resume=True, or name "
+                f"another run_dir"
+            )
+        sweep(directory)
+        return run_id(run_dir)
+
+    return _agreed(accelerator, look)
 
 
 def resume_newest(
-    accelerator: Accelerator, directory: Path, data: str | None, config: TrainingConfig
+    accelerator: Accelerator,
+    directory: Path,
+    data: str | None,
+    config: TrainingConfig,
+    run: str | None = None,
 ) -> tuple[TrainerState, Path] | None:
     """从最新的完整检查点恢复；它损坏了就改名放到一边，退到前一个。所有进程都要调用。
 
@@ -116,6 +150,7 @@ def resume_newest(
         directory: 检查点目录。
         data: 见 ``load_checkpoint``。
         config: 见 ``load_checkpoint``。
+        run: 见 ``load_checkpoint``。
 
     Returns:
         ``(训练进度, 检查点)``；一个检查点也没有是 ``None``。
@@ -124,18 +159,17 @@ def resume_newest(
         DistillabError: 没有一个读得出（说的是最新的那一个），或见 ``load_checkpoint``。
     """
     damaged: dict[Path, DamagedCheckpoint] = {}
-    for path in reversed(checkpoints(directory)):
+    for path in reversed(_agreed(accelerator, lambda: checkpoints(directory))):
         error, state = None, None
         try:
-            state = load_checkpoint(accelerator, path, data, config)
+            state = load_checkpoint(accelerator, path, data, config, run)
         except DamagedCheckpoint as found:
             error = found
         others = [text for text in gather_object([str(error or "")]) if text]  # 一起决定
         if state is not None and not others:
             if accelerator.is_main_process:
                 for bad, reason in damaged.items():
-                    aside = bad.rename(bad.with_name(f"damaged-{bad.name}"))
-                    logger.warning("%s; moved to %s", reason, aside)
+                    logger.warning("%s; moved to %s", reason, set_aside(bad))
             accelerator.wait_for_everyone()
             return state, path
         damaged[path] = error or DamagedCheckpoint(others[0])
@@ -149,6 +183,7 @@ def load_checkpoint(
     path: Path,
     data: str | None = None,
     config: TrainingConfig | None = None,
+    run: str | None = None,
 ) -> TrainerState:
     """恢复 ``save_checkpoint`` 存下的一切，不论那时是哪个引擎、几个进程。所有进程都要调用。
 
@@ -157,30 +192,30 @@ def load_checkpoint(
         path: 检查点的路径。
         data: 现在的训练数据的指纹；换了数据，记下的位置就没有意义。
         config: 现在的超参数，用来换算位置；缺省当作没有变。
+        run: 现在的运行的 id；``None`` 则不问是谁的。
 
     Raises:
-        DistillabError: 文件缺失或损坏，形状与当前模型不符，训练数据不是原来的，或一步的序列数变了。
+        DistillabError: 文件缺失或损坏，是别的运行的，形状与当前模型不符，训练数据不是原来的，或
+            一步的序列数变了。
     """
-    state = read_state(path)
-    if state.data != data:
-        raise DistillabError(
-            f"{path}: the training data differs from what this run began with: restore "
-            f"data.source, or name a new run with --set name=..."
-        )
-    layout = Layout.read(path / STATE_FILE)
-    same = config is None or layout.processes == accelerator.num_processes
-    names = [f"random_states_{accelerator.process_index if same else 0}.pkl", "scheduler.bin"]
-    if not (path / WEIGHTS_FILE).is_file():
-        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
-    for name in names:
-        if not (path / name).is_file():
-            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is missing")
-        if not zipfile.is_zipfile(path / name):  # 读不出随机状态时，Accelerate 会不声不响地继续
-            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is not readable")
+
+    def checked() -> Saved:
+        saved = read_saved(path, run)
+        if saved.state.data != data:
+            raise DistillabError(
+                f"{path}: the training data differs from what this run began with: restore "
+                f"data.source, or name a new run with --set name=..."
+            )
+        check_whole(path, saved)
+        return saved
+
+    saved = _agreed(accelerator, checked)
+    state, layout = saved.state, saved.layout
     (module,), (optimizer,) = accelerator._models, accelerator._optimizers
     scaler = accelerator.scaler if (path / SCALER_NAME).is_file() else None
+    same = layout.processes == accelerator.num_processes
 
-    def load() -> None:
+    def read() -> None:
         _load_weights(accelerator.unwrap_model(module), path)
         load_accelerator_state(
             str(path),
@@ -191,60 +226,62 @@ def load_checkpoint(
             process_index=accelerator.process_index,
             scaler=scaler,
         )
+        if same:
+            _check_random(path / f"random_states_{accelerator.process_index}.pkl")
 
-    _load(path, load)
+    _load(path, saved, read)
     if config is None or layout == (now := Layout.of(accelerator, config)):
         return state
-    if layout.processes != now.processes:
+    if not same:
         set_seed(config.seed + state.current_step, device_specific=True)
     return replace(state, batches_in_epoch=layout.moved(state.batches_in_epoch, path, now))
 
 
-def load_student(student: nn.Module, path: Path) -> TrainerState:
+def load_student(
+    student: nn.Module,
+    path: Path,
+    run: str | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrainerState:
     """只把学生的权重从检查点（或 ``best``）读进 ``student``。
 
     Args:
         student: 结构与保存时相同的模型。
         path: 检查点目录。
+        run: 现在的运行的 id；``None`` 则不问是谁的。
+        accelerator: 引擎；给了它，所有进程都要调用，只有主进程去查文件。
 
     Returns:
         检查点的训练进度。
 
     Raises:
-        DistillabError: 没有检查点、文件损坏，或形状与 ``student`` 不符。
+        DistillabError: 没有检查点、文件损坏，是别的运行的，或形状与 ``student`` 不符。
     """
-    state = read_state(path)
-    if not (path / WEIGHTS_FILE).is_file():
-        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {WEIGHTS_FILE} is missing")
+
+    def checked() -> Saved:
+        saved = read_saved(path, run)
+        check_files(path, saved, [WEIGHTS_FILE])
+        return saved
+
+    saved = checked() if accelerator is None else _agreed(accelerator, checked)
     holder = nn.Module()
     holder.student = student  # 检查点存的是 DistillationModule，权重名带 student. 前缀
-    _load(path, lambda: _load_weights(holder, path))
-    return state
+    _load(path, saved, lambda: _load_weights(holder, path))
+    return saved.state
 
 
-def find_checkpoint(directory: Path, name: str) -> Path:
-    """由名字找到一个检查点。
-
-    Args:
-        directory: 检查点目录。
-        name: ``best``、``last``、``directory`` 里的名字，或检查点的路径。
-
-    Raises:
-        DistillabError: 没有这样的检查点。
-    """
-    if name == BEST:
-        path = directory / BEST
-    elif name == "last":
-        saved = checkpoints(directory)
-        if not saved:
-            raise DistillabError(f"{directory}: no checkpoint saved yet")
-        path = saved[-1]
-    else:
-        path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
-    if not path.is_dir():
-        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
-        raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
-    return path
+def _agreed(accelerator: Accelerator, look: Callable[[], Found]) -> Found:
+    """只由主进程去看磁盘，它看到的（或它的错误）就是大家的。"""
+    found, error = None, None
+    if accelerator.is_main_process:
+        try:
+            found = look()
+        except (DistillabError, OSError) as wrong:
+            error = wrong
+    agreed: tuple[Found, Exception | None] = gather_object([(found, error)])[0]
+    if agreed[1] is not None:
+        raise agreed[1]
+    return agreed[0]
 
 
 def _frozen(module: nn.Module) -> set[str]:
@@ -266,26 +303,6 @@ def _weights(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
         if accelerator.is_main_process:
             kept[name] = value.to("cpu").contiguous()
     return kept
-
-
-def read_state(path: Path) -> TrainerState:
-    """读 ``trainer_state.json``。
-
-    Raises:
-        DistillabError: 不是检查点，或文件损坏。
-    """
-    try:
-        values = json.loads((path / STATE_FILE).read_text())["state"]
-        values.setdefault("failed_rows", 0)  # 较早的检查点没有这两项
-        values.setdefault("stream", None)
-        values["guard"] = RolloutGuard(**values["guard"])
-        return TrainerState(**{f.name: values[f.name] for f in fields(TrainerState)})
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
-    except (ValueError, KeyError, TypeError):
-        raise DamagedCheckpoint(
-            f"{path}: damaged checkpoint: {STATE_FILE} is not readable"
-        ) from None
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
@@ -311,38 +328,34 @@ def _load_weights(module: nn.Module, path: Path) -> None:
             place(targets[name], file.get_tensor(name))
 
 
-def _load(path: Path, load: Callable[[], Any]) -> None:
+def _check_random(file: Path) -> None:
+    """读不出随机状态时，Accelerate 会不声不响地继续：对一遍。"""
+    states = load(file)
+    if not torch.equal(states["torch_manual_seed"], torch.get_rng_state()) or (
+        states["random_state"] != random.getstate()
+    ):
+        raise ValueError(f"{file.name} holds no random states")
+
+
+def _load(path: Path, saved: Saved, read: Callable[[], Any]) -> None:
+    """没有摘要的旧检查点，读不出就是坏了；对过摘要的不会坏，出的错是别的原因。"""
     try:
-        load()
-    except (SafetensorError, OSError, EOFError, KeyError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {_first_line(error)}") from None
-    except RuntimeError as error:  # torch 对形状不符与损坏的 zip 都报 RuntimeError
-        text = str(error)
-        if "size mismatch" in text or "Missing key" in text or "Unexpected key" in text:
-            detail = next((line.strip() for line in text.splitlines()[1:] if line.strip()), text)
-            raise DistillabError(f"{path}: holds another model: {detail}") from None
-        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return first.partition(". ")[0]
-
-
-def _write_state(
-    directory: Path, state: TrainerState, config: TrainingConfig, accelerator: Accelerator
-) -> None:
-    if accelerator.is_main_process:
-        values = {
-            "state": asdict(state),
-            "layout": asdict(Layout.of(accelerator, config)),
-            "training_config": config.model_dump(mode="json"),
-        }
-        (directory / STATE_FILE).write_text(json.dumps(values, indent=1))
+        read()
+    except DistillabError:
+        raise
+    except Exception as error:
+        if saved.files is not None:
+            raise
+        first = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {first}") from None
 
 
 def _write_then_rename(
-    accelerator: Accelerator, target: Path, write: Callable[[Path], None]
+    accelerator: Accelerator,
+    target: Path,
+    state: TrainerState,
+    config: TrainingConfig,
+    write: Callable[[Path], None],
 ) -> None:
     """写进临时目录，落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。"""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -353,13 +366,6 @@ def _write_then_rename(
     write(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():  # 目录不能原子地替换，文件可以
-            for file in sorted(temporary.iterdir()):
-                file.replace(target / file.name)
-            temporary.rmdir()
-        else:
-            temporary.rename(target)
+        seal(temporary, state, Layout.of(accelerator, config), config)
+        publish(temporary, target)
     accelerator.wait_for_everyone()

@@ -14,6 +14,7 @@ from .data_config import (
     DataSection,
     FilterConfig,
     GeneratorConfig,
+    InsideRun,
     LmEvalConfig,
     MatchConfig,
     ResponsesConfig,
@@ -113,8 +114,8 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
     alpha: float = Field(0.5, ge=0, le=1, description="Share of the distillation loss.")
     temperature: float = Field(2.0, gt=0, description="Temperature of the distillation loss.")
-    checkpoint_dir: str = Field(
-        "checkpoints/", min_length=1, description="Relative to the run directory."
+    checkpoint_dir: InsideRun = Field(
+        "checkpoints/", min_length=1, description="Inside the run directory, relative to it."
     )
     log_interval: int = Field(50, gt=0, description="Optimizer steps between metrics rows.")
     eval_interval: int = Field(500, gt=0, description="Optimizer steps between validations.")

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from pathlib import PureWindowsPath
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .credentials import WAY_OUT, bare_url, secrets_in
@@ -18,6 +19,8 @@ JOINED = "{experience}\n\n{message}"
 """经验与消息缺省的拼法。"""
 
 ENVIRONMENT_NAME = r"^[A-Z_][A-Z0-9_]*$"
+RUN_DIRECTORIES = ("checks", "export", "plots", "profile")
+"""运行目录里我们自己的目录；导出会整个换掉。"""
 
 LOCAL_OR_HUB = "Local path, hub id, pypi:NAME==VERSION/PATH, or shipped:PATH."
 
@@ -39,6 +42,23 @@ class Section(BaseModel):
                 {"key": key, "way_out": WAY_OUT},
             )  # fmt: skip
         return values
+
+
+def _inside_run(name: str) -> str:
+    path = PureWindowsPath(name)  # 两种斜杠、盘符都认得
+    if path.drive or path.root or ".." in path.parts:
+        raise ValueError(
+            f"{name!r} leaves the run directory: expected a path inside it, such as checkpoints"
+        )
+    if path.parts[:1] and path.parts[0] in RUN_DIRECTORIES:
+        raise ValueError(
+            f"{name!r} is where the run keeps other files: expected another, such as checkpoints"
+        )
+    return name
+
+
+InsideRun = Annotated[str, AfterValidator(_inside_run)]
+"""运行目录里的一个目录：在外面的，别的运行也许在用。"""
 
 
 class SamplingConfig(Section):

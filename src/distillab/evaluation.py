@@ -24,7 +24,7 @@ from .build_training import build_data, build_text, read_pairs
 from .cache import replace_file
 from .chat import question_prompt, render_prompt
 from .chat_data import ChatDataset
-from .checkpoint import BEST, find_checkpoint
+from .checkpoint_files import BEST, find_checkpoint
 from .checks import load_tasks
 from .config import Recipe
 from .errors import DistillabError

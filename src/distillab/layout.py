@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +40,6 @@ class Layout:
             config.batch_size,
             config.gradient_accumulation_steps,
         )
-
-    @classmethod
-    def read(cls, path: Path) -> Layout:
-        """``trainer_state.json`` 里记的。
-
-        Raises:
-            DistillabError: 文件损坏。
-        """
-        try:
-            return cls(**json.loads(path.read_text())["layout"])
-        except (ValueError, KeyError, TypeError):
-            raise DistillabError(
-                f"{path.parent}: damaged checkpoint: {path.name} is not readable"
-            ) from None
 
     def moved(self, batches: int, path: Path, now: Layout) -> int:
         """本轮里每个进程用掉的 micro-batch 数，换算成 ``now`` 的，并在日志里说变了什么。

@@ -16,7 +16,8 @@ from .build import Parts, build_models, build_teacher
 from .build_training import build_trainer, read_pairs
 from .card import model_card
 from .chat import question_prompt, render_prompt
-from .checkpoint import BEST, find_checkpoint, load_student
+from .checkpoint import load_student
+from .checkpoint_files import BEST, find_checkpoint
 from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
@@ -89,7 +90,8 @@ def train(
             before = checks.measure("student_before")
             with profiling(run.path / "profile" if profile and main else None):
                 state = trainer.train(resume, on_metrics)
-            load_student(trainer.student, trainer.checkpoint_dir / BEST)
+            best = trainer.checkpoint_dir / BEST
+            load_student(trainer.student, best, trainer.state.run, trainer.accelerator)
             checked = merged(before, checks.measure("student_after"))
         with whole_parts(parts, trainer, main) as parts:
             if not main:

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from filelock import FileLock, Timeout
 from . import __version__
 from .cache import replace_file
 from .config import Recipe
-from .errors import DistillabError
+from .errors import DistillabError, shown
 from .recipes import differences, dump_recipe, load_recipe
 
+ID_FILE = "run_id"
 RUNS = Path("runs")
 """所有运行目录的上级，相对于当前目录。"""
 
@@ -72,8 +75,8 @@ class RunDirectory:
         return load_recipe(str(self.recipe_file))
 
     def checkpoint_dir(self, recipe: Recipe) -> Path:
-        """检查点目录。"""
-        return self.path / recipe.train.checkpoint_dir
+        """检查点目录；见 ``checkpoint_dir``。"""
+        return checkpoint_dir(self.path, recipe.train.checkpoint_dir)
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """为训练打开目录：新建，或在 ``resume`` 时接着用；加锁，直到退出 with。
@@ -96,6 +99,8 @@ class RunDirectory:
             raise DistillabError(f"{self.path} is in use by another process") from None
         if begun:
             self._check_same(recipe)
+        self.checkpoint_dir(recipe)
+        run_id(self.path)
         replace_file(self.recipe_file, dump_recipe(recipe))
         replace_file(self.environment_file, json.dumps(environment(), indent=1))
 
@@ -119,7 +124,7 @@ class RunDirectory:
 
     def _begun(self) -> bool:
         """除了配方与环境，是否还有别的文件：装配时就失败的运行可以直接重来。"""
-        own = {self.recipe_file.name, self.environment_file.name}
+        own = {self.recipe_file.name, self.environment_file.name, ID_FILE}
         return self.path.exists() and any(
             entry.name not in own and not entry.name.startswith(".")
             for entry in self.path.iterdir()
@@ -132,6 +137,44 @@ class RunDirectory:
                     f"{self.recipe_file}: {key} was {before!r} and is now {now!r}; a resumed run "
                     f"keeps its recipe: drop the change, or name a new run with --set name=..."
                 )
+
+
+def checkpoint_dir(run: Path, name: str) -> Path:
+    """运行目录里的检查点目录，还不一定存在。
+
+    Args:
+        run: 运行目录。
+        name: ``train.checkpoint_dir``。
+
+    Raises:
+        DistillabError: 它经符号链接到了运行目录之外：别的运行也许在用。
+    """
+    path = run / name
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise DistillabError(
+            f"train.checkpoint_dir={name}: {path} leads out of the run, to {path.resolve()}: "
+            f"link the whole run directory instead"
+        )
+    return path
+
+
+def run_id(run: Path) -> str:
+    """这次运行的 id，每个检查点都带着它；第一次问时随机定下，写进 ``run_id``。只由主进程调用。
+
+    Raises:
+        DistillabError: 文件里不是一个 id。
+    """
+    file = run / ID_FILE
+    if not file.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        replace_file(file, f"{uuid.uuid4().hex}\n")
+    found = file.read_text(errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{32}", found):
+        raise DistillabError(
+            f"{file}: expected the 32 hexadecimal digits of the run's id, found {shown(found)}: "
+            f"copy them from state.run in a checkpoint's trainer_state.json"
+        )
+    return found
 
 
 def exported_model(name: str) -> str:

@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batch import Batch, collate_text
-from .checkpoint import resume_newest, save_best, save_checkpoint
+from .checkpoint import begin, resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, training_step
 from .config import EvaluateConfig, LossConfig, TrainingConfig
 from .distillation_module import DistillationModule
@@ -37,6 +37,7 @@ from .metrics import MetricsLog
 from .on_policy import OnPolicy, Prepared
 from .profiling import profiled_step, timed
 from .progress import TrainingProgress
+from .run_dir import checkpoint_dir
 from .sharding import WholeCopy, whole
 from .signals import StopRequest
 from .skips import check_failed_rows, report_failed_rows, skipped_step
@@ -96,7 +97,7 @@ class DistillationTrainer:
         precision, device = resolve_precision(config.precision), self.accelerator.device
         self._compute = DTYPES[precision]
         logger.info("computing in %s on %s", precision, device)
-        self.checkpoint_dir = self.run_dir / config.checkpoint_dir
+        self.checkpoint_dir = checkpoint_dir(self.run_dir, config.checkpoint_dir)
         self.state = TrainerState(data=getattr(train_data, "fingerprint", None))
         self.learning_rate = 0.0  # 最近一步用的
         self.watch = Watch(self.accelerator, config.timeout_minutes)
@@ -162,16 +163,18 @@ class DistillationTrainer:
             最后的训练进度。
 
         Raises:
-            DistillabError: 连续多步不是有限值，检查点损坏，或训练数据不是原来的。
+            DistillabError: 连续多步不是有限值，检查点损坏、是别的运行的，或训练数据不是原来的。
             KeyboardInterrupt: 收到 Ctrl-C，或 SIGTERM（``Terminated``）；当前步走完、检查点已存好。
         """
+        accelerator, directory, state = self.accelerator, self.checkpoint_dir, self.state
+        fresh = not resume and state.current_step == 0
+        run = begin(accelerator, self.run_dir, directory, fresh)
         if resume and (
-            found := resume_newest(
-                self.accelerator, self.checkpoint_dir, self.state.data, self.config
-            )
+            found := resume_newest(accelerator, directory, state.data, self.config, run)
         ):
             self.state, path = found
             logger.info("resumed from %s at step %d", path, self.state.current_step)
+        self.state.run = run
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator, on_metrics)
         log.discard_after(self.state.current_step)
         progress = TrainingProgress(

@@ -27,6 +27,7 @@ class TrainerState:
         interval: 上次记录以来的总和，下一行 metrics 由它得出。
         guard: 从学生采样时，拿来与以后比较的。
         data: 训练数据的指纹；``None`` 是没有指纹的数据集。
+        run: 属于哪一次运行；``None`` 是较早的检查点，没有记。
         stream: 训练数据是流时，读到了哪里：``StreamState`` 的各项。
     """
 
@@ -43,6 +44,7 @@ class TrainerState:
     interval: dict[str, float] = field(default_factory=dict)
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
+    run: str | None = None
     stream: dict[str, Any] | None = None
 
     def add(self, sums: Mapping[str, float]) -> None:

@@ -36,7 +36,7 @@ def test_train_leaves_a_complete_run_directory(command):
     run = Path("runs/recipe")
     assert {path.name for path in run.iterdir() if path.name[0] != "."} == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
-        "checkpoints", "export", "plots", "report.html",
+        "checkpoints", "run_id", "export", "plots", "report.html",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     for model in ("teacher", "student_before", "student_after"):

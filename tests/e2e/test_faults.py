@@ -13,7 +13,7 @@ import pytest
 from test_invariance import ON_POLICY, options
 from test_invariance import taught as taught
 
-from distillab.checkpoint import checkpoints
+from distillab.checkpoint_files import checkpoints
 from distillab.metrics import read_metrics
 
 FAULTY = Path(__file__).with_name("faulty.py")
