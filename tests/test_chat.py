@@ -265,6 +265,91 @@ def test_a_tool_turn_within_the_last_question_is_rendered(using):
     assert runs(last(messages, tokenizer, **NO_THINKING), tokenizer) == ["Paris.<|im_end|>"]
 
 
+# ---------------------------------------------------------------------- 轮里的其他键
+
+
+REASONS = (
+    "{% for m in messages %}<|im_start|>{{ m.name or m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_reasoning_reaches_a_template_that_reads_it_and_is_trained_on(using):
+    tokenizer = using(REASONS)
+    messages = [TURNS[0], {**TURNS[1], "reasoning_content": "A city."}]
+    expected = "<think>\nA city.\n</think>\n\nParis.<|im_end|>"
+    assert runs(last(messages, tokenizer), tokenizer) == [expected]
+    other = using(REASONS.replace("m.reasoning_content", "m.thinking"))
+    assert runs(last(messages, other), other) == [expected]
+    with pytest.raises(
+        DistillabError, match=r"assistant message 'Paris.' has reasoning_content, wh"
+    ):
+        last(messages, using(SMOLLM2))
+    # 只写在循环变量的名字里不算读
+    with pytest.raises(DistillabError, match="has reasoning_content, which the chat template"):
+        last(messages, using(QWEN3))
+    drops = using(REASONS.replace("{{ m.reasoning_content }}", "..."))
+    with pytest.raises(
+        DistillabError, match=r"drops or changes the reasoning 'A city.' of the resp"
+    ):
+        last(messages, drops)
+
+
+def test_names_reach_a_template_that_reads_them(using):
+    messages = [{**TURNS[0], "name": "Ann"}, TURNS[1]]
+    tokenizer = using(REASONS)
+    assert tokenizer.decode(prompt_of(messages, tokenizer)).startswith("<|im_start|>Ann\n")
+    with pytest.raises(
+        DistillabError, match=r"the user message 'The capital of .* has name, which"
+    ):
+        last(messages, using(SMOLLM2))
+    tool = {"role": "tool", "content": "x", "name": "look_up", "tool_call_id": "1"}
+    assert last([TURNS[0], TURNS[1], tool, TURNS[1]], using(SMOLLM2)).response
+
+
+def test_tools_reach_a_template_that_reads_them(using):
+    tokenizer = using("{% if tools %}{{ tools|tojson }}\n{% endif %}" + SMOLLM2)
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    text = tokenizer.decode(prompt_of(TURNS, tokenizer, tools=tools))
+    assert text.startswith('[{"type": "function", "function": {"name": "look_up"}}]')
+    assert prompt_of(TURNS, tokenizer) == prompt_of(TURNS, using(SMOLLM2))
+    with pytest.raises(DistillabError, match="the conversation has tools, but the chat template r"):
+        prompt_of(TURNS, using(SMOLLM2), tools=tools)
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, GENERATION])
+def test_turns_that_are_not_to_be_trained_on_are_only_read(using, template):
+    tokenizer = using(template)
+    messages = [TURNS[0], {**TURNS[1], "train": False}, *TURNS[2:]]
+    tokens, everything = every(messages, tokenizer), every(TURNS, tokenizer)
+    assert runs(tokens, tokenizer) == ["北京。\n\n再见<|im_end|>"]
+    assert tokens.ids == everything.ids
+
+
+TOOL_AS_JSON = SMOLLM2.replace(
+    "+ message['content'] +",
+    "+ (message.content|tojson if message.role == 'tool' else message.content) +",
+)
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, TOOL_AS_JSON], ids=["as it is", "escaped"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_tool_that_quotes_the_user_is_no_lost_message(using, template, times):
+    question = 'Who said "carpe diem"?\nAnd when?'
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "look_up(carpe diem)"},
+        {"role": "tool", "content": f"results for: {question}\nHorace. " * times},
+        {"role": "assistant", "content": "Horace."},
+    ]
+    assert TOOL_AS_JSON != SMOLLM2
+    tokenizer = using(template)
+    assert runs(last(messages, tokenizer), tokenizer) == ["Horace.<|im_end|>"]
+    assert prompt_of(messages, tokenizer) == last(messages, tokenizer).prompt
+
+
 # ---------------------------------------------------------------------- {% generation %}
 
 

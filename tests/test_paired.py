@@ -202,6 +202,66 @@ def test_a_line_that_the_student_reads_elsewhere_is_no_leak(load):
     assert len(pairs) == 1
 
 
+LONG = "What is the sum of seventeen and five?"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        [{"role": "assistant", "content": f"search({LONG!r})"}, {"role": "tool", "content": f"{LONG}\n22"}],
+        [{"role": "assistant", "content": LONG}, {"role": "tool", "content": f"> {LONG}\n{LONG}\n22"}],
+        [{"role": "tool", "content": "Carry the one: 22."}],
+    ],
+)  # fmt: skip
+def test_a_tool_that_quotes_the_user_is_no_leak(load, added):
+    """教师在问题之后多读了工具的结果；它前面的各轮与学生的相同。"""
+    student = task("a", LONG)
+    teacher = {"id": "a", "messages": [*student["messages"], *added, {"role": "assistant", "content": "22"}]}  # fmt: skip
+    pairs, _ = load([student], [teacher])
+    assert len(pairs) == 1
+
+
+def test_an_experience_that_quotes_the_whole_question_is_no_leak(load):
+    taught = f"{PLAIN}\nA hint for\n{LONG}\ncarry."
+    assert load([task("a", LONG)], [task("a", LONG, "22", taught)])
+
+
+def test_experience_in_the_students_tool_result_is_refused(error):
+    def record(result, answer, tool):
+        messages = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "look_up()"},
+                    {"role": "tool", "content": result}]  # fmt: skip
+        messages[:0] = [{"role": "system", "content": tool}]
+        return {"id": "a", "messages": [*messages, *([{"role": "assistant", "content": answer}] if answer else [])]}  # fmt: skip
+
+    message = error([record(EXPERIENCE, None, PLAIN)], [record(EXPERIENCE, "22", TAUGHT)])
+    assert "the student's prompt holds the experience (1: 'a' at " in message
+
+
+def test_tools_must_agree(load, error):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    teacher = task("a", "17+5?", "22", TAUGHT, tools=tools)
+    assert "the tools of the two files differ (1: 'a'" in error([STUDENT[0]], [teacher])
+    (pair,), _ = load([task("a", "17+5?", tools=tools)], [teacher])
+    assert pair.task("teacher").tools == pair.task("student").tools == tools
+
+
+def test_the_reasoning_of_the_response_reaches_both_views(load):
+    thought = task("a", "17+5?", None, TAUGHT)
+    thought["messages"].append({"role": "assistant", "content": "22", "reasoning": "Carry."})
+    (pair,), _ = load([STUDENT[0]], [thought])
+    assert pair.student.final == pair.teacher.final
+    assert pair.student.final["reasoning_content"] == "Carry."
+    rows = [{"id": "a", "response": "22", "reasoning": "Carry."}]
+    (pair,), _ = load([STUDENT[0]], responses=rows)
+    assert pair.student.final["reasoning_content"] == "Carry."
+
+
+def test_keys_that_are_not_read_are_named(load):
+    _, notes = load([task("a", "17+5?", "22", source="x", level=3)])
+    (note,) = notes
+    assert note.endswith("plain.jsonl: keys that are not part of the conversation: level, source")
+
+
 @pytest.mark.parametrize("system", [PLAIN, f" {PLAIN}\n", None])
 def test_a_teacher_that_reads_nothing_more_is_refused(error, system):
     message = error([STUDENT[0]], [task("a", "17+5?", "22", system)])

@@ -48,6 +48,13 @@ def test_unusable_responses_are_left_out_and_counted(read):
     ]
 
 
+def test_the_reasoning_of_a_response_comes_with_it(read):
+    row = {"id": "a", "response": "22", "reasoning": "Carry."}
+    responses, _ = read([row, {"id": "b", "response": "3", "reasoning": None}])
+    message = {"role": "assistant", "content": "22", "reasoning_content": "Carry."}
+    assert responses == {"a": [message], "b": ["3"]}
+
+
 def test_responses_that_answer_nothing_are_refused(read):
     message = "answers none of the 3 tasks, such as 'a', 'b', 'c'; found 1 responses to unknown"
     with pytest.raises(DistillabError, match=message):

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .batch import Tokens
-from .conversations import Message
 from .errors import DistillabError, nearest, shown
+from .forms import KEPT, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,8 @@ Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RESERVED = {"messages", "add_generation_prompt"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""模板给思考过程起的名字。"""
 
 
 def render(
@@ -63,7 +65,7 @@ def render(
         try:
             earlier = _earlier_spans(messages, text, template)
         except DistillabError:
-            if blocks is None:
+            if blocks is None or not all(turn.get("train", True) for turn in messages):
                 raise
             earlier = [block for block in blocks if block[1] <= spans[0][0]]
         spans = [*earlier, *spans]
@@ -139,14 +141,20 @@ class _Template:
         self.tokenizer = tokenizer
         self.options = dict(options)
         try:
-            source: str = tokenizer.get_chat_template()
+            source: str = tokenizer.get_chat_template(tools=self.options.get("tools"))
         except ValueError:
             name = tokenizer.name_or_path or type(tokenizer).__name__
             raise DistillabError(
                 f"tokenizer {name!r} has no chat template; use the tokenizer of an instruct model"
             ) from None
+        self.source = source
         self.has_blocks = _GENERATION.search(source) is not None
         for key in self.options:
+            if key == "tools" and not re.search(r"\btools\b", source):
+                raise DistillabError(
+                    "the conversation has tools, but the chat template reads none; leave tools out "
+                    "of the file, or write them into the system message"
+                )
             if key in _RESERVED or not re.search(rf"\b{re.escape(key)}\b", source):
                 raise DistillabError(
                     f"template_options: the chat template reads no option {key!r}; "
@@ -186,14 +194,33 @@ class _Template:
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         from jinja2 import TemplateError
 
+        turns = [self._turn(message) for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **options, **self.options)
+            return self.tokenizer.apply_chat_template(turns, **options, **self.options)
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DistillabError(
                 f"the chat template refuses the turns {roles}: {reason}"
             ) from error
+
+    def _turn(self, message: Message) -> Message:
+        """模板读的那些键；它不读的思考过程与名字不能悄悄丢掉。"""
+        turn: Message = {"role": message["role"], "content": message["content"]}
+        for key in message.keys() & set(KEPT):
+            names = _REASONING if key == "reasoning_content" else (key,)
+            name = next((name for name in names if self._reads(name)), None)
+            if name is not None:
+                turn[name] = message[key]
+            elif turn["role"] != "tool":  # 哪个工具、哪次调用只是标识
+                raise DistillabError(
+                    f"the {turn['role']} message {shown(turn['content'])} has {key}, which the "
+                    f"chat template does not read; write it into content, or leave it out"
+                )
+        return turn
+
+    def _reads(self, key: str) -> bool:
+        return re.search(rf"(\.|['\"]){key}\b", self.source) is not None
 
 
 # ---------------------------------------------------------------------- response 在哪里
@@ -215,7 +242,7 @@ def _earlier_spans(messages: Sequence[Message], text: str, template: _Template) 
     """最后一轮之前的 assistant 轮；每一轮都要渲染得与它还是最后一轮时一样。"""
     spans = []
     for number, message in enumerate(messages[:-1]):
-        if message["role"] != "assistant" or number == 0:
+        if message["role"] != "assistant" or number == 0 or not message.get("train", True):
             continue
         before = template.text(messages[:number], prompt=True)
         through = template.text(messages[: number + 1]).rstrip()
@@ -247,11 +274,12 @@ def _first_difference(left: str, right: str) -> int:
 def _check_nothing_lost(messages: Sequence[Message], text: str) -> None:
     """模板悄悄丢掉的消息（不支持 system 的模板常常如此）比报错更糟：训练的是另一段对话。
 
-    按出现的次数数，因为别的消息里可能碰巧有同样的话；tool 的内容常被转义，不查。
+    按出现的次数数，因为别的消息里可能碰巧有同样的话。Tool 的内容常被转义，转义后的引文不再是原话，
+    所以不查、也不数：没有转义时只会多出现几次。
     """
-    contents = [_visible(message) for message in messages]
-    for message, content in zip(messages, contents, strict=True):
-        needle = content.strip()
+    contents = [_visible(turn) for turn in messages if turn["role"] != "tool"]
+    for message in messages:
+        needle = _visible(message).strip()
         if message["role"] == "tool" or not needle:
             continue
         if text.count(needle) < sum(other.count(needle) for other in contents):
@@ -260,11 +288,16 @@ def _check_nothing_lost(messages: Sequence[Message], text: str) -> None:
                 f"the chat template drops or changes the {message['role']} message "
                 f"{shown(needle)}{hint}"
             )
+    reasoning = messages[-1].get("reasoning_content", "").strip()
+    if reasoning not in text:
+        raise DistillabError(
+            f"the chat template drops or changes the reasoning {shown(reasoning)} of the response"
+        )
 
 
 def _visible(message: Message) -> str:
     """思考过程由模板决定去留，不算丢失。"""
-    content = message["content"]
+    content: str = message["content"]
     return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
 
 

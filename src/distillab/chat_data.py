@@ -267,7 +267,7 @@ def _fitted(
             views,
             tokenizer,
             max_seq_len,
-            template_options=data.template_options,
+            template_options=pair.student.template_options(data.template_options),
             loss_on=data.loss_on,
         )
     except DistillabError as error:

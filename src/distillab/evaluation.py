@@ -314,8 +314,10 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
         prompts = [pair.student.question for pair in pairs]
         asked = {
             side: [
-                render_prompt(getattr(pair, side).prompt, tokenizer, template_options=options)
-                for pair in pairs
+                render_prompt(
+                    view.prompt, tokenizer, template_options=view.template_options(options)
+                )
+                for view in (getattr(pair, side) for pair in pairs)
             ]
             for side in asked
         }

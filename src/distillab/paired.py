@@ -6,24 +6,22 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from .cache import expanded
 from .config import DataSection
-from .conversations import Conversation, Message, read_conversations
+from .conversations import Conversation, read_conversations
 from .data_config import Experience
 from .errors import DistillabError, shown, some
+from .forms import Message
+from .leaks import added_lines, leaks, squeezed
 from .questions import Task
 from .sources import SHIPPED, fetch, require_file
 from .usable_responses import usable_responses
-
-SHORTEST_LEAK = 16
-"""教师多读到的一行少于这么多字符时不算泄漏：一个数字、一个词也会碰巧出现在问题里。"""
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,15 @@ class Pair:
     def task(self, view: Literal["student", "teacher"]) -> Task:
         """从一个视角提的问题。"""
         conversation: Conversation = getattr(self, view)
-        return Task(self.key, conversation.prompt, self.student.answer, self.student.record)
+        return Task(
+            self.key,
+            conversation.prompt,
+            self.student.answer,
+            self.student.record,
+            conversation.tools,
+        )
 
-    def answered(self, response: str) -> Pair:
+    def answered(self, response: str | Message) -> Pair:
         """换一个 response，两个视角一起换。"""
         student = self.student.answered(response)
         same = self.teacher is self.student
@@ -77,8 +81,10 @@ def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[P
     unanswered = sum(conversation.unanswered for conversation in students)
     if unanswered:
         notes.append(f"{data.source}: cut {unanswered} final questions that have no answer")
+    notes += _unread(data.source, students)
     if data.teacher_source is not None:
         teachers = list(_read(data, data.teacher_source, None, False))
+        notes += _unread(data.teacher_source, teachers)
         pairs = _merged(students, teachers, data, notes, problems)
     else:
         pairs = _with_experience(students, data, problems)
@@ -151,6 +157,12 @@ def _read(
         text_field=data.text_field,
         need_response=need_response,
     )
+
+
+def _unread(source: str, conversations: list[Conversation]) -> list[str]:
+    """没有读的键，一行日志：以为它们有用的人看得见。"""
+    keys = sorted(set().union(*(conversation.unread for conversation in conversations)))
+    return [f"{source}: keys that are not part of the conversation: {', '.join(keys)}"] * bool(keys)
 
 
 def _within(
@@ -234,51 +246,31 @@ def _check_pair(pair: Pair, loss_on: str, problems: _Problems) -> None:
     if student.question.strip() not in teacher.question:
         problems.add("the last user messages differ", student)
         return
+    if student.tools != teacher.tools:
+        problems.add("the tools of the two files differ", student)
     if loss_on == "all" and _assistant_turns(student) != _assistant_turns(teacher):
         problems.add("earlier assistant turns differ (set data.loss_on to last)", student)
-    added = _added(student.prompt, teacher.prompt)
+    added = added_lines(student.prompt, teacher.prompt)
     if not added:
         problems.add("the teacher's prompt holds nothing that the student's lacks", teacher)
-    text = _squeezed(message["content"] for message in student.prompt)
-    leaked = sum(len(line) for line in added if len(line) >= SHORTEST_LEAK and line in text)
-    if leaked and leaked >= sum(map(len, added)) / 2:
+    if leaks(added, student):
         problems.add("the student's prompt holds the experience", student)
 
 
-def _assistant_turns(conversation: Conversation) -> list[str]:
-    turns = conversation.prompt
-    return [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+def _assistant_turns(conversation: Conversation) -> list[tuple[str, str, bool]]:
+    """最后一轮之前的 assistant 轮：说了什么、想了什么、训练不训练。"""
+    final = conversation.final
+    return [(*_said(turn), turn.get("train", True)) for turn in conversation.messages
+            if turn["role"] == "assistant" and turn is not final]  # fmt: skip
 
 
-def _added(student: Sequence[Message], teacher: Sequence[Message]) -> list[str]:
-    """教师的 prompt 比学生的多了哪几行：从最后一条起逐条对照，去掉首尾相同的部分。"""
-    lines: list[str] = []
-    for ours, theirs in itertools.zip_longest(reversed(student), reversed(teacher)):
-        if theirs is None:
-            break
-        same_role = ours is not None and ours["role"] == theirs["role"]
-        before = ours["content"] if same_role else ""
-        if _squeezed([before]) != _squeezed([theirs["content"]]):
-            lines += _middle(before, theirs["content"]).splitlines()
-    return [line for line in (_squeezed([line]) for line in lines) if line]
-
-
-def _middle(before: str, after: str) -> str:
-    shorter = min(len(before), len(after))
-    start = next((i for i in range(shorter) if before[i] != after[i]), shorter)
-    rest = range(shorter - start)
-    end = next((i for i in rest if before[-1 - i] != after[-1 - i]), shorter - start)
-    return after[start : len(after) - end]
-
-
-def _squeezed(texts: Iterable[str]) -> str:
-    """换行与缩进不同的两段话是同一段话。"""
-    return " ".join(" ".join(texts).split())
+def _said(turn: Message) -> tuple[str, str]:
+    return turn["content"].strip(), turn.get("reasoning_content", "").strip()
 
 
 def _responses_differ(pair: Pair) -> bool:
-    student, teacher = pair.student.response, pair.teacher.response
-    return None not in (student, teacher) and str(student).strip() != str(teacher).strip()
+    student, teacher = pair.student.final, pair.teacher.final
+    return student is not None and teacher is not None and _said(student) != _said(teacher)
 
 
 def _one_response(pair: Pair) -> Pair:
@@ -286,7 +278,7 @@ def _one_response(pair: Pair) -> Pair:
     student, teacher = pair.student, pair.teacher
     if student.answer is None:
         pair = Pair(replace(student, answer=teacher.answer), teacher)
-    response = student.response if teacher.response is None else teacher.response
+    response = student.final if teacher.final is None else teacher.final
     return pair if response is None else pair.answered(response)
 
 
@@ -299,10 +291,10 @@ def _with_experience(
     if data.experience is None:
         return [Pair(student, student) for student in students]
     experience = read_experience(data.experience)
-    squeezed = _squeezed([experience])
+    text = squeezed([experience])
     pairs = []
     for student in students:
-        if squeezed in _squeezed(message["content"] for message in student.prompt):
+        if text in squeezed(message["content"] for message in student.prompt):
             problems.add("the student's prompt holds the experience", student)
         messages = _joined(student.messages, experience, data)
         pairs.append(Pair(student, replace(student, messages=messages)))
@@ -321,7 +313,7 @@ def _joined(messages: list[Message], experience: str, data: Experience) -> list[
     # 一次替换完：经验里若有字面上的 "{message}"，它只是文字。
     content = re.sub(r"\{experience\}|\{message\}", lambda found: values[found[0]],
                      data.experience_template)  # fmt: skip
-    return [*messages[:at], {"role": role, "content": content.strip()}, *messages[at + 1 :]]
+    return [*messages[:at], {**messages[at], "content": content.strip()}, *messages[at + 1 :]]
 
 
 # ---------------------------------------------------------------------- 教师写好的 response

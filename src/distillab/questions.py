@@ -33,12 +33,14 @@ class Task:
         messages: 教师读到的消息，经验已在其中，不含回答。
         answer: 标准答案；没有则为 ``None``。
         record: 原始记录，交给使用者的过滤函数。
+        tools: 教师可以调用的工具；没有则为 ``None``。
     """
 
     id: str
     messages: list[dict[str, Any]]
     answer: str | None
     record: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
 
 
 def check_tasks(tasks: Sequence[Task], compares: str | None) -> None:
@@ -85,6 +87,7 @@ class Answer:
         tokens: 回答的 token 数；服务不说则为 ``None``。
         seed: 采样用的种子；没有用到则为 ``None``。
         error: 为什么没有文字，写进这一行。
+        reasoning: 服务另给的思考过程；没有则为 ``None``。
     """
 
     question: Question
@@ -94,6 +97,7 @@ class Answer:
     tokens: int | None = None
     seed: int | None = None
     error: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)

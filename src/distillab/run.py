@@ -135,7 +135,9 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
         }
 
         def prompt(task: Task) -> list[int]:
-            return render_prompt(task.messages, tokenizer, template_options=data.template_options)
+            tools = {} if task.tools is None else {"tools": task.tools}
+            options = {**data.template_options, **tools}
+            return render_prompt(task.messages, tokenizer, template_options=options)
 
         backend = LocalBackend(
             teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path

@@ -12,7 +12,7 @@ import os
 import queue
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -34,8 +34,40 @@ _NO_SUCH_MODEL = re.compile(r"model\b.*\bnot (exist|found)|server is pinned to",
 _CONTEXT = re.compile(r"context.?length|maximum context", re.I)
 
 
+class _Part(BaseModel):
+    """一段文字；图片、拒答等别的东西认不出。"""
+
+    type: Literal["text"]
+    text: str
+
+
 class _Message(BaseModel):
-    content: str = Field(min_length=1)
+    """``content`` 之外的都要么收下，要么认作没有答成：略过它们就不是服务的回答了。"""
+
+    content: str | list[_Part] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+    refusal: str | None = None
+
+    @property
+    def text(self) -> str:
+        """说出来的话。"""
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+    @property
+    def thought(self) -> str | None:
+        """思考过程；多数服务叫它 ``reasoning_content``，新的 vLLM 叫 ``reasoning``。"""
+        return self.reasoning_content or self.reasoning or None
+
+    @property
+    def unusable(self) -> str | None:
+        """有什么用不上的。"""
+        used = {"tool_calls": self.tool_calls, "function_call": self.function_call,
+                "refusal": self.refusal}  # fmt: skip
+        return next((name for name, value in used.items() if value), None)
 
 
 class _Choice(BaseModel):
@@ -195,6 +227,8 @@ class ServerBackend:
         seed = question.seed if self._send_seed else None
         options = self._options if seed is None else self._options | {"seed": seed}
         try:
+            if question.task.tools is not None:
+                options = options | {"tools": question.task.tools}
             reply = await client.chat.completions.with_raw_response.create(
                 messages=question.task.messages, **options
             )
@@ -219,16 +253,25 @@ class ServerBackend:
             where = ".".join(map(str, first["loc"])) or "body"
             return Unanswered(question, f"unexpected reply ({where}: {first['msg']})")
 
-    def _answer(self, question: Question, body: bytes, seed: int | None) -> Answer:
+    def _answer(self, question: Question, body: bytes, seed: int | None) -> Outcome:
         completion = _Completion.model_validate_json(body)
         choice, usage = completion.choices[0], completion.usage
+        message = choice.message
+        if message.unusable is not None:
+            return Unanswered(
+                question, f"unexpected reply (choices.0.message: it holds {message.unusable})"
+            )
+        # 还没想完就到了上限：记下来，再问一遍也一样。
+        if not message.text and not (message.thought and choice.finish_reason == "length"):
+            return Unanswered(question, "unexpected reply (choices.0.message.content: no text)")
         return Answer(
             question,
-            choice.message.content,
+            message.text,
             finish_reason=choice.finish_reason or "unknown",
             model=completion.model or self.config.model,
             tokens=usage.completion_tokens if usage is not None else None,
             seed=seed,
+            reasoning=message.thought,
         )
 
     async def _refused(

@@ -130,7 +130,8 @@ def synthesize(
     """让教师回答每个任务 ``config.samples`` 次，过滤，写进 ``output``；已有的回答不再问。
 
     每行一个回答，过滤掉的也在：``id``、``sample``、``response``、``kept``、``finish_reason``、
-    ``model``、``seed``、``prompt_sha256``、``tokens``，放不进上下文的另有 ``error``。
+    ``model``、``seed``、``prompt_sha256``、``tokens``，放不进上下文的另有 ``error``，服务
+    另给了思考过程的另有 ``reasoning``。
     ``kept`` 为 null 表示过滤函数出了错、还没有判断，接着做时会补上。
 
     Args:
@@ -151,7 +152,7 @@ def synthesize(
     judge = make_filter(config.filter)
     check_tasks(tasks, "synthesize.filter" if needs_answer(config.filter) else None)
     report = SynthesisReport(output, asked=len(tasks) * config.samples)
-    prompts = {task.id: _sha256(task.messages) for task in tasks}
+    prompts = {task.id: _sha256(_asked(task)) for task in tasks}
     with ResponseFile(output) as file:
         rows = file.resume({**provenance, **_provenance(tasks, prompts, backend, config, seed)})
         if rows:
@@ -221,6 +222,10 @@ def _ask(
         raise stop.stopped(f"stopped: {saved}")
 
 
+def _asked(task: Task) -> Any:
+    return task.messages if task.tools is None else [task.messages, task.tools]
+
+
 def _keep(judge: Filter, task: Task, row: Mapping[str, Any]) -> bool:
     response: str = row["response"]
     if not response.strip():  # 放不进上下文的，与一开口就停下的：没有可学的 token
@@ -247,7 +252,8 @@ def _row(answer: Answer, prompts: Mapping[str, str]) -> dict[str, Any]:
         "prompt_sha256": prompts[task.id],
         "tokens": answer.tokens,
     }
-    return row if answer.error is None else row | {"error": answer.error}
+    also = {"error": answer.error, "reasoning": answer.reasoning}
+    return row | {key: value for key, value in also.items() if value is not None}
 
 
 def _provenance(

@@ -180,7 +180,9 @@ class TaskSet(ABC):
     ) -> list[int]:
         try:
             return render_prompt(
-                conversation.prompt, tokenizer, template_options=self.template_options
+                conversation.prompt,
+                tokenizer,
+                template_options=conversation.template_options(self.template_options),
             )
         except DistillabError as error:
             raise DistillabError(f"{self._where(conversation)}: {error}") from error

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .batch import Tokens
 from .chat import generation_prompt_length, render, render_prompt
-from .conversations import Message
 from .errors import DistillabError
+from .forms import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

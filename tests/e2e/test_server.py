@@ -1,5 +1,6 @@
 """服务当教师：一个什么都做得出来的假服务，和一个真的（``transformers serve``）。"""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -153,6 +154,33 @@ def test_retry_after_is_honoured(stub, ask):
     assert stub.times[1] - stub.times[0] >= 0.9  # 客户端自己的退避至多 0.5 秒
 
 
+def message(finish_reason="stop", **fields):
+    return {"choices": [{"message": fields, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_is_kept_beside_the_response(stub, ask, name):
+    stub.script = lambda n, body: message(content="4", **{name: "Two and two."})
+    assert ask(tasks=TASKS[:1]).kept == 1
+    (row,) = rows(ask.output)
+    assert (row["response"], row["reasoning"]) == ("4", "Two and two.")
+
+
+def test_text_parts_are_the_response_and_a_thought_cut_short_is_not_asked_again(stub, ask):
+    parts = [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]
+    replies = [message(content=parts), message("length", content=None, reasoning="Two and")]
+    stub.script = lambda n, body: replies[n]
+    report = ask(tasks=TASKS[:2], concurrency=1)
+    assert (report.kept, report.rejected, report.truncated, report.failed) == (1, 1, 1, 0)
+    assert [row["response"] for row in rows(ask.output)] == ["four", ""]
+
+
+def test_tools_are_sent_to_the_server(stub, ask):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    ask(tasks=[dataclasses.replace(TASKS[0], tools=tools), TASKS[1]], concurrency=1)
+    assert [body.get("tools") for body in stub.bodies] == [tools, None]
+
+
 GARBAGE = {
     "not json": (b"<html>hello</html>", "unexpected reply (body: Invalid JSON"),
     "html": ((200, b"<html>", {"Content-Type": "text/html"}), "unexpected reply (body: Invalid JSON"),
@@ -161,6 +189,14 @@ GARBAGE = {
     "odd choices": ({"choices": "abc"}, "unexpected reply (choices: Input should be"),
     "no content": (completion(None), "unexpected reply (choices.0.message.content: "),
     "empty content": (completion(""), "unexpected reply (choices.0.message.content: "),
+    "tool calls": (message(content="4", tool_calls=[{"id": "1"}]),
+                   "unexpected reply (choices.0.message: it holds tool_calls)"),
+    "refusal": (message(content=None, refusal="No."),
+                "unexpected reply (choices.0.message: it holds refusal)"),
+    "image": (message(content=[{"type": "image_url", "image_url": "x"}]),
+              "unexpected reply (choices.0.message.content"),
+    "only reasoning": (message(content=None, reasoning_content="Hm."),
+                       "unexpected reply (choices.0.message.content: no text)"),
     "500": ((500, {"error": {"message": "boom"}}, {}), "HTTP 500: boom"),
     "503 html": ((503, b"<h1>busy</h1>", {"Content-Type": "text/html"}), "HTTP 503: <h1>busy</h1>"),
     "429": ((429, {"message": "slow down"}, {"Retry-After": "0.01"}), "HTTP 429: slow down"),
