@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint schema docs clean
+.PHONY: demo test fuzz lint schema docs clean
 
 demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two CPU cores
 	$(BIN)/distillab train quickstart --resume
 
 test: .venv/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+MINUTES ?= 10
+fuzz: .venv/.installed-dev  ## damaged inputs for every reader, MINUTES=10 in all
+	$(BIN)/python tests/fuzz --minutes $(MINUTES)
 
 lint: .venv/.installed-dev  ## formatting, lint rules, types, and the recipe schema
 	$(BIN)/ruff format --check .

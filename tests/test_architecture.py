@@ -75,6 +75,7 @@ ORDER = [
     "compilation",
     "distillation_module",
     "metrics",
+    "run_file_shapes",
     "report_data",
     "report_measures",
     "report_tables",

@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """读回 ``metrics.jsonl``；没有文件则为空，写到一半的最后一行被忽略。"""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(DistillabError):
                 rows.append(parse_json(line, str(path)))
     return rows

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import yaml
 
+from . import run_file_shapes as shapes
 from .credentials import without_secrets
-from .errors import DistillabError
+from .errors import DistillabError, foreign
 from .metrics import read_metrics
 from .parsing import parse_json, parse_yaml
+from .run_file_shapes import check
 
 FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
          "evaluation.json", "checks/*.json", "checks/*.jsonl")  # fmt: skip
@@ -126,31 +128,35 @@ def read_run(path: Path) -> RunData:
     Raises:
         DistillabError: ``recipe.yaml`` 或一个 JSON 文件不成样子。
     """
-    text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = parse_yaml(text, str(path / "recipe.yaml"))
+    file = path / "recipe.yaml"
+    with foreign(f"{file}: not UTF-8 text"):
+        text = file.read_text(encoding="utf-8")
+    recipe = parse_yaml(text, str(file))
     if not isinstance(recipe, dict):
-        raise DistillabError(f"{path / 'recipe.yaml'}: expected the keys of a recipe")
+        raise DistillabError(f"{file}: expected the keys of a recipe")
+    check(_given(recipe), shapes.RECIPE, str(file))
     if (cleaned := without_secrets(recipe)) != recipe:  # 配方从前收得下密钥
         recipe, text = cleaned, yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True)
-    rows = [row for row in finite(read_metrics(path / "metrics.jsonl"))
-            if isinstance(row, dict) and "kind" in row]  # fmt: skip
+    rows = finite(read_metrics(path / "metrics.jsonl"))
+    for row in rows:
+        check(row, shapes.METRICS_ROW, str(path / "metrics.jsonl"))
     answers: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(path.glob("checks/*.jsonl")):
         task, _, model = file.stem.rpartition(".")
-        answers.setdefault(task, {})[model] = _lines(file)
+        answers.setdefault(task, {})[model] = _lines(file, shapes.ANSWERS_ROW)
     texts: dict[str, dict[str, float | None]] = {}
     for file in sorted(path.glob("checks/*.json")):
-        texts.setdefault(file.stem.rpartition(".")[0], {}).update(_object(file))
+        texts.setdefault(file.stem.rpartition(".")[0], {}).update(_object(file, shapes.TEXTS))
     return RunData(
         path=path,
         label=path.resolve().name,
         recipe=recipe,
         recipe_text=text,
         rows=rows,
-        environment=_object(path / "environment.json"),
-        summary=_object(path / "summary.json"),
-        evaluation=_object(path / "evaluation.json"),
-        samples=_lines(path / "samples.jsonl"),
+        environment=_object(path / "environment.json", shapes.ENVIRONMENT),
+        summary=_object(path / "summary.json", shapes.SUMMARY),
+        evaluation=_object(path / "evaluation.json", shapes.EVALUATION),
+        samples=_lines(path / "samples.jsonl", shapes.SAMPLES_ROW),
         answers=answers,
         texts=texts,
         changed=max(stamp[1] for stamp in signature(path)) / 1e9,
@@ -188,6 +194,8 @@ def finite(value: Any) -> Any:
     """把不是有限值的数换成 ``None``：JSON 里没有它们，浏览器读到就会拒绝整页。"""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else None
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -195,22 +203,29 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _given(value: Any) -> Any:
+    """配方里的 null 与没有写是一回事。"""
+    if isinstance(value, dict):
+        return {key: _given(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _object(path: Path, shape: shapes.Shape) -> dict[str, Any]:
     if not path.exists():
         return {}
     value = parse_json(path.read_bytes(), str(path))
-    if not isinstance(value, dict):
-        raise DistillabError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return cast("dict[str, Any]", finite(value))
+    value = finite(value)
+    check(value, shape, str(path))
+    return cast("dict[str, Any]", value)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path, shape: shapes.Shape) -> list[dict[str, Any]]:
     """一行一个对象的文件；写到一半的行被忽略。"""
     found = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(DistillabError):
-                row = parse_json(line, str(path))
-                if isinstance(row, dict):
-                    found.append(finite(row))
+                found.append(finite(parse_json(line, str(path))))
+        for row in found:
+            check(row, shape, str(path))
     return found

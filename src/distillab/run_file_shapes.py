@@ -1,0 +1,108 @@
+"""运行目录里的文件该是什么样子：报告先照此查一遍，坏的文件是一行，不是后面某处的 traceback。"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import DistillabError, shown
+
+NUMBER, TEXT, FLAG = "a number", "text", "true or false"
+_TYPES: dict[str, tuple[type, ...]] = {NUMBER: (int, float), TEXT: (str,), FLAG: (bool,)}
+
+Shape = Any
+"""``NUMBER`` 等；``[形状]`` 是列表；``{键: 形状}`` 是对象，``"*"`` 是其余的键，没有写到的不问。
+
+键尾的 ``!`` 是必有，``?`` 是必有而可以是 null；别的可以没有，其中的值与区间也可以是 null。
+"""
+
+_ROW = {"by_position": [{"from!": NUMBER, "to!": NUMBER, "*": NUMBER}],
+        "by_frequency": [{"band!": TEXT, "*": NUMBER}]}  # fmt: skip
+_FIGURE = {"value?": NUMBER, "low?": NUMBER, "high?": NUMBER}
+_DIFFERENCES = [{"models!": [TEXT], "metric": TEXT, "difference!": _FIGURE}]
+_SCORES = {"*": NUMBER}
+_AGREEMENT = {"*": {**_ROW, "tokens": NUMBER, "sequences": NUMBER, "*": _FIGURE}}
+_MODELS = {
+    "*": dict.fromkeys(("perplexity", "cross_entropy", "bits_per_byte", "accuracy"), _FIGURE)
+}
+_MEASURED = {"models!": _MODELS, "gap_closed": _FIGURE, "tokens": NUMBER, "sequences": NUMBER,
+             "bytes": NUMBER}  # fmt: skip
+_TASK = {**_MEASURED, "items!": NUMBER, "differences": _DIFFERENCES}
+_LM_EVAL = {**_TASK, "models!": {"*": {"items_per_second": NUMBER, "*": _FIGURE}}}
+
+RECIPE: Shape = {
+    "name": TEXT,
+    "description": TEXT,
+    "teacher": {"path": TEXT},
+    "student": {"path": TEXT, "init": {"layers": NUMBER}},
+    "data": {"source": TEXT, "responses": TEXT, "teacher_source": TEXT, "experience": TEXT},
+    "responses": {"student_fraction": NUMBER, "final_student_fraction": NUMBER},
+    "loss": {"divergence": TEXT, "alpha": NUMBER, "temperature": NUMBER, "beta": NUMBER,
+             "skew": NUMBER},
+    "train": {"max_steps": NUMBER, "num_epochs": NUMBER},
+}  # fmt: skip
+METRICS_ROW: Shape = {"kind!": TEXT, "step!": NUMBER, "model": TEXT, "*": NUMBER}
+SUMMARY: Shape = {
+    "teacher": _SCORES,
+    "student_before": _SCORES,
+    "student_after": _SCORES,
+    "tasks": {"*": _SCORES},
+    "texts": {"*": _SCORES},
+    "parameters": _SCORES,
+    "name": TEXT,
+    **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
+                     "tokens_per_second", "peak_memory_bytes"), NUMBER),
+}  # fmt: skip
+EVALUATION: Shape = {
+    "models": {"*": {"label": TEXT, "source": TEXT, "parameters": NUMBER, "view": TEXT,
+                     "dtype": TEXT}},
+    "texts": {"*": _MEASURED},
+    "agreement": {"*": _AGREEMENT},
+    "on_policy": _AGREEMENT,
+    "tasks": {"*": _TASK},
+    "lm_eval": {"*": _LM_EVAL},
+    "samples": [{"prompt!": TEXT, "*": TEXT}],
+}  # fmt: skip
+ENVIRONMENT: Shape = {}
+SAMPLES_ROW: Shape = {"prompt": TEXT, "student": TEXT}
+ANSWERS_ROW: Shape = {"id": TEXT, "question": TEXT, "answer": TEXT, "response!": TEXT,
+                      "correct!": FLAG}  # fmt: skip
+TEXTS: Shape = _SCORES
+
+
+def check(value: Any, shape: Shape, where: str) -> None:
+    """核对一个值。
+
+    Args:
+        value: 从 JSON 或 YAML 读出的。
+        shape: 见 ``Shape``。
+        where: 出处，写进错误信息；深处的接着写出键。
+
+    Raises:
+        DistillabError: 不是该有的样子。
+    """
+    if isinstance(shape, str):
+        kinds = _TYPES[shape]
+        if not isinstance(value, kinds) or (shape == NUMBER and isinstance(value, bool)):
+            raise _wrong(value, shape, where)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise _wrong(value, "a list", where)
+        for index, inner in enumerate(value):
+            check(inner, shape[0], f"{where}[{index}]")
+    else:
+        if not isinstance(value, dict):
+            raise _wrong(value, "an object", where)
+        for key in shape:
+            name, needed = key[:-1], key[-1]
+            if (needed == "!" and value.get(name) is None) or (needed == "?" and name not in value):
+                raise DistillabError(f"{where}: {name} is missing")
+        named = {key.rstrip("!?"): inner for key, inner in shape.items()}
+        for key, inner in value.items():
+            expected = named.get(key, shape.get("*"))
+            nothing = inner is None and (isinstance(expected, str) or expected is _FIGURE)
+            if expected is not None and not nothing:
+                check(inner, expected, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
+
+
+def _wrong(value: Any, expected: str, where: str) -> DistillabError:
+    return DistillabError(f"{where}: found {shown(str(value))}, expected {expected}")
