@@ -10,6 +10,7 @@ demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two C
 
 test: .venv/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
 MINUTES ?= 10
 fuzz: .venv/.installed-dev  ## damaged inputs for every reader, MINUTES=10 in all
 	$(BIN)/python tests/fuzz --minutes $(MINUTES)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .config import SamplingConfig, ServerConfig
-from .errors import DistillabError
+from .errors import DistillabError, reason
 from .questions import TOO_LONG, Answer, Outcome, Question, Unanswered
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class ServerBackend:
             reply = await client.chat.completions.with_raw_response.create(
                 messages=question.task.messages, **options
             )
-            return self._answer(question, reply.content, seed)
+            body: bytes = reply.content
         except Redirected as error:
             raise _HopelessError(
                 f"{self.config.base_url} redirects to {error}, which is not followed: the request "
@@ -248,6 +248,10 @@ class ServerBackend:
             return Unanswered(question, _CANNOT_CONNECT)
         except openai.OpenAIError as error:
             return Unanswered(question, type(error).__name__)
+        except Exception as error:  # 乱写的头与正文，让 openai 与 httpx 抛出什么的都有
+            return Unanswered(question, f"unexpected reply ({reason(error)})")
+        try:
+            return self._answer(question, body, seed)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "body"
