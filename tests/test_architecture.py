@@ -14,6 +14,7 @@ ORDER = [
     "console",
     "parsing",
     "signals",
+    "files",
     "bootstrap",
     "credentials",
     "data_config",

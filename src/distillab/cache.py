@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import DistillabError, foreign
+from .files import leftovers, settle, temporary_beside, writing
 
 logger = logging.getLogger("distillab")
 
@@ -35,24 +35,6 @@ def expanded(path: str) -> Path:
     """
     with foreign(f"{path}: where is '~'? Set HOME, or give a path without it"):
         return Path(path).expanduser()
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """整个换掉一个文件：任何时候被杀，留下的不是旧的就是新的。
-
-    Args:
-        path: 目标；它的目录已经存在。
-        content: 字节，或写成 UTF-8 的文字；落单的 surrogate 写成 ``?``。
-
-    Raises:
-        OSError: 写不下去；旧的还在。
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -86,21 +68,22 @@ def build_dir(target: Path) -> Iterator[Path]:
 
     Raises:
         DistillabError: 缓存目录不可写。
+        NoRoom: 放不下。
     """
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise _not_writable(target, error) from error
-    try:
+    temporary = temporary_beside(target)
+    with writing(target, temporary):
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise _not_writable(target, error) from error
         yield temporary
+        settle(temporary)
         try:
             temporary.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -135,7 +118,7 @@ def build_once(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        for left in target.parent.glob(f".{target.name}.{'[0-9a-f]' * 12}"):
+        for left in leftovers(target.parent, target.name):
             shutil.rmtree(left, ignore_errors=True)
         with build_dir(target) as temporary:
             yield temporary

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from .batch import collate_text
 from .build import Parts
 from .build_training import build_text
-from .cache import replace_file
 from .config import Recipe
+from .files import replace_file
 from .harness import check_harness
 from .language_model import LanguageModel
 from .tasks import TaskSet, View, accuracy, gap_closed

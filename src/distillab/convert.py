@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import DistillabError
+from .files import replacing_directory
 from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 from .language_model import PretrainedLM
 from .lora import has_lora, merged_copy
@@ -241,27 +240,22 @@ def export_student(
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DistillabError(f"{target}: already exists, expected a new or empty directory")
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
-    try:
+    with replacing_directory(target, _bytes(model)) as partial:
         if isinstance(model, PretrainedLM):
             whole = merged_copy(model) if has_lora(model) else model.model
             with quiet_transformers():
                 whole.save_pretrained(partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
-        for weights in partial.glob("*.safetensors"):
-            # safetensors 建的文件只有属主可读，导出的目录常要给别的用户或服务用。
-            weights.chmod((partial / "config.json").stat().st_mode)
         _write_tokenizer(tokenizer, partial)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """权重一共多少字节。"""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _write_model(

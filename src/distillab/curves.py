@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import replace_file
 from .metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def plot_run(run_dir: Path) -> list[Path]:
         axes.set_title(f"{run_dir.name}: {name}", loc="left", fontweight="bold")
         path = run_dir / "plots" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=130)
+        replace_file(path, _png(figure, 130))
         written.append(path)
     return written
 
@@ -66,8 +67,12 @@ def _live_png(rows: Rows) -> bytes:
     left, right = figure.subplots(1, 2)
     _draw_loss(left, rows)
     _draw_perplexity(right, rows)
+    return _png(figure, 90)
+
+
+def _png(figure: Figure, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

@@ -21,7 +21,6 @@ from .batch import Example, Tokens
 from .bootstrap import SAMPLES
 from .build import Parts, build_models
 from .build_training import build_data, build_text, read_pairs
-from .cache import replace_file
 from .chat import question_prompt, render_prompt
 from .chat_data import ChatDataset
 from .checkpoint_files import BEST, find_checkpoint
@@ -36,6 +35,7 @@ from .figures import (
     task_figures,
     text_figures,
 )
+from .files import replace_file
 from .generate import TextGenerator
 from .harness import evaluate_with_harness
 from .loaders import evenly

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import DistillabError
+from .files import append, open_to_append, replace_file
 from .parsing import parse_json
 
 if TYPE_CHECKING:
@@ -34,20 +35,18 @@ class MetricsLog:
         self.path = path
         self.accelerator = accelerator
         self._on_write = on_write
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
 
     def discard_after(self, step: int) -> None:
         """删去 ``step`` 之后的行（它们会重新产生）和写到一半的行。"""
         if self.accelerator.is_main_process and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-            temporary.replace(self.path)
+            replace_file(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def __enter__(self) -> MetricsLog:
         if self.accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a")
+            self._file = open_to_append(self.path)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("distillab", init_kwargs={"wandb": {"resume": "allow"}})
         return self
@@ -62,8 +61,7 @@ class MetricsLog:
         """追加一行；``row`` 要有 ``kind`` 与 ``step``。非有限的数写成 null。"""
         if self._file is not None:
             finite = {key: None if _not_finite(value) else value for key, value in row.items()}
-            self._file.write(f"{json.dumps(finite)}\n")
-            self._file.flush()
+            append(self._file, f"{json.dumps(finite)}\n".encode(), sync=False)
             if self._on_write is not None:
                 self._on_write(self.path)
         if self.accelerator.log_with:

@@ -24,6 +24,8 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from .files import replacing_directory
+
 logger = logging.getLogger("distillab")
 
 Result = TypeVar("Result")
@@ -160,12 +162,12 @@ class StepProfile:
                 "--profile needs %d steps, this run had %d: nothing written", needed, self.steps
             )
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        recorder.export_chrome_trace(str(self.directory / "trace.json.gz"))
         found = self._summary(recorder)
         lines = profile_lines(found)
-        (self.directory / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
-        (self.directory / "steps.txt").write_text("\n".join(lines) + "\n")
+        with replacing_directory(self.directory) as directory:
+            recorder.export_chrome_trace(str(directory / "trace.json.gz"))
+            (directory / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
+            (directory / "steps.txt").write_text("\n".join(lines) + "\n")
         for line in lines:
             logger.info("%s", line)
         logger.info("written: %s", self.directory)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cache import replace_file
 from .errors import Terminated
+from .files import replace_file
 from .report_charts import (
     agreement_charts,
     axes,

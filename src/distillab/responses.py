@@ -15,9 +15,9 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from .cache import replace_file
 from .credentials import without_secrets
 from .errors import DistillabError
+from .files import append, open_to_append, refuse_link, replace_file
 
 __all__ = ["ResponseFile", "read_rows"]
 
@@ -74,6 +74,7 @@ class ResponseFile:
 
     def __enter__(self) -> ResponseFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(self.path)
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
@@ -123,14 +124,9 @@ class ResponseFile:
         data = b"".join(_line(row) for row in rows)
         if not data:
             return
-        try:
-            if self._file is None:
-                self._file = self.path.open("ab")
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if self._file is None:
+            self._file = open_to_append(self.path)
+        append(self._file, data)
 
     def rewrite(self, rows: Iterable[Row]) -> None:
         """换掉已有的全部行（重新过滤之后），来历随之更新；要在 ``append`` 之前。"""

@@ -24,6 +24,7 @@ from .convert import export_student
 from .curves import plot_run
 from .errors import DistillabError
 from .evaluate import Metrics
+from .files import replace_file
 from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .local import LocalBackend
@@ -208,11 +209,12 @@ def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Met
     if teacher is not None:
         reference["teacher"] = teacher
     if trainer.accelerator.is_main_process:
-        with run.metrics_file.open("a") as file:
-            file.writelines(
-                json.dumps({"kind": "reference", "step": 0, "model": model, **metrics}) + "\n"
-                for model, metrics in reference.items()
-            )
+        found = [
+            {"kind": "reference", "step": 0, "model": model, **metrics}
+            for model, metrics in reference.items()
+        ]
+        rows = [*read_metrics(run.metrics_file), *found]
+        replace_file(run.metrics_file, "".join(f"{json.dumps(row)}\n" for row in rows))
     for model, metrics in reference.items():
         logger.info("%s: perplexity %s", model.replace("_", " "), f"{metrics['perplexity']:,.1f}")
     return reference
@@ -273,9 +275,8 @@ def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
         {"prompt": prompt, "student": text}
         for prompt, text in zip(prompts, completions, strict=True)
     ]
-    run.samples_file.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(run.samples_file, "".join(lines))
 
 
 def _export(

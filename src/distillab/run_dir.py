@@ -15,9 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .cache import replace_file
 from .config import Recipe
 from .errors import DistillabError, shown
+from .files import replace_file
 from .recipes import differences, dump_recipe, load_recipe
 
 ID_FILE = "run_id"

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from .cache import replace_file
 from .chat import render_prompt
 from .choices import Choices, read_choices
 from .config import DataSection, SamplingConfig, TaskConfig
 from .conversations import Conversation
 from .errors import DistillabError
+from .files import replace_file
 from .filters import make_filter, needs_answer
 from .generated import Score, generated
 from .language_model import LanguageModel
