@@ -415,7 +415,7 @@ def test_unfinished_checkpoint_is_not_resumed_from(make):
     trainer = make(save_interval=3)
     trainer.train()
     newest = checkpoints(trainer.checkpoint_dir)[-1]
-    newest.rename(newest.with_name(f".{newest.name}.tmp"))  # 像是写到一半被杀
+    newest.rename(newest.with_name(f".{newest.name}.0123456789ab.tmp"))  # 像是写到一半被杀
     again = make(save_interval=3)
     again.train(resume=True)
     assert again.state.current_step == 6

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from .checkpoint_files import (
 )
 from .config import TrainingConfig
 from .errors import DistillabError
+from .files import temporary_beside, writing
 from .layout import Layout
 from .optimizer_state import WholeOptimizer
 from .run_dir import run_id
@@ -85,7 +85,8 @@ def save_checkpoint(
             scaler=accelerator.scaler,
         )
 
-    _write_then_rename(accelerator, target, state, config, write)
+    # AdamW 的状态是权重的两倍。
+    _write_then_rename(accelerator, target, state, config, write, 3 * _bytes(accelerator, module))
     if accelerator.is_main_process:
         for old in checkpoints(directory)[: -config.max_checkpoints]:
             discard(old)
@@ -105,7 +106,8 @@ def save_best(
         weights = _weights(accelerator, module)
         accelerator.save(weights, temporary / WEIGHTS_FILE, safe_serialization=True)
 
-    _write_then_rename(accelerator, directory / BEST, state, config, write)
+    target, wanted = directory / BEST, _bytes(accelerator, module)
+    _write_then_rename(accelerator, target, state, config, write, wanted)
 
 
 def begin(accelerator: Accelerator, run_dir: Path, directory: Path, fresh: bool) -> str:
@@ -290,6 +292,16 @@ def _frozen(module: nn.Module) -> set[str]:
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
+def _bytes(accelerator: Accelerator, module: nn.Module) -> int:
+    """要存的参数一共多少字节，完整的。"""
+    parameters = accelerator.unwrap_model(module).parameters()
+    return sum(
+        shape(parameter).numel() * parameter.element_size()
+        for parameter in parameters
+        if parameter.requires_grad
+    )
+
+
 def _weights(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
     """除冻结的参数以外的一切，完整的，在 CPU 上，绑定的只有一份；不是主进程的只参加通信。"""
     module = accelerator.unwrap_model(module)
@@ -356,16 +368,21 @@ def _write_then_rename(
     state: TrainerState,
     config: TrainingConfig,
     write: Callable[[Path], None],
+    wanted: int,
 ) -> None:
-    """写进临时目录，落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。"""
-    temporary = target.with_name(f".{target.name}.tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    write(temporary)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        seal(temporary, state, Layout.of(accelerator, config), config)
-        publish(temporary, target)
+    """写进临时目录，落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。
+
+    放不下时说需要 ``wanted`` 字节。
+    """
+    main = accelerator.is_main_process
+    temporary = gather_object([temporary_beside(target)])[0]  # 名字是随机的，各进程用主进程的
+    with writing(target, temporary, wanted, discard=main):
+        if main:
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        write(temporary)
+        accelerator.wait_for_everyone()
+        if main:
+            seal(temporary, state, Layout.of(accelerator, config), config)
+            publish(temporary, target)
     accelerator.wait_for_everyone()

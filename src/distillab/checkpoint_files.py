@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -25,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from .cache import file_sha256
 from .config import TrainingConfig
 from .errors import DistillabError
+from .files import leftovers, settle, sync
 from .layout import Layout
 from .trainer_state import TrainerState
 
@@ -76,7 +76,7 @@ _ADAPTER = TypeAdapter(Saved)
 
 
 def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingConfig) -> None:
-    """别的文件都写好之后，把它们落盘，写下它们的摘要与训练进度。
+    """别的文件都写好之后，写下它们的摘要与训练进度，一起落盘。
 
     Args:
         directory: 写到一半的检查点。
@@ -85,8 +85,8 @@ def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingC
         config: 训练超参数，只作记录。
     """
     files = sorted(directory.iterdir())
-    with ThreadPoolExecutor() as pool:  # 摘要与落盘都不占解释器
-        digests = pool.map(_sync, files)
+    with ThreadPoolExecutor() as pool:  # 算摘要不占解释器
+        digests = pool.map(_digest, files)
     values = {
         "state": asdict(state),
         "layout": asdict(layout),
@@ -94,10 +94,9 @@ def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingC
         "files": {file.name: asdict(digest) for file, digest in zip(files, digests, strict=True)},
     }
     values = json.loads(json.dumps(values))
-    with (directory / STATE_FILE).open("w") as file:
-        json.dump(values | {"sha256": _sha256(values)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(values | {"sha256": _sha256(values)}, indent=1)
+    (directory / STATE_FILE).write_text(text)
+    settle(directory)
 
 
 def read_saved(path: Path, run: str | None = None) -> Saved:
@@ -231,9 +230,11 @@ def publish(temporary: Path, target: Path) -> None:
         _remove(aside)
         target.rename(aside)
         temporary.rename(target)
+        sync(target.parent)
         _remove(aside)
     else:
         temporary.rename(target)
+        sync(target.parent)
 
 
 def discard(path: Path) -> None:
@@ -259,6 +260,7 @@ def sweep(directory: Path) -> None:
     if aside.is_dir() and not best.exists():
         aside.rename(best)
     left = [path for path in directory.glob(".*") if _LEFTOVER.fullmatch(path.name)]
+    left += leftovers(directory)
     if left:
         logger.info("removing what an interrupted run left in %s: %s", directory,
                     ", ".join(sorted(path.name for path in left)))  # fmt: skip
@@ -273,10 +275,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _sync(file: Path) -> Digest:
+def _digest(file: Path) -> Digest:
     digest = file_sha256(file)
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
     return Digest(file.stat().st_size, digest)
 
 

@@ -67,7 +67,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def open_to_append(path: Path) -> IO[bytes]:
@@ -153,8 +153,8 @@ def replacing_directory(target: Path, wanted: int | None = None) -> Iterator[Pat
             for file in sorted(temporary.iterdir()):
                 file.replace(target / file.name)
             temporary.rmdir()
-            _sync(target)
-        _sync(target.parent)
+            sync(target)
+        sync(target.parent)
 
 
 @contextmanager
@@ -199,15 +199,16 @@ def settle(directory: Path) -> None:
                 continue
             if (mode := path.stat().st_mode) | allowed != mode:
                 path.chmod(mode | allowed)
-            _sync(path)
-        _sync(Path(parent))
+            sync(path)
+        sync(Path(parent))
 
 
 def _not_following(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """让一个文件的内容，或一个目录里的名字，落盘。"""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
