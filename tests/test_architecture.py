@@ -29,6 +29,7 @@ ORDER = [
     "batch",
     "sources",
     "recipes",
+    "trust",
     "losses",
     "products",
     "row_loss",

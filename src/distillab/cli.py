@@ -45,6 +45,12 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     str, typer.Option(help="Which checkpoint: best, last, or a name like step-00000100.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run the code that the run's recipe names, though it was not started here."
+    ),
+]
 
 
 @app.command(cls=ResumeAuto)
@@ -182,6 +188,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="File to write; default: evaluation.json in the run.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure teacher, student before and student after on the same tokens.
 
@@ -198,7 +205,7 @@ def evaluate(
     from .evaluation import evaluate as measure
     from .evaluation_tables import evaluation_tables
 
-    found, path = measure(run, checkpoint, model or [], output)
+    found, path = measure(run, checkpoint, model or [], output, trust=trust)
     terminal = make_console()
     for table in evaluation_tables(found):
         terminal.print(table)
@@ -285,12 +292,13 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Target directory; default: export/ in the run.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory that transformers loads by itself."""
     quiet_libraries()
     from . import run as runs
 
-    say(runs.export(run, checkpoint, output))
+    say(runs.export(run, checkpoint, output, trust=trust))
 
 
 @app.command()

@@ -149,7 +149,7 @@ def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
     with one_line_errors("model", str(directory)):
         for file in files:
             state.update(load_file(file))
-        return AutoConfig.from_pretrained(directory), state
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False), state
 
 
 def _load(

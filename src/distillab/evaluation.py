@@ -91,7 +91,12 @@ class _Bench:
 
 
 def evaluate(
-    name: str, checkpoint: str, models: Sequence[str] = (), output: Path | None = None
+    name: str,
+    checkpoint: str,
+    models: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    trust: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """量一次运行的教师、训练前后的学生，以及别的模型。
 
@@ -100,6 +105,7 @@ def evaluate(
         checkpoint: 训练后的学生：``best``、``last``，或检查点的名字、路径。
         models: 别的模型：运行目录（用它的导出）、模型目录、hub id 或 ``pypi:``。
         output: 写到哪里；缺省为运行目录的 ``evaluation.json``。
+        trust: 不是在这里开始的运行，也运行它的配方指名的代码。
 
     Returns:
         ``(evaluation.json 的内容, 它的路径)``。
@@ -108,7 +114,7 @@ def evaluate(
         DistillabError: 没有这样的运行、检查点或模型，数据读不了，或放不进模型。
     """
     run = RunDirectory.find(name)
-    recipe, target = run.recipe, output or run.evaluation_file
+    recipe, target = run.trusted_recipe(trust), output or run.evaluation_file
     if not target.absolute().parent.is_dir():
         raise DistillabError(f"--output {target}: there is no directory {target.parent}")
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)

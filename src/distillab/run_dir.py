@@ -19,6 +19,7 @@ from .config import Recipe
 from .errors import DistillabError, shown
 from .files import replace_file
 from .recipes import differences, dump_recipe, load_recipe
+from .trust import check_trusted, remember
 
 ID_FILE = "run_id"
 RUNS = Path("runs")
@@ -71,8 +72,21 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Recipe:
-        """保存下来的、解析后的配方。"""
+        """保存下来的、解析后的配方；它指名的代码不能就此运行，见 ``trusted_recipe``。"""
         return load_recipe(str(self.recipe_file))
+
+    def trusted_recipe(self, trust: bool) -> Recipe:
+        """要装配、要评测的配方：它指名的代码会被运行。
+
+        Args:
+            trust: 使用者说了 ``--trust``。
+
+        Raises:
+            DistillabError: 它指名了代码，而这次运行不是在这里开始的。
+        """
+        recipe = self.recipe
+        check_trusted(self.recipe_file, recipe, trust)
+        return recipe
 
     def checkpoint_dir(self, recipe: Recipe) -> Path:
         """检查点目录；见 ``checkpoint_dir``。"""
@@ -102,6 +116,7 @@ class RunDirectory:
         self.checkpoint_dir(recipe)
         run_id(self.path)
         replace_file(self.recipe_file, dump_recipe(recipe))
+        remember(self.recipe_file, recipe)
         replace_file(self.environment_file, json.dumps(environment(), indent=1))
 
     def __enter__(self) -> RunDirectory:
