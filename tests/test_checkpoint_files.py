@@ -1,5 +1,6 @@
 """检查点只有完好的、自己的才被相信；别的都说得出，退到更早的一个。"""
 
+import hashlib
 import json
 import logging
 import os
@@ -299,3 +300,46 @@ def test_a_checkpoint_half_deleted_is_none(cut, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             discard(old)
     assert [path.name for path in checkpoints(old.parent)] == ["step-00000006"]
+
+
+class Hostile:
+    """一反序列化就在硬盘上留下痕迹。"""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def reseal(path):
+    """摘要与 id 都对得上：给出整个运行目录的人做得到。"""
+
+    def change(values):
+        del values["sha256"]
+        for name in FILES:
+            content = (path / name).read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            values["files"][name] = {"size": len(content), "sha256": digest}
+        canonical = json.dumps(values, sort_keys=True).encode()
+        values["sha256"] = hashlib.sha256(canonical).hexdigest()
+
+    edit(path / STATE, change)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("vouch", [reseal, old_format])
+def test_code_in_a_pickle_never_runs(make, cut, name, vouch, tmp_path, monkeypatch):
+    _, run = cut
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    newest = run / "checkpoints" / "step-00000006"
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    mark = tmp_path / "ran"
+    torch.save({"step": 0, "state": Hostile(mark)}, newest / name)
+    vouch(newest)
+    with pytest.raises(DistillabError, match="damaged checkpoint") as caught:
+        make("parts", **OPTIONS).train(resume=True)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+    torch.load(newest / name, weights_only=False)  # 这个文件确实会
+    assert mark.exists()

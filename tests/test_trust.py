@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from distillab import cli, run_dir
 from distillab import run as runs
-from distillab import run_dir
 from distillab.config import Recipe
 from distillab.errors import DistillabError
 from distillab.evaluation import evaluate
@@ -79,6 +79,19 @@ def test_code_in_a_run_of_somebody_else_needs_trust(place, monkeypatch, code):
                 use(trust=True)
     assert not Path("ran").exists()
     assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_the_command_line_says_what_it_would_run(place, monkeypatch, capsys, command):
+    begun(FUNCTION)
+    monkeypatch.setenv("XDG_STATE_HOME", str(place / "another-home"))
+    for flags, said in (([], "match.function='theirs:right'; read it, and give --trust"),
+                        (["--trust"], "no such checkpoint")):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["distillab", command, "mine", *flags])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_runs_without_code_are_anybodys(place):

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -355,6 +356,10 @@ def _load(path: Path, saved: Saved, read: Callable[[], Any]) -> None:
         read()
     except DistillabError:
         raise
+    except pickle.UnpicklingError:  # torch 只肯读张量与数；别的对象一读就会运行代码
+        raise DamagedCheckpoint(
+            f"{path}: damaged checkpoint: it holds objects that could run code when read"
+        ) from None
     except Exception as error:
         if saved.files is not None:
             raise
