@@ -45,6 +45,7 @@ ORDER = [
     "hardware",
     "qwen_ranks",
     "tokenizer",
+    "local_splits",
     "articles",
     "data",
     "streams",

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import file_sha256
 from .errors import DistillabError, foreign, nearest
+from .local_splits import split_files
 from .parsing import parse_json
 from .pretrained import hub_is_reachable, one_line_errors
 from .sources import fetch
@@ -19,42 +21,44 @@ from .sources import fetch
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.getLogger("distillab")
+
 TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
 
 
-def text_files(path: Path, subset: str | None = None) -> list[Path]:
+def text_files(path: Path, subset: str | None = None, split: str = "train") -> list[Path]:
     """本地来源由哪些文件组成。
 
     Args:
         path: 一个文件，或一个目录（含子目录）。
-        subset: 目录下的子目录，例如数据集仓库副本里的 ``20231101.zh``。
+        subset: ``README.md`` 里的一个 config，或目录下的子目录，例如数据集仓库副本里的
+            ``20231101.zh``。
+        split: 目录里的文件按名字或 ``README.md`` 分了 split 时，要哪一个，见 ``local_splits``；没有
+            分的目录，全部文件都是 ``train``。
 
     Returns:
         按路径排序的文件。
 
     Raises:
-        DistillabError: 没有能读的文件，或没有这个子目录。
+        DistillabError: 没有能读的文件，或没有这个子目录、这个 split。
     """
     if path.is_file():
         if subset is not None:
             raise DistillabError(f"subset {subset!r} does not apply to the file {str(path)!r}")
+        if split != "train":
+            raise DistillabError(f"split {split!r} does not apply to the file {str(path)!r}")
         if path.suffix not in TEXT_SUFFIXES:
             raise DistillabError(
                 f"cannot read text from {str(path)!r}; expected {', '.join(TEXT_SUFFIXES)}"
             )
         return [path]
-    if subset is not None:
-        names = [child.name for child in path.iterdir() if child.is_dir()]
-        if subset not in names:
-            hint = nearest(subset, names) if names else "it has no directories"
-            raise DistillabError(f"{str(path)!r} has no subset {subset!r}; {hint}")
-        path = path / subset
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
-    # 数据集仓库自带的元数据也是 json，但不是文章。
-    files = [file for file in files if file.name != "dataset_infos.json"]
-    if not files:
-        raise DistillabError(f"{str(path)!r} holds no {', '.join(TEXT_SUFFIXES)} file")
-    return files
+    found = split_files(path, subset, TEXT_SUFFIXES)
+    if split not in found:
+        raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")
+    if others := [name for name in found if name != split]:
+        logger.info("%s: split %s, %d files; the others are %s",
+                    path, split, len(found[split]), ", ".join(others))  # fmt: skip
+    return found[split]
 
 
 def files_identity(files: list[Path]) -> list[str]:
@@ -196,11 +200,9 @@ class ArticleStream:
                 rows = _hub_stream(path, subset, split)
             hub = ["hub", path, subset, split]
             return cls(rows, text_field, path, hub, hub)
-        if split != "train":
-            raise DistillabError(f"split {split!r} does not apply to {source!r}; it is for hub ids")
         import datasets
 
-        files = text_files(path, subset)
+        files = text_files(path, subset, split)
         rows = datasets.IterableDataset.from_generator(
             _file_rows,
             features=datasets.Features({"text": datasets.Value("string")}),

@@ -101,7 +101,7 @@ def read_conversations(
     Args:
         source: hub id、jsonl / json / parquet 文件或含这些文件的目录，或 ``pypi:`` 来源。
         subset: hub 数据集的 config；本地目录则是子目录。
-        split: hub 数据集的 split。
+        split: hub 数据集的 split，或本地目录里的，见 ``text_files``。
         sha256: 本地文件或 wheel 的摘要，不符则拒绝。
         text_field: guanaco 写法放全文的字段。
         need_response: 每段对话都要以 assistant 结尾；合成与 on-policy 只要 prompt，可以没有。
@@ -162,9 +162,7 @@ def _open_records(
     path = fetch(source, sha256=sha256)
     if isinstance(path, str):
         return hub_records(path, subset, split)
-    if split != "train":
-        raise DistillabError(f"split {split!r} does not apply to {source!r}; it is for hub ids")
-    files = [file for file in text_files(path, subset) if file.suffix != ".txt"]
+    files = [file for file in text_files(path, subset, split) if file.suffix != ".txt"]
     if not files:
         raise DistillabError(f"{source!r} is running text; expected .jsonl, .json or .parquet")
     return read_records(files)

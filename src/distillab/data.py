@@ -97,7 +97,7 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
             validation_fraction: 验证集占文章数的比例。
             text_field: 放正文的字段；``txt`` 不需要。
             subset: hub 数据集的 config，例如 ``20231101.zh``；本地目录则是子目录。
-            split: hub 数据集的 split。
+            split: hub 数据集的 split，或本地目录里的，见 ``text_files``。
             seed: 哪些文章进验证集。
             sha256: 本地文件或 wheel 的摘要，不符则拒绝。
             num_proc: 分词的进程数；快速分词器自己就用满所有核，通常不必设。
@@ -232,9 +232,7 @@ def _open_source(
     path = fetch(source, sha256=sha256)
     if isinstance(path, str):
         return read_hub(path, subset, split, text_field), ["hub", path, subset, split]
-    if split != "train":
-        raise DistillabError(f"split {split!r} does not apply to {source!r}; it is for hub ids")
-    files = text_files(path, subset)
+    files = text_files(path, subset, split)
     return read_files(files, text_field), ["files", *files_identity(files)]
 
 

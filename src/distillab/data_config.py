@@ -108,8 +108,14 @@ class MatchConfig(FilterConfig):
 class _Place(Section):
     """记录在来源里的什么地方。"""
 
-    subset: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    subset: str | None = Field(
+        None,
+        description="Configuration of a hub data set or of a local README.md, or a subdirectory.",
+    )
+    split: str = Field(
+        "train",
+        description="Split of a hub data set, or of a local directory whose files are named by it.",
+    )
     text_field: str = Field("text", description="Field that holds an article's text.")
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Digest of the wheel or file."
