@@ -1,6 +1,7 @@
 """本地目录的 split 与 ``datasets`` 认的一样；没有 split 可言的目录照旧全读。"""
 
 import json
+import logging
 from pathlib import Path
 
 import datasets
@@ -134,7 +135,8 @@ def test_a_directory_without_splits_is_read_whole_as_before(tmp_path, card):
         text_files(root, split="test")
 
 
-def test_every_reader_takes_the_split(tmp_path, caplog):
+def test_every_reader_takes_the_split(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("distillab"), "propagate", True)
     root = tmp_path / "chat"
     for name in ("train", "validation", "test"):
         write(root, [f"{name}.jsonl"])
@@ -144,6 +146,7 @@ def test_every_reader_takes_the_split(tmp_path, caplog):
     with caplog.at_level("INFO", logger="distillab"):
         found = [one.question for one in read_conversations(str(root), split="test")]
     assert found == ["test"]
+    assert f"{root}: read 1 of its 4 files: split test of train, validation, test" in caplog.text
     assert [one.question for one in read_conversations(str(root))] == ["train"]
     stream = ArticleStream.open(str(root), "text", None, "validation", None)
     assert list(stream) == ["validation"]

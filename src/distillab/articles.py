@@ -55,10 +55,11 @@ def text_files(path: Path, subset: str | None = None, split: str = "train") -> l
     found = split_files(path, subset, TEXT_SUFFIXES)
     if split not in found:
         raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")
-    if others := [name for name in found if name != split]:
-        logger.info("%s: split %s, %d files; the others are %s",
-                    path, split, len(found[split]), ", ".join(others))  # fmt: skip
-    return found[split]
+    files, total = found[split], sum(file.suffix in TEXT_SUFFIXES for file in path.rglob("*"))
+    if len(files) < total:
+        logger.info("%s: read %d of its %d files: split %s of %s",
+                    path, len(files), total, split, ", ".join(found))  # fmt: skip
+    return files
 
 
 def files_identity(files: list[Path]) -> list[str]:
