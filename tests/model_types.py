@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB = 128
+VOCAB = 400
 
 _MOE = {
     "num_local_experts": 4,
@@ -112,7 +112,7 @@ _COMMON = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": None,
 }
 
 

@@ -38,6 +38,7 @@ ORDER = [
     "fused",
     "kv_cache",
     "head_fit",
+    "abilities",
     "language_model",
     "model",
     "pretrained",

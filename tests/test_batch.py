@@ -115,9 +115,6 @@ def test_examples_are_padded_each_view_on_its_own():
     assert batch.teacher.input_ids.tolist() == [[1, 2, 3, 7, 8], [4, 9, 0, 0, 0]]
     assert batch.teacher.index.tolist() == [2, 3, 5]
     assert batch.examples == tuple(examples)
-    left = collate_examples(examples, pad_id=0, padding_side="left")
-    assert left.teacher.input_ids.tolist() == [[1, 2, 3, 7, 8], [0, 0, 0, 4, 9]]
-    assert left.teacher.index.tolist() == [2, 3, 8]
 
 
 def test_examples_without_a_response_make_a_batch_without_rows():
@@ -149,11 +146,10 @@ def an_example(draw):
 @settings(deadline=None, max_examples=200)
 @given(
     examples=st.lists(an_example(), min_size=1, max_size=5),
-    padding_side=st.sampled_from(["left", "right"]),
     vocab_limit=st.none() | st.integers(0, 41),
 )
-def test_each_row_of_both_views_predicts_its_label(examples, padding_side, vocab_limit):
-    batch = collate_examples(examples, 0, vocab_limit, padding_side)
+def test_each_row_of_both_views_predicts_its_label(examples, vocab_limit):
+    batch = collate_examples(examples, 0, vocab_limit)
     expected = [
         label
         for example in examples

@@ -235,8 +235,8 @@ def test_rows_are_those_of_the_data_and_their_fingerprint_says_how(students):
 
 def test_validation_is_padded_as_without_packing():
     found = examples(True)
-    batch = collate_rows(found, 0, None, "left")
-    expected = collate_examples(found, 0, None, "left")
+    batch = collate_rows(found, 0)
+    expected = collate_examples(found, 0)
     assert batch.student.position_ids is None
     assert torch.equal(batch.teacher.input_ids, expected.teacher.input_ids)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -209,15 +208,15 @@ def collate_examples(
     examples: Sequence[Example],
     pad_id: int,
     vocab_limit: int | None = None,
-    padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """把 ``Example`` 拼成 ``Batch``，两个视角各自 padding。
+    """把 ``Example`` 拼成 ``Batch``，两个视角各自在右边 padding。
+
+    因果的模型从不看右边，所以不理会 ``attention_mask`` 的（循环的一类）也不受它影响。
 
     Args:
         examples: 至少一条。
         pad_id: 填充用的 id；它从不被训练，也不被注意到。
         vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的 response token 不训练。
-        padding_side: 哪一侧填充。
 
     Returns:
         ``Batch``；没有一条带特权信息时，两个视角是同一个对象。
@@ -230,13 +229,11 @@ def collate_examples(
         mask = torch.zeros_like(ids)
         index: list[int] = []
         for row, (tokens, kept) in enumerate(zip(sequences, keep, strict=True)):
-            start = length - len(tokens.ids) if padding_side == "left" else 0
-            end = start + len(tokens.ids)
-            ids[row, start:end] = torch.tensor(tokens.ids)
-            mask[row, start:end] = 1
+            ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
+            mask[row, : len(tokens.ids)] = 1
             # 位置 t 的 token 由 t - 1 处的 hidden state 预测
             index += [
-                row * length + start + position - 1
+                row * length + position - 1
                 for position, wanted in zip(tokens.response, kept, strict=True)
                 if wanted
             ]

@@ -153,7 +153,6 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
         collate_rows,
         pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
         vocab_limit=parts.vocab_limit,
-        padding_side=parts.tokenizer.padding_side,
     )
     if _packs(recipe, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .language_model import LanguageModel, evaluating
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .sampling_weights import sampling_weights
 
-__all__ = ["TextGenerator", "left_pad", "until_stop"]
+__all__ = ["TextGenerator", "left_pad", "padded", "until_stop"]
 
 # Qwen 的 base 与 chat 两种 checkpoint 各以其中一个为 eos，另一个同样表示说完了。
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>")
@@ -41,12 +41,23 @@ def left_pad(
         ``(input_ids [B, T], attention_mask [B, T])``，int64；各行一样长时后者为 ``None``，
         注意力可以走快速路径。
     """
+    return padded(rows, pad_id, device, "left")
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor | None]:
+    """长短不一的几行补齐；参数与返回值见 ``left_pad``，``side`` 是填在哪一边。"""
     width = max(map(len, rows))
-    padded = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    input_ids = torch.tensor(padded, device=device)
+
+    def filled(row: Sequence[int], token: int) -> list[int]:
+        rest = [token] * (width - len(row))
+        return [*rest, *row] if side == "left" else [*row, *rest]
+
+    input_ids = torch.tensor([filled(row, pad_id) for row in rows], device=device)
     if all(len(row) == width for row in rows):
         return input_ids, None
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    mask = [filled([1] * len(row), 0) for row in rows]
     return input_ids, torch.tensor(mask, device=device)
 
 
@@ -129,7 +140,7 @@ class TextGenerator:
             top_k=top_k,
             top_p=top_p,
             seeds=row_seeds(seed, len(rows)),
-            on_token=None if streamer is None else lambda ids: streamer.put(int(ids[0])),
+            on_token=None if streamer is None else lambda _, ids: streamer.put(int(ids[0])),
         )
         if streamer is not None:
             streamer.finish()
@@ -154,7 +165,7 @@ class TextGenerator:
         top_k: int = 50,
         top_p: float = 0.9,
         seeds: Sequence[int] | None = None,
-        on_token: Callable[[Tensor], Tensor | None] | None = None,
+        on_token: Callable[[Tensor, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
         """续写一批已编码的提示。
 
@@ -167,7 +178,8 @@ class TextGenerator:
             top_k: 见 ``generate``。
             top_p: 见 ``generate``。
             seeds: 每行的种子，一行的采样不取决于它与谁同批；``None`` 则每次不同。
-            on_token: 每一步得到 ``[B]`` 个新 token 后调用；返回 ``[B]`` 的 bool，为真的行就停下。
+            on_token: 每一步得到新 token 后调用，参数是还在算的行 ``[b]`` 与它们的新 token ``[b]``；
+                返回 ``[b]`` 的 bool，为真的行就停下。
 
         Returns:
             ``[B, N]``，int64，N 不超过 ``max_new_tokens``。每行到第一个停止 token（含）为止有效，
@@ -177,6 +189,16 @@ class TextGenerator:
             DistillabError: 参数越界，或提示没给新 token 留位置。
         """
         check_options(strategy, max_new_tokens, temperature, top_k, top_p)
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        if attention_mask is not None and not self.model.pads_left:
+            return self._by_length(
+                input_ids, attention_mask, max_new_tokens, seeds, on_token, options
+            )
         batch, width = input_ids.shape
         room = self.model.max_seq_len - width
         if room < 1:
@@ -205,28 +227,58 @@ class TextGenerator:
                 hidden = self.model(step_ids, seen, cache)
                 chosen = next_tokens(
                     head.logits(hidden[:, -1]),  # (B, V)
-                    strategy,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
+                    **options,
                     uniform=None if uniform is None else uniform[:, step],
                 ).masked_fill(finished, self.pad_id)
                 new_ids[rows, step] = chosen
                 finished = finished | torch.isin(chosen, stops)
-                ended_here = None if on_token is None else on_token(new_ids[:, step])
+                ended_here = None if on_token is None else on_token(rows, chosen)
                 if ended_here is not None:
-                    finished = finished | ended_here.to(device)[rows]
+                    finished = finished | ended_here.to(device)
                 ended = int(finished.sum())
                 if ended == len(rows):
                     return new_ids[:, : step + 1]
                 if ended >= DROP_AT * len(rows):
                     kept = (~finished).nonzero()[:, 0]
                     rows, chosen, finished = rows[kept], chosen[kept], finished[kept]
+                    step_ids = step_ids[kept]
                     mask = None if mask is None else mask[kept]
                     uniform = None if uniform is None else uniform[kept]
-                    cache.batch_select_indices(kept)
-                step_ids = chosen[:, None]
+                    if cache is not None:
+                        cache.batch_select_indices(kept)
+                new = chosen[:, None]
+                step_ids = new if cache is not None else torch.cat((step_ids, new), 1)
         return new_ids
+
+    def _by_length(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+        on_token: Callable[[Tensor, Tensor], Tensor | None] | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """看得见左填充的模型：只有等长的几行一起算，参数与返回值同 ``generate_ids``。"""
+        lengths = attention_mask.sum(-1)
+        new_ids = input_ids.new_full((len(input_ids), max_new_tokens), self.pad_id)
+        longest = 0
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero()[:, 0]
+
+            def of_all(at: Tensor, ids: Tensor, rows: Tensor = rows) -> Tensor | None:
+                return None if on_token is None else on_token(rows[at], ids)
+
+            part = self.generate_ids(
+                input_ids[rows, -length:],
+                max_new_tokens=max_new_tokens,
+                seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
+                on_token=of_all,
+                **options,
+            )
+            new_ids[rows, : part.shape[1]] = part
+            longest = max(longest, part.shape[1])
+        return new_ids[:, :longest]
 
     def _encode(self, prompts: Sequence[str | list[int]]) -> tuple[Tensor, Tensor | None]:
         if not prompts:

@@ -170,15 +170,15 @@ class _StopTexts:
         # 一个 token 至少一个字节，所以停止的文字总在最后这么多个 token 里。
         self._tail = max((len(text.encode()) for text in until), default=0) + 1
 
-    def __call__(self, new_ids: Tensor) -> Tensor:
-        for i, token in enumerate(new_ids.tolist()):
+    def __call__(self, rows: Tensor, new_ids: Tensor) -> Tensor:
+        for i, token in zip(rows.tolist(), new_ids.tolist(), strict=True):
             if self._ended[i]:
                 continue
             self.rows[i].append(token)
             self._ended[i] = token in self._generator.stop_ids or (
                 bool(self._until) and self._seen(self.rows[i][-self._tail :])
             )
-        return torch.tensor(self._ended)
+        return torch.tensor(self._ended, device=rows.device)[rows]
 
     def _seen(self, ids: list[int]) -> bool:
         text = self._generator.decode(ids)

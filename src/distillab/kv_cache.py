@@ -104,11 +104,14 @@ def dynamic_cache(config: Any) -> Any:
 
     Args:
         config: Hugging Face 模型的配置。
+
+    Returns:
+        除了 ``DynamicCache`` 的一切，还有 ``length``：已缓存的 token 数（含填充）。只有线性注意力
+        的模型没有别处可数，由使用它的一方累加。
     """
-    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    result = DynamicCache(config=config)
+    result = _selectable_cache()(config=config)
     result.layers = [
         _growing_layer()() if type(layer) is DynamicLayer else layer for layer in result.layers
     ]
@@ -124,4 +127,22 @@ def _growing_layer() -> Any:
             self.is_initialized = True  # transformers 凭它判断缓存空不空
             return super().update(key, value)
 
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            self.batch_select_indices(beam_idx)
+
     return GrowingLayer
+
+
+@cache
+def _selectable_cache() -> Any:
+    from transformers import DynamicCache
+
+    class SelectableCache(DynamicCache):  # type: ignore[misc]
+        length = 0
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            # 线性注意力的层没有 batch_select_indices，兼有两种状态的层只挑其中一种；beam search 的
+            # 重排每一种层都有，给它较少的行就是挑选。
+            self.reorder_cache(indices)
+
+    return SelectableCache

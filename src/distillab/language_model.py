@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .abilities import Abilities, find_abilities
 from .errors import DistillabError, foreign
 from .head_fit import fit_head, relative_error, tolerance
 from .kv_cache import dynamic_cache
@@ -23,6 +26,8 @@ from .targets import Head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+logger = logging.getLogger("distillab")
 
 PROBE_TOKENS = 12
 """核对一个模型用的 token 数。"""
@@ -56,7 +61,15 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """空的 KV cache，交给 ``forward`` 的 ``cache``；``batch_select_indices`` 只留其中几行。"""
+        """空的 KV cache，交给 ``forward`` 的 ``cache``；``batch_select_indices`` 只留其中几行。
+
+        ``None`` 是这个模型没有可信的缓存：每一步从头算起。
+        """
+
+    @property
+    def pads_left(self) -> bool:
+        """左边的填充是否不影响真实的 token；否则长短不一的几行不能一起生成。"""
+        return True
 
     @abstractmethod
     def enable_activation_checkpointing(self) -> None:
@@ -124,9 +137,11 @@ class PretrainedLM(LanguageModel):
             )
         self._config: Any = model.config.get_text_config()
         # 位置编码不靠 position_ids 的模型（ALiBi 等）没有这个参数。
-        self._takes_positions = (
-            "position_ids" in inspect.signature(self._backbone.forward).parameters
-        )
+        takes = inspect.signature(self._backbone.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        # Mamba 一类给缓存起了另一个名字；叫错了不报错，只是不用它。
+        names = ("past_key_values", "cache_params")
+        self._cache_name = next((name for name in names if name in takes), None)
         self._scale, self._softcap = 1.0, None
         fitted = self._fitted_head()
         self._scale, self._softcap = fitted.scale, fitted.softcap
@@ -162,10 +177,16 @@ class PretrainedLM(LanguageModel):
             # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if cache is not None and self._cache_name is not None:
+            extra[self._cache_name] = cache
+            if attention_mask is None and self._takes_positions:
+                # 不是每个模型都从缓存里数得出已有多少 token。
+                steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+                extra["position_ids"] = steps[None] + cache.length
+            cache.length += input_ids.shape[1]
         output = self._backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=cache is not None,
             return_dict=True,
             **extra,
@@ -216,7 +237,28 @@ class PretrainedLM(LanguageModel):
         return Head(output.weight, getattr(output, "bias", None), self._scale, self._softcap)
 
     def new_cache(self) -> Any:
-        """空的 ``transformers.DynamicCache``，完整注意力的层预留余地。"""
+        """空的 ``transformers.DynamicCache``，完整注意力的层预留余地；不可信则是 ``None``。"""
+        return self._empty_cache() if self._abilities.cached else None
+
+    @property
+    def pads_left(self) -> bool:
+        """见 ``LanguageModel``；第一次用到时试出来。"""
+        return self._abilities.pads_left
+
+    @cached_property
+    def _abilities(self) -> Abilities:
+        with evaluating(self):
+            found = find_abilities(self, self._empty_cache)
+        if not found.cached:
+            logger.warning(
+                "model_type '%s': generating without a cache, which is slower: %s",
+                self._config.model_type, found.why_uncached,
+            )  # fmt: skip
+        return found
+
+    def _empty_cache(self) -> Any:
+        if self._cache_name is None:
+            raise ValueError("its forward takes no cache")
         return dynamic_cache(self.model.config)
 
     @property

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .generate import left_pad
+from .generate import left_pad, padded
 from .kv_cache import LayerCache
 from .language_model import LanguageModel, evaluating
 from .losses import log_softmax
@@ -108,7 +108,8 @@ def likelihoods(
 
 def _can_share(model: LanguageModel) -> bool:
     """算好的上文能不能一次接上几个 token：线性注意力等的状态只会一步一步地接。"""
-    layers = model.new_cache().layers
+    cache = model.new_cache()
+    layers = [] if cache is None or not model.pads_left else cache.layers
     return bool(layers) and all(isinstance(layer, LayerCache) for layer in layers)
 
 
@@ -150,9 +151,17 @@ def _whole(model: LanguageModel, requests: Requests, batch: list[_Piece]) -> Ite
     """上文与后文一次算完。"""
     rows = [piece.rows[0] for piece in batch]
     texts = [[*requests[row][0], *requests[row][1][:-1]] for row in rows]
-    hidden = model(*left_pad(texts, 0, model.head.weight.device))
+    # 右边的填充谁也看不到；左边的，循环的模型未必看不到。
+    side: Literal["left", "right"] = "left" if model.pads_left else "right"
+    hidden = model(*padded(texts, 0, model.head.weight.device, side))
     labels = [list(requests[row][1]) for row in rows]
-    used = torch.cat([hidden[i, -len(part) :] for i, part in enumerate(labels)])
+    ends = [hidden.shape[1] if side == "left" else len(text) for text in texts]
+    used = torch.cat(
+        [
+            hidden[i, end - len(part) : end]
+            for i, (end, part) in enumerate(zip(ends, labels, strict=True))
+        ]
+    )
     flat = [label for part in labels for label in part]
     of = [row for row, part in zip(rows, labels, strict=True) for _ in part]
     yield _Places(used, list(range(len(flat))), flat, of)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -100,7 +99,6 @@ def collate_rows(
     items: Sequence[Example] | Sequence[tuple[Example, ...]],
     pad_id: int,
     vocab_limit: int | None = None,
-    padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
     """``PackedDataset`` 的各行，或（验证时）没有装在一起的各条，拼成 ``Batch``。
 
@@ -108,13 +106,12 @@ def collate_rows(
         items: 全是行，或全是 ``Example``。
         pad_id: 填充用的 id。
         vocab_limit: 见 ``collate_examples``。
-        padding_side: 没有装在一起时在哪一侧填充。
     """
     rows = [item for item in items if isinstance(item, tuple)]
     if rows:
         return collate_packed(rows, pad_id, vocab_limit)
     examples = [item for item in items if isinstance(item, Example)]
-    return collate_examples(examples, pad_id, vocab_limit, padding_side)
+    return collate_examples(examples, pad_id, vocab_limit)
 
 
 @torch.no_grad()
