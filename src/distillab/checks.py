@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,12 @@ from .batch import collate_text
 from .build import Parts
 from .build_training import build_text
 from .config import Recipe
+from .errors import DistillabError
 from .files import replace_file
 from .harness import check_harness
 from .language_model import LanguageModel
+from .parsing import parse_json
+from .run_file_shapes import NUMBER, check
 from .tasks import TaskSet, View, accuracy, gap_closed
 from .trainer import DistillationTrainer
 
@@ -91,8 +94,7 @@ class Checks:
 
     def _text(self, name: str, when: When) -> dict[str, float]:
         path = self.directory / f"{name}.{when}.json"
-        if path.exists():
-            saved: dict[str, float] = json.loads(path.read_text())
+        if (saved := _saved(path, when)) is not None:
             if "teacher" in saved:
                 self.teacher[name] = saved["teacher"]
             return saved
@@ -126,6 +128,18 @@ class Checks:
         logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
                     "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
         return accuracy(rows)
+
+
+def _saved(path: Path, when: When) -> dict[str, float] | None:
+    """上次写下的困惑度；没有，或读不懂（说一声，再量一遍），就是 ``None``。"""
+    if not path.exists():
+        return None
+    with suppress(DistillabError):
+        saved: dict[str, float] = parse_json(path.read_bytes(), str(path))
+        check(saved, {f"{when}!": NUMBER, "*": NUMBER}, str(path))
+        return saved
+    logger.warning("%s cannot be read: measured again", path)
+    return None
 
 
 @contextmanager

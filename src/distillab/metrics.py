@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import DistillabError
 from .files import append, open_to_append, replace_file
 from .parsing import parse_json
+from .run_file_shapes import METRICS_ROW, check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger("distillab")
+
+
+Mark = tuple[int, str]
+"""文件到某一行为止的大小与 sha256。"""
 
 
 class MetricsLog:
@@ -36,12 +44,36 @@ class MetricsLog:
         self.accelerator = accelerator
         self._on_write = on_write
         self._file: IO[bytes] | None = None
+        self._size, self._sha256 = 0, hashlib.sha256()
 
-    def discard_after(self, step: int) -> None:
-        """删去 ``step`` 之后的行（它们会重新产生）和写到一半的行。"""
-        if self.accelerator.is_main_process and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            replace_file(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
+    def recover(self, step: int, mark: Mark | None) -> None:
+        """回到第 ``step`` 步存盘时的样子：后面的行会重新产生，写到一半的也是。
+
+        Args:
+            step: 从哪一步接着训练。
+            mark: 那时的 ``mark()``；没有记下就按各行的步数。
+        """
+        if not self.accelerator.is_main_process:
+            return
+        content = self.path.read_bytes() if self.path.exists() else b""
+        kept = content[: mark[0]] if mark else b""
+        if mark is None or (len(kept), hashlib.sha256(kept).hexdigest()) != mark:
+            read = [(line, _row(line)) for line in content.splitlines()]
+            kept = b"".join(line + b"\n" for line, row in read if row and row["step"] <= step)
+            lost = sum(row is None for _, row in read)
+            lost -= bool(read) and read[-1][1] is None and not content.endswith(b"\n")
+            if mark or lost:
+                logger.warning(
+                    "%s: not as it was when step %d was saved: %d of its lines cannot be read and "
+                    "are dropped, the others kept as they are", self.path, step, lost,
+                )  # fmt: skip
+        if kept != content:
+            replace_file(self.path, kept)
+        self._size, self._sha256 = len(kept), hashlib.sha256(kept)
+
+    def mark(self) -> Mark:
+        """文件现在的样子，随检查点存下；不是主进程的没有意义。"""
+        return self._size, self._sha256.hexdigest()
 
     def __enter__(self) -> MetricsLog:
         if self.accelerator.is_main_process:
@@ -61,7 +93,10 @@ class MetricsLog:
         """追加一行；``row`` 要有 ``kind`` 与 ``step``。非有限的数写成 null。"""
         if self._file is not None:
             finite = {key: None if _not_finite(value) else value for key, value in row.items()}
-            append(self._file, f"{json.dumps(finite)}\n".encode(), sync=False)
+            line = f"{json.dumps(finite)}\n".encode()
+            append(self._file, line, sync=False)
+            self._size += len(line)
+            self._sha256.update(line)
             if self._on_write is not None:
                 self._on_write(self.path)
         if self.accelerator.log_with:
@@ -75,13 +110,30 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """读回 ``metrics.jsonl``；没有文件则为空，写到一半的最后一行被忽略。"""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(DistillabError):
-                rows.append(parse_json(line, str(path)))
-    return rows
+    """读回 ``metrics.jsonl``；没有文件则为空，写到一半的、读不懂的行被忽略。
+
+    Returns:
+        各行；都有 ``kind`` 与整数的 ``step``，别的值是数或 ``None``，``model`` 是文字。
+    """
+    content = path.read_bytes() if path.exists() else b""
+    return [row for line in content.splitlines() if (row := _row(line)) is not None]
+
+
+def write_first(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """把 ``rows`` 放在文件的最前面；原来的一个字节也不动，坏了的留给恢复时去说。"""
+    before = path.read_bytes() if path.exists() else b""
+    replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode() + before)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = parse_json(line, "metrics")
+        check(row, METRICS_ROW, "metrics")
+    except DistillabError:
+        return None
+    needed = {"validation": {"perplexity"}, "reference": {"perplexity", "model"}}
+    sound = type(row["step"]) is int and row.keys() >= needed.get(row["kind"], set())
+    return row if sound else None
 
 
 def _not_finite(value: Any) -> bool:

@@ -12,6 +12,7 @@ import gzip
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from .report_charts import (
     rollout_charts,
     task_charts,
 )
-from .report_data import RunData, differing, read_runs, signature
+from .report_data import RunData, differing, finite, read_runs, signature
 from .report_measures import (
     LABELS,
     Key,
@@ -48,7 +49,10 @@ FILE_NAME = "report.html"
 
 
 def write_report(
-    paths: Sequence[Path], output: Path | None = None, reload_seconds: float | None = None
+    paths: Sequence[Path],
+    output: Path | None = None,
+    reload_seconds: float | None = None,
+    summary: dict[str, Any] | None = None,
 ) -> tuple[Path, bool]:
     """把一次或几次运行写成一页。
 
@@ -56,6 +60,8 @@ def write_report(
         paths: 运行目录；头一个是比较的基准。
         output: 写到哪里；缺省为 ``RUN/report.html``，几次运行时为它们上级目录里的 ``report.html``。
         reload_seconds: 还没走完时，页面每隔这么久重新载入自己；``None`` 则不。
+
+        summary: 就要写成 ``summary.json`` 的，只有一次运行时才给。
 
     Returns:
         ``(写下的文件, 各次运行是否都已走完)``。
@@ -65,6 +71,8 @@ def write_report(
         OSError: 写不下去；旧的还在。
     """
     runs = read_runs(paths)
+    if summary is not None:
+        runs = [replace(run, summary=finite(summary)) for run in runs]
     complete = all(run.complete for run in runs)
     beside = paths[0].parent if paths[0].name else paths[0].resolve().parent
     target = output or (paths[0] if len(runs) == 1 else beside) / FILE_NAME

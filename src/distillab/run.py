@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ from .build import Parts, build_models, build_teacher
 from .build_training import build_trainer, read_pairs
 from .card import model_card
 from .chat import question_prompt, render_prompt
-from .checkpoint import load_student
-from .checkpoint_files import BEST, find_checkpoint
+from .checkpoint import load_student, save_best
+from .checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
 from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
@@ -28,12 +29,13 @@ from .files import replace_file
 from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .local import LocalBackend
-from .metrics import read_metrics
+from .metrics import read_metrics, write_first
 from .paired import load_pairs
 from .pretrained import load_pretrained
 from .profiling import peak_memory_bytes, profiling
 from .questions import Backend, Task
 from .recipes import dump_recipe
+from .report import MODELS
 from .report_page import write_report
 from .run_dir import RUNS, RunDirectory, exported_model
 from .server import ServerBackend
@@ -75,6 +77,8 @@ def train(
             run.open(recipe, resume)
         if (done := run.summary) is not None:
             logger.info("%s is complete already", run.path)
+            if not run.report.exists() and os.environ.get("RANK", "0") == "0":
+                _report(run, done)
             return run, done
         pairs, tasks = read_pairs(recipe), load_tasks(recipe)
         parts = parts or build_models(recipe)
@@ -91,13 +95,23 @@ def train(
             before = checks.measure("student_before")
             with profiling(run.path / "profile" if profile and main else None):
                 state = trainer.train(resume, on_metrics)
-            best = trainer.checkpoint_dir / BEST
-            load_student(trainer.student, best, trainer.state.run, trainer.accelerator)
+            best_step, after = _load_best(run, trainer)
             checked = merged(before, checks.measure("student_after"))
         with whole_parts(parts, trainer, main) as parts:
             if not main:
                 return run, {}
-            summary = _finish(recipe, run, parts, state, reference, checked, parameters)
+            summary = {
+                "name": recipe.name,
+                **_in_order({**reference, "student_after": after}),
+                **checked,
+                "best_step": best_step,
+                "steps": state.current_step,
+                "skipped_steps": state.skipped_steps,
+                "failed_rows": state.failed_rows,
+                **_cost(state),
+                "parameters": parameters,
+            }
+            _finish(recipe, run, parts, state.tokens, summary)
     return run, summary
 
 
@@ -176,7 +190,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
     for row in rows:
         if row["kind"] == "validation" and row["step"] == state.current_step:
             metrics["student_after"] = _metrics(row)
-    _export(recipe, parts, target, state, metrics)
+    _export(recipe, parts, target, state.tokens, metrics)
     return target
 
 
@@ -202,63 +216,68 @@ def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> lis
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
     """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
     rows = [row for row in read_metrics(run.metrics_file) if row["kind"] == "reference"]
-    if rows:
-        return {row["model"]: _metrics(row) for row in rows}
+    known = {row["model"]: _metrics(row) for row in rows}
+    if known.keys() >= {"student_before"} | ({"teacher"} if trainer.teacher is not None else set()):
+        return known
     logger.info("evaluating before training")
     student, teacher = trainer.evaluate()
     reference = {"student_before": student}
     if teacher is not None:
         reference["teacher"] = teacher
     if trainer.accelerator.is_main_process:
-        found = [
-            {"kind": "reference", "step": 0, "model": model, **metrics}
-            for model, metrics in reference.items()
-        ]
-        rows = [*read_metrics(run.metrics_file), *found]
-        replace_file(run.metrics_file, "".join(f"{json.dumps(row)}\n" for row in rows))
+        write_first(
+            run.metrics_file,
+            (
+                {"kind": "reference", "step": 0, "model": model, **metrics}
+                for model, metrics in reference.items()
+            ),
+        )
     for model, metrics in reference.items():
         logger.info("%s: perplexity %s", model.replace("_", " "), f"{metrics['perplexity']:,.1f}")
     return reference
 
 
+def _load_best(run: RunDirectory, trainer: DistillationTrainer) -> tuple[int, Metrics]:
+    """训练后的学生：``best``；它损坏了就用最后一步的，并说出来。所有进程都要调用。
+
+    Returns:
+        ``(它在哪一步, 它的成绩)``。
+    """
+    path, state, accelerator = trainer.checkpoint_dir / BEST, trainer.state, trainer.accelerator
+    try:
+        step = load_student(trainer.student, path, state.run, accelerator).current_step
+    except DamagedCheckpoint as error:
+        if accelerator.is_main_process:
+            aside = f"moved to {set_aside(path)}; " if path.exists() else ""
+            logger.warning("%s; %sthe last step takes its place", error, aside)
+            for file in run.checks.glob("*.student_after.json*"):  # 考的是坏了的那个
+                file.unlink()
+        save_best(accelerator, trainer.module, path.parent, state, trainer.config)
+        step = state.current_step
+    for row in read_metrics(run.metrics_file):
+        if row["kind"] == "validation" and row["step"] == step:
+            return step, _metrics(row)
+    return step, trainer.evaluate()[0]
+
+
 def _finish(
-    recipe: Recipe,
-    run: RunDirectory,
-    parts: Parts,
-    state: TrainerState,
-    reference: dict[str, Metrics],
-    checked: dict[str, dict[str, Any]],
-    parameters: dict[str, int],
-) -> dict[str, Any]:
-    validations = [row for row in read_metrics(run.metrics_file) if row["kind"] == "validation"]
-    after = next(_metrics(row) for row in validations if row["step"] == state.best_step)
-    metrics = {**reference, "student_after": after}
+    recipe: Recipe, run: RunDirectory, parts: Parts, tokens: int, summary: dict[str, Any]
+) -> None:
+    """样例、导出、图、报告；``summary.json`` 说的是「都走完了」，所以最后才写。"""
     if recipe.evaluate.prompts:
         _samples(recipe, run, parts)
     shutil.rmtree(run.export, ignore_errors=True)
-    _export(recipe, parts, run.export, state, metrics)
+    metrics = {model: summary[model] for model in MODELS if model in summary}
+    _export(recipe, parts, run.export, tokens, metrics)
     plot_run(run.path)
-    order = ("teacher", "student_before", "student_after")
-    summary: dict[str, Any] = {
-        "name": recipe.name,
-        **{model: metrics[model] for model in order if model in metrics},
-        **checked,
-        "best_step": state.best_step,
-        "steps": state.current_step,
-        "skipped_steps": state.skipped_steps,
-        "failed_rows": state.failed_rows,
-        **_cost(state),
-        "parameters": parameters,
-    }  # fmt: skip
+    _report(run, summary)
     run.write_summary(summary)
-    _report(run)
-    return summary
 
 
-def _report(run: RunDirectory) -> None:
+def _report(run: RunDirectory, summary: dict[str, Any]) -> None:
     """报告只是锦上添花：写不成也不该让走完的训练失败。"""
     try:
-        write_report([run.path], run.report)
+        write_report([run.path], run.report, summary=summary)
     except Exception as error:
         logger.warning("no report: %s: %s; try: distillab report %s",
                        type(error).__name__, error, run.path.name)  # fmt: skip
@@ -281,14 +300,14 @@ def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
 
 
 def _export(
-    recipe: Recipe, parts: Parts, target: Path, state: TrainerState, metrics: dict[str, Metrics]
+    recipe: Recipe, parts: Parts, target: Path, tokens: int, metrics: dict[str, Metrics]
 ) -> None:
     card = model_card(
         name=recipe.name,
         recipe_yaml=dump_recipe(recipe, public=True),
         teacher=recipe.teacher.path if recipe.teacher else None,
         data=recipe.data.source,
-        tokens=state.tokens,
+        tokens=tokens,
         metrics=metrics,
     )
     export_student(parts.student, parts.tokenizer, target, vocab_limit=parts.vocab_limit, card=card)
@@ -296,12 +315,17 @@ def _export(
 
 
 def _metrics(row: dict[str, Any]) -> Metrics:
+    nan = math.nan  # 不是有限值的写成了 null
     return Metrics(
-        perplexity=row["perplexity"],
-        cross_entropy=row["cross_entropy"],
+        perplexity=nan if row["perplexity"] is None else row["perplexity"],
+        cross_entropy=nan if row["cross_entropy"] is None else row["cross_entropy"],
         kl=row["kl"],
         top1_agreement=row["top1_agreement"],
     )
+
+
+def _in_order(metrics: dict[str, Metrics]) -> dict[str, Metrics]:
+    return {model: metrics[model] for model in MODELS if model in metrics}
 
 
 def _cost(state: TrainerState) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -18,8 +19,12 @@ from . import __version__
 from .config import Recipe
 from .errors import DistillabError, shown
 from .files import replace_file
+from .parsing import parse_json
 from .recipes import differences, dump_recipe, load_recipe
+from .run_file_shapes import FINISHED, check
 from .trust import check_trusted, remember
+
+logger = logging.getLogger("distillab")
 
 ID_FILE = "run_id"
 RUNS = Path("runs")
@@ -115,6 +120,10 @@ class RunDirectory:
             self._check_same(recipe)
         self.checkpoint_dir(recipe)
         run_id(self.path)
+        if self.summary_file.exists() and self.summary is None:
+            aside = self.summary_file.replace(self.path / "damaged-summary.json")
+            logger.warning("%s is not a summary: moved to %s, written anew",
+                           self.summary_file, aside)  # fmt: skip
         replace_file(self.recipe_file, dump_recipe(recipe))
         remember(self.recipe_file, recipe)
         replace_file(self.environment_file, json.dumps(environment(), indent=1))
@@ -127,11 +136,15 @@ class RunDirectory:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """``summary.json``；训练还没有走完时为 ``None``。"""
+        """``summary.json``；训练还没有走完，或文件损坏时为 ``None``。"""
         if not self.summary_file.exists():
             return None
-        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
-        return summary
+        try:
+            summary = parse_json(self.summary_file.read_bytes(), str(self.summary_file))
+            check(summary, FINISHED, str(self.summary_file))
+        except DistillabError:
+            return None
+        return cast("dict[str, Any]", summary)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""

@@ -52,6 +52,14 @@ SUMMARY: Shape = {
     **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
                      "tokens_per_second", "peak_memory_bytes"), NUMBER),
 }  # fmt: skip
+_NEEDED = ("name", "parameters", "student_after", "tokens", "seconds", "tokens_per_second",
+           "peak_memory_bytes")  # fmt: skip
+FINISHED: Shape = {f"{key}!" if key in _NEEDED else key: shape for key, shape in SUMMARY.items()}
+FINISHED |= {
+    key: dict.fromkeys(("perplexity!", "cross_entropy!", "kl?", "top1_agreement?"), NUMBER)
+    for key in ("teacher", "student_before", "student_after!")
+}
+"""走完的运行的 ``summary.json``：训练结束时印的表用得着的都在。"""
 EVALUATION: Shape = {
     "models": {"*": {"label": TEXT, "source": TEXT, "parameters": NUMBER, "view": TEXT,
                      "dtype": TEXT}},

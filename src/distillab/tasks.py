@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,15 @@ from .language_model import LanguageModel
 from .likelihood import likelihoods
 from .local import LocalBackend
 from .paired import Pair, load_pairs, with_experience
+from .parsing import parse_json
 from .questions import Answer, Question, Task, check_tasks
+from .run_file_shapes import ANSWERS_ROW, check
 from .tokenizer import vocab_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("distillab")
 
 BATCH_SIZE = 16
 """一起回答的问题数，或一起算的选项数。"""
@@ -148,7 +153,8 @@ class TaskSet(ABC):
             model: 回答的模型。
             tokenizer: 它的 tokenizer。
             view: 读哪个视角的 prompt。
-            save_to: 写下结果的 jsonl；已经有了就读回来，不再问，中断过的运行因而接得上。
+            save_to: 写下结果的 jsonl；已经有了就读回来，不再问，中断过的运行因而接得上。损坏了
+                就说一声，再问一遍。
 
         Returns:
             每个问题一行，按数据的先后。
@@ -157,8 +163,9 @@ class TaskSet(ABC):
             DistillabError: 使用者的 ``match`` 出错。
         """
         if save_to is not None and save_to.exists():
-            with save_to.open(encoding="utf-8") as file:
-                return [json.loads(line) for line in file]
+            if (saved := _saved(save_to)) is not None and len(saved) == len(self.pairs):
+                return saved
+            logger.warning("%s cannot be read: measured again", save_to)
         rows = self._rows(model, tokenizer, view)
         if save_to is not None:
             save_to.parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +321,19 @@ class ChoiceTask(TaskSet):
                 )
             )
         return rows
+
+
+def _saved(path: Path) -> list[TaskRow] | None:
+    """上次写下的结果；读不懂是 ``None``。"""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row: TaskRow = parse_json(line, str(path))
+            check(row, ANSWERS_ROW, str(path))
+        except DistillabError:
+            return None
+        found.append(row)
+    return found
 
 
 def _record(pair: Pair) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .console import SafeFormatter, make_console, say
-from .errors import Terminated, exit_code
+from .errors import DistillabError, Terminated, exit_code
 
 
 class Commands(TyperGroup):
@@ -59,13 +59,16 @@ def print_tables(summary: dict[str, Any]) -> None:
 
 
 def print_samples(path: Path) -> None:
-    """``samples.jsonl`` 里的续写；没有就不印。"""
-    import json
+    """``samples.jsonl`` 里的续写；没有就不印，读不懂的行说一声。"""
+    from .parsing import parse_json
 
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            row = parse_json(line, f"{path}:{number}")
             say(f"> {row['prompt']}{row['student']}\n")
+        except (DistillabError, KeyError, TypeError):
+            say(f"{path}:{number} is not a sample", error=True)
 
 
 def quiet_libraries() -> None:

@@ -166,20 +166,16 @@ class DistillationTrainer:
             DistillabError: 连续多步不是有限值，检查点损坏、是别的运行的，或训练数据不是原来的。
             KeyboardInterrupt: 收到 Ctrl-C，或 SIGTERM（``Terminated``）；当前步走完、检查点已存好。
         """
-        accelerator, directory, state = self.accelerator, self.checkpoint_dir, self.state
-        fresh = not resume and state.current_step == 0
+        accelerator, directory, config = self.accelerator, self.checkpoint_dir, self.config
+        fresh, data = not resume and self.state.current_step == 0, self.state.data
         run = begin(accelerator, self.run_dir, directory, fresh)
-        if resume and (
-            found := resume_newest(accelerator, directory, state.data, self.config, run)
-        ):
+        if resume and (found := resume_newest(accelerator, directory, data, config, run)):
             self.state, path = found
             logger.info("resumed from %s at step %d", path, self.state.current_step)
-        self.state.run = run
-        log = MetricsLog(self.run_dir / "metrics.jsonl", self.accelerator, on_metrics)
-        log.discard_after(self.state.current_step)
-        progress = TrainingProgress(
-            self.total_steps, self.state.current_step, self.accelerator.is_main_process
-        )
+        self.state.run, step = run, self.state.current_step
+        log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
+        log.recover(step, self.state.metrics)
+        progress = TrainingProgress(self.total_steps, step, accelerator.is_main_process)
         with self.stop as stop, log, progress, self.watch:
             for window in self._windows():
                 for prepared in self._prepared(window):
@@ -330,6 +326,7 @@ class DistillationTrainer:
                 save_best(self.accelerator, self.module, self.checkpoint_dir, state, config)
         if state.current_step % config.save_interval == 0 or final or stopping:
             self.watch.at("saving")
+            state.metrics = log.mark()
             save_checkpoint(self.accelerator, self.checkpoint_dir, state, config)
 
     def evaluate(

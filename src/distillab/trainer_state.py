@@ -28,6 +28,7 @@ class TrainerState:
         guard: 从学生采样时，拿来与以后比较的。
         data: 训练数据的指纹；``None`` 是没有指纹的数据集。
         run: 属于哪一次运行；``None`` 是较早的检查点，没有记。
+        metrics: 存盘时 ``metrics.jsonl`` 的大小与 sha256。
         stream: 训练数据是流时，读到了哪里：``StreamState`` 的各项。
     """
 
@@ -45,6 +46,7 @@ class TrainerState:
     guard: RolloutGuard = field(default_factory=RolloutGuard)
     data: str | None = None
     run: str | None = None
+    metrics: tuple[int, str] | None = None
     stream: dict[str, Any] | None = None
 
     def add(self, sums: Mapping[str, float]) -> None:

@@ -193,7 +193,7 @@ def test_training_ends_with_a_report_of_its_own_numbers(command, browser):
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(command, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("distillab.run.write_report", broken)
