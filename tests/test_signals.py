@@ -1,11 +1,21 @@
 """信号变成「走完这一步再停」；几个进程的决定一致。"""
 
 import signal
+import threading
+import time
 
 import pytest
 
-from distillab.errors import Terminated, exit_code
+from distillab.errors import HungUp, Terminated, exit_code
 from distillab.signals import StopRequest, terminable
+
+
+def wait_for(caplog, text: str) -> None:
+    """说的话在另一个线程里。"""
+    deadline = time.monotonic() + 10
+    while text not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -29,7 +39,45 @@ def test_sigterm_that_comes_twice_still_saves(torchrun, caplog):
         signal.raise_signal(signal.SIGTERM)
     assert isinstance(stop.stopped("here"), Terminated)
     assert exit_code(stop.stopped("here")) == 143
-    assert caplog.text.count("before torchrun ends this process in 45 s") == 1
+    wait_for(caplog, "SIGTERM: saving after this step, before torchrun ends this process in 45 s")
+    assert caplog.text.count("saving after this step") == 1
+
+
+def test_hangup_saves_once_and_has_its_own_exit_code(caplog):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # 内核与 shell 各发一次
+    assert stop.decision(processes=1) == signal.SIGHUP
+    assert isinstance(stop.stopped("here"), HungUp)
+    assert exit_code(stop.stopped("here")) == 129
+    wait_for(caplog, "SIGHUP: saving after this step")
+    with pytest.raises(HungUp), terminable():
+        signal.raise_signal(signal.SIGHUP)
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminable(), StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_said_may_fail_without_losing_the_save(monkeypatch):
+    said = threading.Event()
+
+    def broken(*_):
+        said.set()
+        raise SystemExit(1)  # rich 遇到断了的管道
+
+    monkeypatch.setattr("distillab.signals.logger.warning", broken)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert said.wait(10)
+    assert stop.decision(processes=1) == signal.SIGINT
 
 
 def test_sigterm_after_ctrl_c_is_the_second_ctrl_c_of_torchrun_alone(torchrun, monkeypatch):
@@ -49,7 +97,7 @@ def test_several_processes_stop_only_when_they_have_agreed():
     assert other.decision(processes=2) is None
     votes = [sum(pair) for pair in zip(one.votes(), other.votes(), strict=True)]
     for stop in (one, other):
-        stop.agree(votes)
+        assert stop.agree([7.0, *votes]) == [7.0]
         assert stop.decision(processes=2) == signal.SIGTERM
         assert exit_code(stop.stopped("here")) == 143
 

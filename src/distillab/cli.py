@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import make_console, say
+from .console import make_console, outlive_terminal, say
 from .errors import DistillabError, exit_code
 from .signals import terminable
 from .terminal import (
@@ -377,6 +377,7 @@ def recipes() -> None:
 
 def main() -> None:
     """命令行入口：使用者的错误印成一行，退出码 2。"""
+    outlive_terminal()
     try:
         with terminable():
             app()

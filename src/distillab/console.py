@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import re
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET}
 
 # C0（换行与制表除外）、DEL、C1、双向文字的嵌入与隔离；落单的 surrogate 根本印不出。
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,6 +39,39 @@ def say(text: object, *, error: bool = False, end: str = "\n") -> None:
         end: 结尾。
     """
     print(safe(str(text)), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class _Outlives(io.FileIO):
+    """stdout 或 stderr 的文件描述符；那头没有人了，以后的话就丢掉，不再是错误。"""
+
+    def write(self, data: Any) -> int:
+        """同 ``FileIO.write``。"""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in _GONE:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())  # C 的库与子进程也写向这里
+                os.close(nowhere)
+            elif self.fileno() != 2:  # 结果写不进满了的磁盘是错误，日志不是
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_terminal() -> None:
+    """从此终端关了、管道那头没了、日志所在的磁盘满了，都不会让印东西的人失败。"""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):  # 测试与 notebook 换过的
+            continue
+        if stream is None:  # 启动时就关着
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+            continue
+        raw = _Outlives(stream.fileno(), "wb", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(raw), stream.encoding, stream.errors,
+            line_buffering=stream.line_buffering, write_through=stream.write_through,
+        ))  # fmt: skip
 
 
 def make_console(**options: Any) -> Console:

@@ -74,6 +74,12 @@ class Terminated(KeyboardInterrupt):
     """收到 SIGTERM（抢占式机器要收回、作业管理器要停）：与 Ctrl-C 同样收尾，退出码不同。"""
 
 
+class HungUp(Terminated):
+    """收到 SIGHUP：终端关了，或断线了。"""
+
+
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """128 加信号的编号，与 shell 的习惯相同：SIGTERM 是 143，Ctrl-C 是 130。"""
+    """128 加信号的编号，与 shell 的习惯相同：SIGHUP 是 129，SIGTERM 是 143，Ctrl-C 是 130。"""
+    if isinstance(stop, HungUp):
+        return 129
     return 143 if isinstance(stop, Terminated) else 130

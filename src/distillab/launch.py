@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,8 @@ def launch(engine: Engine, processes: int, arguments: Sequence[str]) -> int:
         zero = engine.startswith("zero")
         os.environ.update({"DS_ACCELERATOR": "cpu"} if zero else {"ACCELERATE_USE_CPU": "true"})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup；torchrun 不理会它
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,24 +1,26 @@
-"""Ctrl-C 与 SIGTERM：走完这一步、存好再停；几个进程停在同一步。"""
+"""Ctrl-C、SIGTERM 与 SIGHUP：走完这一步、存好再停；几个进程停在同一步。"""
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from .errors import Terminated
+from .errors import HungUp, Terminated
 
 logger = logging.getLogger("distillab")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+"""后面的更要紧：几种都收到时，算后面的。"""
 
 
 class StopRequest:
-    """把第一次 Ctrl-C 或 SIGTERM 变成「走完这一步再停」；第二次 Ctrl-C 立即退出。
+    """把第一次 Ctrl-C、SIGTERM 或 SIGHUP 变成「走完这一步再停」；第二次 Ctrl-C 立即退出。
 
     几个进程收到信号有先有后，有的根本收不到：``votes`` 与每步本来就有的归约一起走，``agree`` 记下
     结果，所有进程便停在同一步。
@@ -43,11 +45,12 @@ class StopRequest:
         """本进程收到了 ``SIGNALS`` 里的哪一个，供各进程求和。"""
         return [float(self.received == number) for number in SIGNALS]
 
-    def agree(self, votes: Sequence[float]) -> None:
-        """记下所有进程 ``votes`` 之和；两种都有的，算 SIGTERM。"""
-        for number, count in zip(SIGNALS, votes, strict=True):
+    def agree(self, totals: Sequence[float]) -> Sequence[float]:
+        """记下末尾的、所有进程的 ``votes`` 之和；返回前面的。"""
+        for number, count in zip(SIGNALS, totals[-len(SIGNALS) :], strict=True):
             if count:
                 self.agreed = number
+        return totals[: -len(SIGNALS)]
 
     def decision(self, processes: int) -> signal.Signals | None:
         """该不该停；只有一个进程时不必等下一次归约。"""
@@ -67,15 +70,13 @@ class StopRequest:
 
     def stopped(self, text: str) -> KeyboardInterrupt:
         """停下来时要抛出的；``text`` 说停在哪里。"""
-        terminated = signal.SIGTERM in (self.agreed, self.received)
-        return Terminated(text) if terminated else KeyboardInterrupt(text)
+        got = {self.agreed, self.received}
+        if signal.SIGTERM in got:
+            return Terminated(text)
+        return HungUp(text) if signal.SIGHUP in got else KeyboardInterrupt(text)
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # 只有主线程能装信号处理
-                break
+        self._previous = _installed(SIGNALS, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,11 +88,15 @@ class StopRequest:
         first, self.received = self.received, self.received or signal.Signals(signum)
         if first is None:
             hint = " (press again to quit at once)" if signum == signal.SIGINT else _limit_hint()
-            name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-            logger.warning("%s: saving after this step%s", name, hint)
-        elif signum == signal.SIGINT or (first == signal.SIGINT and grace_seconds() is not None):
-            # torchrun 的第二次 Ctrl-C 到这里是 SIGTERM。接连的 SIGTERM 不算：
-            # 作业管理器会同时发给 torchrun 与它的子进程，后者再由 torchrun 转来一次。
+            name = "Ctrl-C" if signum == signal.SIGINT else self.received.name
+            # 在另一个线程里说：主线程也许正写到一半，不能再进去一次；说不成也与它无关。
+            text = "%s: saving after this step%s"
+            _thread.start_new_thread(logger.warning, (text, name, hint))
+        elif signum == signal.SIGINT or (
+            (first, signum) == (signal.SIGINT, signal.SIGTERM) and grace_seconds() is not None
+        ):
+            # torchrun 的第二次 Ctrl-C 到这里是 SIGTERM。接连的 SIGTERM 与 SIGHUP 不算：
+            # 作业管理器或终端会同时发给 torchrun 与它的子进程，后者再由 torchrun 转来一次。
             raise KeyboardInterrupt
 
 
@@ -104,20 +109,32 @@ def grace_seconds() -> float | None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """其间 SIGTERM 像 Ctrl-C 一样抛出异常，收尾的代码因而都会执行。"""
+    """其间 SIGTERM 与 SIGHUP 像 Ctrl-C 一样抛出异常，收尾的代码因而都会执行。"""
 
     def terminate(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise HungUp if signum == signal.SIGHUP else Terminated
 
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # 只有主线程能装信号处理
-        yield
-        return
+    previous = _installed((signal.SIGHUP, signal.SIGTERM), terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _installed(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> dict[signal.Signals, Any]:
+    """装上信号处理，返回原来的；nohup 要忽略的 SIGHUP 仍旧忽略。"""
+    previous: dict[signal.Signals, Any] = {}
+    for number in numbers:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        try:
+            previous[number] = signal.signal(number, handler)
+        except ValueError:  # 只有主线程能装信号处理
+            break
+    return previous
 
 
 def _limit_hint() -> str:

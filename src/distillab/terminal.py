@@ -12,11 +12,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .console import SafeFormatter, make_console, say
-from .errors import DistillabError, Terminated, exit_code
+from .errors import DistillabError, HungUp, Terminated, exit_code
 
 
 class Commands(TyperGroup):
-    """Ctrl-C 与 SIGTERM 各有退出码；typer 自己把两者都当作 130。"""
+    """Ctrl-C、SIGHUP 与 SIGTERM 各有退出码；typer 自己把它们都当作 130。"""
 
     def invoke(self, ctx: Any) -> Any:
         """执行命令。"""
@@ -40,6 +40,8 @@ class ResumeAuto(TyperCommand):
 
 def what(stop: KeyboardInterrupt) -> str:
     """为什么停下，一个词。"""
+    if isinstance(stop, HungUp):
+        return "hung up"
     return "terminated" if isinstance(stop, Terminated) else "interrupted"
 
 

@@ -164,7 +164,7 @@ class DistillationTrainer:
 
         Raises:
             DistillabError: 连续多步不是有限值，检查点损坏、是别的运行的，或训练数据不是原来的。
-            KeyboardInterrupt: 收到 Ctrl-C，或 SIGTERM（``Terminated``）；当前步走完、检查点已存好。
+            KeyboardInterrupt: Ctrl-C、SIGTERM 或 SIGHUP，见 ``StopRequest``；这一步走完、已存好。
         """
         accelerator, directory, config = self.accelerator, self.checkpoint_dir, self.config
         fresh, data = not resume and self.state.current_step == 0, self.state.data
@@ -256,10 +256,10 @@ class DistillationTrainer:
         norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
         mean_norm = norm.reshape(1) / accelerator.num_processes
         sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
-        *values, norm, failed, stop_1, stop_2 = accelerator.reduce(sums, reduction="sum").tolist()
+        totals = accelerator.reduce(sums, reduction="sum").tolist()
+        *values, norm, failed = self.stop.agree(totals)
         losses = dict(zip(LossSums._fields, values, strict=True))
         total = losses["total"]
-        self.stop.agree([stop_1, stop_2])
         self.state.failed_rows, self._failed_rows = self.state.failed_rows + int(failed), 0
         self.state.current_step += 1
         self.learning_rate = self.scheduler.get_last_lr()[0]

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import DistillabError, Terminated, exit_code
+from .errors import DistillabError, HungUp, Terminated, exit_code
 from .signals import grace_seconds
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ GRACE = 10.0
 SILENT = 2 * PERIOD + 0.5
 """这么多秒没有消息的进程，多半已经没了。"""
 
-_STOPS: dict[int, type[KeyboardInterrupt]] = {130: KeyboardInterrupt, 143: Terminated}
+_STOPS: dict[int, type[KeyboardInterrupt]] = {129: HungUp, 130: KeyboardInterrupt, 143: Terminated}
 
 
 class Watch:

@@ -150,6 +150,7 @@ FAULTS = {
     "stall": lambda: in_step(lambda *_: (mark(), time.sleep(1000))),
     "kill": lambda: in_step(send(signal.SIGKILL)),
     "term": lambda: in_step(send(signal.SIGTERM)),
+    "hangup": lambda: in_step(send(signal.SIGHUP)),
     "interrupt": lambda: in_step(send(signal.SIGINT)),
     "interrupt-twice": lambda: in_step(send(signal.SIGINT, 2)),
     "rows": unreadable_rows,

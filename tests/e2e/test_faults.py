@@ -72,7 +72,7 @@ def steps():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("fault", "code"), [("term", 143), ("interrupt", 130)])
+@pytest.mark.parametrize(("fault", "code"), [("term", 143), ("hangup", 129), ("interrupt", 130)])
 @pytest.mark.slow
 def test_a_signal_saves_after_the_step_and_the_resumed_run_equals_the_whole(
     run, processes, fault, code
