@@ -93,6 +93,9 @@ def build_models(recipe: Recipe) -> Parts:
         check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
     student = _student(recipe, teacher)
     check_tokenizer_fits(tokenizer, student.vocab_size, "student")
+    if teacher is not None and isinstance(student, StudentModel):
+        # 从零开始的学生没有自己的配置：停在哪里也跟教师学。
+        student.eos_token_ids = frozenset(i for i in teacher.eos_token_ids if i < vocab_limit)
     if teacher is not None and recipe.teacher is not None:
         teacher.to(frozen_dtype(recipe.teacher, recipe))
     if shared:

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from .batch import Tokens
 from .errors import DistillabError, nearest, shown
 from .forms import KEPT, Message
+from .turn_end import TurnEnd, find_turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RESERVED = {"messages", "add_generation_prompt"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """模板给思考过程起的名字。"""
+_TURN_ENDS: WeakKeyDictionary[Any, dict[Hashable, TurnEnd | None]] = WeakKeyDictionary()
 
 
 def render(
@@ -36,7 +40,9 @@ def render(
     """渲染一段以 assistant 结尾的对话。
 
     Response 从 generation prompt 之后开始，到说完的标记（例如 ``<|im_end|>``）为止，其后的换行
-    不算。模板有 ``{% generation %}`` 时只取它圈出的部分。正文整段分词一次；如果分词器会让某个 token
+    不算。模板在一轮之后不写标记的，由下一轮的角色标记结束，没有就由 eos：最后一轮之后模板什么也不写，
+    就在那里补上，学生才学得会停下；见 :func:`turn_end`。模板有 ``{% generation %}`` 时只取它圈出的
+    部分与补上的标记。正文整段分词一次；如果分词器会让某个 token
     跨过 response 的开头（或受它影响），就在那里切开、两边各自分词：推理时 prompt 是单独分词的。
 
     Args:
@@ -59,16 +65,22 @@ def render(
     template = _Template(tokenizer, template_options)
     text = template.text(messages)
     _check_nothing_lost(messages, text)
-    spans = [_last_span(messages, text, template)]
+    turn = turn_end(tokenizer, template_options)
+    spans = [_last_span(messages, text, template, turn)]
     blocks = template.blocks(messages)
     if loss_on == "all":
         try:
-            earlier = _earlier_spans(messages, text, template)
+            earlier = _earlier_spans(messages, text, template, turn)
         except DistillabError:
             if blocks is None or not all(turn.get("train", True) for turn in messages):
                 raise
             earlier = [block for block in blocks if block[1] <= spans[0][0]]
         spans = [*earlier, *spans]
+    start, end = spans[-1]
+    if turn is not None and turn.unwritten and not turn.ends(text, end):
+        text = text[:end] + turn.unwritten
+        spans[-1] = start, len(text)
+        blocks = None if blocks is None else [*blocks, (end, len(text))]
     tokens = _tokens(text, spans, blocks, tokenizer)
     if not tokens.response:
         raise DistillabError("the chat template's {% generation %} blocks hold no response")
@@ -109,6 +121,31 @@ def question_prompt(
     """一句话当作 user 消息的 prompt；见 :func:`render_prompt`。"""
     message = {"role": "user", "content": text}
     return render_prompt([message], tokenizer, template_options=template_options)
+
+
+def turn_end(
+    tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
+) -> TurnEnd | None:
+    """结束 assistant 一轮的 token。
+
+    Args:
+        tokenizer: 分词器。
+        template_options: 模板的选项。
+
+    Returns:
+        ``None`` 表示没有模板，或它渲染不了一问一答。
+    """
+    try:
+        template = _Template(tokenizer, template_options)
+    except DistillabError:
+        return None
+    options = json.dumps(template.options, sort_keys=True, default=repr)
+    # 模板与特殊 token 可以改：改了就要再看一遍。
+    key = (template.source, options, len(tokenizer), tokenizer.eos_token)
+    found: dict[Hashable, TurnEnd | None] = _TURN_ENDS.setdefault(tokenizer, {})
+    if key not in found:
+        found[key] = find_turn_end(template.text, tokenizer)
+    return found[key]
 
 
 def generation_prompt_length(
@@ -226,7 +263,9 @@ class _Template:
 # ---------------------------------------------------------------------- response 在哪里
 
 
-def _last_span(messages: Sequence[Message], text: str, template: _Template) -> Span:
+def _last_span(
+    messages: Sequence[Message], text: str, template: _Template, turn: TurnEnd | None
+) -> Span:
     before = template.text(messages[:-1], prompt=True)
     if not text.startswith(before):
         at = _first_difference(before, text)
@@ -235,17 +274,21 @@ def _last_span(messages: Sequence[Message], text: str, template: _Template) -> S
             f"generated, but {shown(text[at:])} when the response is given; "
             f"template_options {template.options} do not fit this conversation"
         )
-    return _span(before, text)
+    return _span(before, text, turn)
 
 
-def _earlier_spans(messages: Sequence[Message], text: str, template: _Template) -> list[Span]:
+def _earlier_spans(
+    messages: Sequence[Message], text: str, template: _Template, turn: TurnEnd | None
+) -> list[Span]:
     """最后一轮之前的 assistant 轮；每一轮都要渲染得与它还是最后一轮时一样。"""
     spans = []
     for number, message in enumerate(messages[:-1]):
         if message["role"] != "assistant" or number == 0 or not message.get("train", True):
             continue
         before = template.text(messages[:number], prompt=True)
-        through = template.text(messages[: number + 1]).rstrip()
+        through = template.text(messages[: number + 1])
+        if through.startswith(before):
+            through = through[: _span(before, through, turn)[1]]
         if not (text.startswith(through) and through.startswith(before)):
             # Qwen3 会去掉以前各轮的 <think>：那样的历史里没有模型当时说的话，不能当作 response。
             known = before if not through.startswith(before) else through
@@ -255,12 +298,15 @@ def _earlier_spans(messages: Sequence[Message], text: str, template: _Template) 
                 f"the last, but as {shown(text[at:])} once others follow; "
                 f"set data.loss_on to last"
             )
-        spans.append(_span(before, through))
+        end = len(through)
+        if turn is not None and not turn.ends(text, end):
+            end = turn.next_marker(text, end)
+        spans.append((len(before), end))
     return spans
 
 
-def _span(before: str, through: str) -> Span:
-    end = len(through.rstrip())
+def _span(before: str, through: str, turn: TurnEnd | None) -> Span:
+    end = len(through.rstrip()) if turn is None else turn.end_of(through, len(before))
     if end <= len(before):
         raise DistillabError("the chat template renders an empty response")
     return len(before), end

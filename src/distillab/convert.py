@@ -20,10 +20,11 @@ from .config import ModelConfig
 from .errors import DistillabError
 from .files import replacing_directory
 from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
-from .language_model import PretrainedLM
+from .language_model import PretrainedLM, declared_eos
 from .lora import has_lora, merged_copy
 from .model import StudentModel
 from .pretrained import one_line_errors, quiet_transformers
+from .stops import generation_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,8 @@ _FIXED_BY_TEACHER = (
     "norm_eps",
 )
 
+_GENERATION = "generation_config.json"
+
 # ---------------------------------------------------------------- 导入
 
 
@@ -63,12 +66,14 @@ def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> 
         DistillabError: 目录不完整，结构不受支持，或权重缺失、形状不符。
     """
     if isinstance(model_or_directory, str | Path):
-        hf_config, state = _read_directory(Path(model_or_directory))
+        hf_config, generation, state = _read_directory(Path(model_or_directory))
     else:
         model = _unwrap(model_or_directory)
-        hf_config, state = model.config, model.state_dict()
+        hf_config, generation, state = model.config, model.generation_config, model.state_dict()
     config = config_from_hf(hf_config)
-    return _load(state, hf_config, config, range(config.num_layers))
+    student = _load(state, hf_config, config, range(config.num_layers))
+    student.eos_token_ids = declared_eos(generation, hf_config)
+    return student
 
 
 def evenly_spaced_layers(total: int, keep: int) -> list[int]:
@@ -129,16 +134,18 @@ def student_from_teacher(
         layers = config.num_layers
     picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
     config = (config or own).model_copy(update={"num_layers": len(picks)})
-    return _load(model.state_dict(), model.config, config, picks)
+    student = _load(model.state_dict(), model.config, config, picks)
+    student.eos_token_ids = declared_eos(model.generation_config, model.config)
+    return student
 
 
 def _unwrap(model: PreTrainedModel | PretrainedLM) -> Any:
     return model.model if isinstance(model, PretrainedLM) else model
 
 
-def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
+def _read_directory(directory: Path) -> tuple[Any, Any, dict[str, Tensor]]:
     from safetensors.torch import load_file
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     files = sorted(directory.glob("*.safetensors"))
     if not (directory / "config.json").is_file() or not files:
@@ -149,7 +156,11 @@ def _read_directory(directory: Path) -> tuple[Any, dict[str, Tensor]]:
     with one_line_errors("model", str(directory)):
         for file in files:
             state.update(load_file(file))
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False), state
+        generation = None
+        if (directory / _GENERATION).is_file():
+            generation = GenerationConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return config, generation, state
 
 
 def _load(
@@ -245,6 +256,7 @@ def export_student(
             whole = merged_copy(model) if has_lora(model) else model.model
             with quiet_transformers():
                 whole.save_pretrained(partial)
+            _write_stops(tokenizer, model, partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
         _write_tokenizer(tokenizer, partial)
@@ -265,14 +277,11 @@ def _write_model(
     from transformers import GenerationConfig, LlamaConfig, Qwen2Config
 
     config, state = student.config, to_hf_state_dict(student, vocab_limit)
-    special: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    special = generation_ids(tokenizer, student)
     values: dict[str, Any] = {
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()},
         **special,
+        "eos_token_id": tokenizer.eos_token_id,  # 不少读者这里只认一个整数
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_dropout": config.dropout,
         "tie_word_embeddings": True,
@@ -293,6 +302,18 @@ def _write_model(
     _update_json(directory / "config.json", rope_theta=config.rope_theta)
     GenerationConfig(**special).save_pretrained(directory)
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_stops(tokenizer: Any, model: PretrainedLM, directory: Path) -> None:
+    """把停止 token 写进预训练模型自己的 generation_config，其余设置不动。"""
+    file = directory / _GENERATION
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ids = generation_ids(tokenizer, model)
+    for key in ("bos_token_id", "pad_token_id"):
+        value = known.get(key)
+        if isinstance(value, int) and 0 <= value < model.vocab_size:  # 有的配置用 -1 表示没有
+            ids[key] = value
+    file.write_text(json.dumps(known | ids, indent=2) + "\n", encoding="utf-8")
 
 
 def _splits_like_qwen2(tokenizer: Any) -> bool:

@@ -17,11 +17,9 @@ from .errors import DistillabError
 from .language_model import LanguageModel, evaluating
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .sampling_weights import sampling_weights
+from .stops import stop_ids
 
 __all__ = ["TextGenerator", "left_pad", "padded", "until_stop"]
-
-# Qwen 的 base 与 chat 两种 checkpoint 各以其中一个为 eos，另一个同样表示说完了。
-_END_TOKENS = ("<|endoftext|>", "<|im_end|>")
 
 DROP_AT = 0.25
 """停下的行占到这么多，就不再算它们；每丢一次要把余下的 KV cache 抄一遍。"""
@@ -75,25 +73,17 @@ class TextGenerator:
         tokenizer: Hugging Face tokenizer。
 
     Attributes:
-        stop_ids: 生成到其中任何一个就停。
+        stop_ids: 生成到其中任何一个就停，见 :func:`distillab.stops.stop_ids`。
         pad_id: 已经停下的行用它补齐。
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        special = {
-            str(token): index
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-        stops = {special[token] for token in _END_TOKENS if token in special}
-        if tokenizer.eos_token_id is not None:
-            stops.add(tokenizer.eos_token_id)
-        self.stop_ids = frozenset(stops)
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops), 0)
+        self.stop_ids = stop_ids(tokenizer, model)
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(self.stop_ids), 0)
         self.pad_id: int = next(index for index in candidates if index is not None)
-        start = (tokenizer.bos_token_id, special.get(_END_TOKENS[0]))
+        start = (tokenizer.bos_token_id, tokenizer.get_added_vocab().get("<|endoftext|>"))
         self._start_id: int | None = next((index for index in start if index is not None), None)
 
     def generate(

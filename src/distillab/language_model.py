@@ -34,7 +34,13 @@ PROBE_TOKENS = 12
 
 
 class LanguageModel(nn.Module, ABC):
-    """教师与学生共用的接口；``StudentModel`` 与 ``PretrainedLM`` 是两个实现。"""
+    """教师与学生共用的接口；``StudentModel`` 与 ``PretrainedLM`` 是两个实现。
+
+    Attributes:
+        eos_token_ids: 模型自己（``StudentModel`` 则是教它的模型）的配置里写着的停止 token。
+    """
+
+    eos_token_ids: frozenset[int] = frozenset()
 
     @abstractmethod
     def forward(
@@ -114,6 +120,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def declared_eos(*configs: Any) -> frozenset[int]:
+    """transformers 的各个配置里写着的 ``eos_token_id``，一个或一列都行；``None`` 不算。"""
+    found: set[int] = set()
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)
 
 
 class PretrainedLM(LanguageModel):
@@ -260,6 +275,12 @@ class PretrainedLM(LanguageModel):
         if self._cache_name is None:
             raise ValueError("its forward takes no cache")
         return dynamic_cache(self.model.config)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:  # type: ignore[override]
+        """generation_config、配置与其中文字部分的 ``eos_token_id``。"""
+        generation = getattr(self.model, "generation_config", None)
+        return declared_eos(generation, self.model.config, self._config)
 
     @property
     def max_seq_len(self) -> int:
