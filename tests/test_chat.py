@@ -451,7 +451,7 @@ def test_a_response_without_an_end_marker_keeps_its_last_token():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}" \
                               "{% if add_generation_prompt %}assistant:{% endif %}"  # fmt: skip
     assert ".\n" in {tokenizer.decode([i]) for i in range(300)}
-    assert runs(every(TURNS, tokenizer), tokenizer) == ["Paris.\n", "北京。\n\n再见"]
+    assert runs(every(TURNS, tokenizer), tokenizer) == ["Paris.\n", "北京。\n\n再见</s>"]
 
 
 CONTENT = st.text(

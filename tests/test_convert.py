@@ -202,7 +202,9 @@ def test_exported_directory_holds_a_qwen2_config_and_the_tokenizer(
     assert config.tie_word_embeddings is True
     assert config.dtype == torch.float32
     generation = GenerationConfig.from_pretrained(directory)
-    assert generation.eos_token_id == tiny_tokenizer.eos_token_id
+    assert generation.eos_token_id == tiny_tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|im_end|>"]
+    )
     assert generation.pad_token_id == tiny_tokenizer.pad_token_id
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.chat_template == tiny_tokenizer.chat_template

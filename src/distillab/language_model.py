@@ -123,7 +123,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def declared_eos(*configs: Any) -> frozenset[int]:
-    """transformers 的各个配置里写着的 ``eos_token_id``，一个或一列都行；``None`` 不算。"""
+    """各个配置里写着的 ``eos_token_id``，一个或一列都行；``None`` 不算。"""
     found: set[int] = set()
     for config in configs:
         ids = getattr(config, "eos_token_id", None)

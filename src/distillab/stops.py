@@ -1,8 +1,8 @@
 """在哪些 token 停下：生成、采样、合成、考试与导出共用这一份答案。
 
-各处写的都不全：Gemma 的 tokenizer 只说 ``<eos>``，``<end_of_turn>`` 写在 generation_config 里；Qwen 的
-base 与 chat 各以 ``<|endoftext|>`` 与 ``<|im_end|>`` 之一为 eos，另一个同样表示说完了；文本训练在文章之间
-学的是分隔 token，聊天训练学的是模板写在一轮之后的那个。所以取并集。
+各处写的都不全：Gemma 的 tokenizer 只说 ``<eos>``，``<end_of_turn>`` 写在 generation_config 里；Qwen
+的 base 与 chat 各以 ``<|endoftext|>`` 与 ``<|im_end|>`` 之一为 eos，另一个同样表示说完了；文本训练
+在文章之间学的是分隔 token，聊天训练学的是模板写在一轮之后的那个。所以取并集。
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, i
     named = {str(token): index for index, token in added if str(token).strip()}
     special = [str(token) for _, token in added if token.special and str(token) in named]
     return special, {
-        text: index for text, index in named.items() if text in special or text[0] + text[-1] == "<>"
+        text: index
+        for text, index in named.items()
+        if text in special or text[0] + text[-1] == "<>"
     }
 
 

@@ -1,0 +1,130 @@
+"""在哪些 token 停下：各家的写法，由生成、考试、合成直到导出都是同一份答案。"""
+
+import copy
+import itertools
+import json
+
+import families
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distillab.chat import render, render_prompt
+from distillab.config import LoraConfig, SamplingConfig, TaskConfig
+from distillab.convert import export_student
+from distillab.generate import TextGenerator
+from distillab.language_model import PretrainedLM
+from distillab.local import LocalBackend
+from distillab.lora import add_lora
+from distillab.questions import Question, Task
+from distillab.stops import stop_ids
+from distillab.tasks import TaskSet, accuracy
+from distillab.tokenizer import load_tokenizer
+
+STOPS = {
+    "qwen2.5": {"<|im_end|>", "<|endoftext|>"},
+    "qwen3": {"<|im_end|>", "<|endoftext|>"},
+    "llama3": {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"},
+    "gemma3": {"<eos>", "<end_of_turn>"},
+    "mistral": {"</s>"},
+    "lfm2": {"<|im_end|>", "<|endoftext|>"},
+    "phi3": {"<|endoftext|>", "<|assistant|>", "<|end|>"},
+    "glm4": {"<|endoftext|>", "<|user|>", "<|observation|>"},
+}
+"""tokenizer、generation_config 与模板合起来的。"""
+
+QUESTION = [{"role": "user", "content": "The capital of France?"}]
+ANSWER = {"role": "assistant", "content": "Paris"}
+FAMILY = pytest.mark.parametrize("name", STOPS)
+# 另两家的这个回答里有重复的 token，之后是什么不能只看它自己。
+TAUGHT = pytest.mark.parametrize(
+    "name", [name for name in STOPS if name not in ("qwen3", "mistral")]
+)
+
+
+def taught(directory) -> tuple:
+    """``(模型, tokenizer, prompt, labels)``：每个 token 之后是什么只看它自己，于是答得一字不差。"""
+    tokenizer = load_tokenizer(str(directory))
+    tokens = render([*QUESTION, ANSWER], tokenizer, template_options={}, loss_on="last")
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    chain = [tokens.prompt[-1], *tokens.labels]
+    generator = torch.Generator().manual_seed(0)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert head is not embedding
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" not in parameter_name:
+                parameter.zero_()  # 各层都不作声
+        embedding.copy_(torch.randn(embedding.shape, generator=generator))
+        for token, following in itertools.pairwise(chain):
+            state = model.base_model(input_ids=torch.tensor([[token]])).last_hidden_state[0, -1]
+            head[following] += state / state.norm()
+    return model, tokenizer, tokens.prompt, tokens.labels
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    """各家的 ``taught``，建好就留着。"""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp("families") / name
+            made[name] = taught(families.build(name, directory, tie_word_embeddings=False))
+        return made[name]
+
+    return make
+
+
+@FAMILY
+def test_the_stops_are_the_union_of_what_tokenizer_configs_and_template_say(name, answering):
+    model, tokenizer, _, labels = answering(name)
+    generator = TextGenerator(PretrainedLM(model), tokenizer)
+    assert set(tokenizer.convert_ids_to_tokens(sorted(generator.stop_ids))) == STOPS[name]
+    assert labels[-1] in stop_ids(tokenizer)  # 模型的配置里没有写也停得下来
+
+
+@TAUGHT
+def test_greedy_stops_where_model_generate_does(name, answering):
+    model, tokenizer, prompt, labels = answering(name)
+    ids = TextGenerator(PretrainedLM(model), tokenizer).generate_ids(torch.tensor([prompt]))
+    assert ids[0].tolist() == labels
+    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
+    assert theirs[0, len(prompt) :].tolist() == labels
+
+
+@TAUGHT
+def test_answers_and_tasks_hold_the_response_and_nothing_of_the_turn_end(name, answering, tmp_path):
+    model, tokenizer, *_ = answering(name)
+    task = Task("one", QUESTION, "Paris", {})
+    backend = LocalBackend(
+        PretrainedLM(model), tokenizer,
+        lambda task: render_prompt(task.messages, tokenizer, template_options={}),
+        SamplingConfig(temperature=0.0, max_new_tokens=20), 4, name=name,
+    )  # fmt: skip
+    [[answer]] = backend.answer([Question(task, 0, 0)], lambda: False)
+    assert (answer.response.strip(), answer.finish_reason) == ("Paris", "stop")
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": QUESTION[0]["content"], "answer": "Paris"}) + "\n")
+    config = {"source": str(path), "match": {"exact": True}, "max_new_tokens": 20}
+    task_set = TaskSet.load("capitals", TaskConfig.model_validate(config), {})
+    assert accuracy(task_set.ask(PretrainedLM(model), tokenizer, "student")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters"), [*((name, False) for name in TAUGHT.args[1]), ("llama3", True)]
+)
+def test_an_export_stops_by_itself_in_plain_transformers(name, adapters, answering, tmp_path):
+    model, tokenizer, _, labels = answering(name)
+    student = PretrainedLM(copy.deepcopy(model))
+    student.model.generation_config.eos_token_id = None  # 只剩 tokenizer 与模板的
+    if adapters:
+        add_lora(student, LoraConfig(target_modules=["q_proj"]))
+    directory = export_student(student, tokenizer, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(directory)
+    ids = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    found = again.generate(**ids, max_new_tokens=20)  # 其余全凭目录里写的
+    assert found[0, ids["input_ids"].shape[1] :].tolist() == labels
+    assert again.generation_config.pad_token_id is not None
