@@ -416,7 +416,7 @@ CASES = {
         "student.lora.target_modules: no linear layer is named 'q_prj', did you mean 'q_proj'?"),
 }  # fmt: skip
 
-LEFT_BEHIND = {"recipe.yaml", "environment.json", ".lock", ".responses.jsonl.lock",
+LEFT_BEHIND = {"recipe.yaml", "environment.json", "run_id", ".lock", ".responses.jsonl.lock",
                ".answers.jsonl.lock"}  # fmt: skip
 """失败的命令可以留下的：装配时就失败的运行可以直接重来，锁是空的。"""
 
@@ -609,7 +609,7 @@ def test_bad_data_after_training_loses_nothing(command, unfinished, case):
     assert found == f"error: {expected}"
     after = files()
     for path, content in before.items():
-        if path.name not in ("recipe.yaml", "environment.json", ".lock"):
+        if path.name not in ("recipe.yaml", "environment.json", "run_id", ".lock"):
             assert after[path] == content, path
 
 
