@@ -16,7 +16,7 @@ from test_trainer import teacher as teacher
 
 from distillab import checkpoint_files
 from distillab.checkpoint import load_student
-from distillab.checkpoint_files import checkpoints, discard, sweep
+from distillab.checkpoint_files import checkpoints, discard, tidy
 from distillab.config import TrainingConfig
 from distillab.errors import DistillabError
 
@@ -246,14 +246,15 @@ def test_what_an_interrupted_run_left_is_swept_and_nothing_else(make, cut, caplo
     _, run = cut
     directory = run / "checkpoints"
     kept = {".mine.tmp", "step-00000003", "step-00000006", "best", ".step-7.tmp", "notes.tmp"}
-    left = {".step-00000007.tmp", ".best.tmp", ".step-00000001.old", ".best.old"}
+    left = {".step-00000007.tmp", ".best.tmp", ".step-00000001.old", ".best.old",
+            ".step-00000007.0123456789ab.tmp", ".best.0123456789ab.tmp"}  # fmt: skip
     for name in (kept | left) - {"step-00000003", "step-00000006", "best"}:
         (directory / name).mkdir()
         (directory / name / "model.safetensors").write_bytes(b"half")
     outside = run / "outside"
     outside.mkdir()
     (directory / ".step-00000002.tmp").symlink_to(outside)
-    sweep(directory)
+    tidy(directory)
     assert {path.name for path in directory.iterdir()} == kept
     assert outside.is_dir()
     assert ".best.tmp" in caplog.text
@@ -280,13 +281,13 @@ def test_best_is_there_whenever_its_replacement_is_killed(make, cut, monkeypatch
         new = shutil.copytree(old, run / "checkpoints/.best.tmp")
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint_files.Path, "rename", or_die(checkpoint_files.Path.rename))
-            patch.setattr(checkpoint_files.shutil, "rmtree", or_die(shutil.rmtree))
+            patch.setattr(shutil, "rmtree", or_die(shutil.rmtree))
             try:
                 checkpoint_files.publish(new, best)
                 finished = True
             except Killed:
                 finished = False
-        sweep(best.parent)
+        tidy(best.parent)
         load_student(make("other").student, best)
         assert {p.name for p in best.parent.iterdir()} == {"best", "step-00000003", "step-00000006"}
     assert finished
@@ -296,7 +297,7 @@ def test_a_checkpoint_half_deleted_is_none(cut, monkeypatch):
     _, run = cut
     old = run / "checkpoints/step-00000003"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files.shutil, "rmtree", lambda path: 1 / 0)
+        patch.setattr(shutil, "rmtree", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             discard(old)
     assert [path.name for path in checkpoints(old.parent)] == ["step-00000006"]

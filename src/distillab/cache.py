@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .errors import DistillabError, foreign
-from .files import leftovers, settle, temporary_beside, writing
+from .files import settle, sweep, temporary_beside, writing
 
 logger = logging.getLogger("distillab")
+
+_LEFTOVER = re.compile(r"\.(?P<target>.{,200})\.[0-9a-f]{12}(\.tmp)?")
+"""建到一半的目录的名字，从前没有 ``.tmp``；截短过的长名字对不上锁，不算。"""
 
 
 def cache_dir() -> Path:
@@ -104,7 +108,7 @@ def build_once(target: Path) -> Iterator[Path | None]:
     if target.is_dir():
         yield None
         return
-    lock = FileLock(cache_dir() / "locks" / f"{target.parent.name}-{target.name}.lock")
+    lock = _lock(target)
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -118,12 +122,28 @@ def build_once(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        for left in leftovers(target.parent, target.name):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(target)
         with build_dir(target) as temporary:
             yield temporary
     finally:
         lock.release()
+
+
+def _lock(target: Path) -> FileLock:
+    return FileLock(cache_dir() / "locks" / f"{target.parent.name}-{target.name}.lock")
+
+
+def _sweep(target: Path) -> None:
+    """清掉建到一半被杀的：``target`` 的锁在我们手里；别的，拿得到锁就没有人在建。"""
+    for left in target.parent.glob(".*"):
+        name = _LEFTOVER.fullmatch(left.name)
+        if name is None or not left.is_dir():
+            continue
+        if name["target"] == target.name:
+            sweep([left])
+            continue
+        with suppress(Timeout, OSError), _lock(target.with_name(name["target"])).acquire(0):
+            sweep([left])
 
 
 def _not_writable(target: Path, error: OSError) -> DistillabError:

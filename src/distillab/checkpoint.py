@@ -37,7 +37,7 @@ from .checkpoint_files import (
     read_saved,
     seal,
     set_aside,
-    sweep,
+    tidy,
 )
 from .config import TrainingConfig
 from .errors import DistillabError
@@ -133,7 +133,7 @@ def begin(accelerator: Accelerator, run_dir: Path, directory: Path, fresh: bool)
                 f"{found[-1]} is of an earlier training: continue it with resume=True, or name "
                 f"another run_dir"
             )
-        sweep(directory)
+        tidy(directory)
         return run_id(run_dir)
 
     return _agreed(accelerator, look)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 import zipfile
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from .cache import file_sha256
 from .config import TrainingConfig
 from .errors import DistillabError
-from .files import leftovers, settle, sync
+from .files import leftovers, remove, settle, sweep, sync
 from .layout import Layout
 from .trainer_state import TrainerState
 
@@ -227,11 +226,11 @@ def publish(temporary: Path, target: Path) -> None:
     """写好的 ``temporary`` 改名为 ``target``；旧的先挪开：目录不能原子地替换。"""
     if target.exists():
         aside = target.with_name(f".{target.name}.old")
-        _remove(aside)
+        remove(aside)
         target.rename(aside)
         temporary.rename(target)
         sync(target.parent)
-        _remove(aside)
+        remove(aside)
     else:
         temporary.rename(target)
         sync(target.parent)
@@ -240,9 +239,9 @@ def publish(temporary: Path, target: Path) -> None:
 def discard(path: Path) -> None:
     """删去一个检查点；先改名：删到一半被杀，剩下的不会被当作检查点。"""
     aside = path.with_name(f".{path.name}.old")
-    _remove(aside)
+    remove(aside)
     path.rename(aside)
-    _remove(aside)
+    remove(aside)
 
 
 def set_aside(path: Path) -> Path:
@@ -254,25 +253,13 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def sweep(directory: Path) -> None:
+def tidy(directory: Path) -> None:
     """清掉被杀的训练写到一半的检查点；挪到一半的 ``best`` 放回去。只由主进程、训练之前调用。"""
     aside, best = directory / f".{BEST}.old", directory / BEST
     if aside.is_dir() and not best.exists():
         aside.rename(best)
-    left = [path for path in directory.glob(".*") if _LEFTOVER.fullmatch(path.name)]
-    left += leftovers(directory)
-    if left:
-        logger.info("removing what an interrupted run left in %s: %s", directory,
-                    ", ".join(sorted(path.name for path in left)))  # fmt: skip
-    for path in left:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+    old = [path for path in directory.glob(".*") if _LEFTOVER.fullmatch(path.name)]
+    sweep([*old, *leftovers(directory)])
 
 
 def _digest(file: Path) -> Digest:

@@ -7,20 +7,26 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import resource
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from .errors import DistillabError
 
+logger = logging.getLogger("distillab")
+
 TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 """写到一半的文件与目录的名字；``target`` 是目标的名字，太长的截短过。"""
+
+IDLE_MINUTES = 10
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,6 +50,31 @@ def leftovers(directory: Path, target: str | None = None) -> list[Path]:
     """
     found = ((path, TEMPORARY.fullmatch(path.name)) for path in directory.glob(".*.tmp"))
     return sorted(path for path, match in found if match and target in (None, match["target"]))
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """删掉被杀的进程留下的文件与目录，并在日志里说。"""
+    if not (left := sorted(paths)):
+        return
+    size = sum(_written(path) for path in left if not path.is_symlink())
+    for path in left:
+        remove(path)
+    logger.info("removed what interrupted processes left: %s (%s)",
+                ", ".join(map(str, left)), _size(size))  # fmt: skip
+
+
+def remove(path: Path) -> None:
+    """删掉一个文件或目录；符号链接只删链接，没有也行。"""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def idle(path: Path) -> bool:
+    """这个文件或目录有 ``IDLE_MINUTES`` 没有人写了：没有锁可看时，据此认定写它的进程不在了。"""
+    inside = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    return time.time() - max(one.lstat().st_mtime for one in inside) > 60 * IDLE_MINUTES
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from .credentials import without_secrets
 from .errors import DistillabError
-from .files import append, open_to_append, refuse_link, replace_file
+from .files import append, leftovers, open_to_append, refuse_link, replace_file, sweep
 
 __all__ = ["ResponseFile", "read_rows"]
 
@@ -79,6 +79,8 @@ class ResponseFile:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise DistillabError(f"{self.path} is in use by another process") from None
+        for file in (self.path, self.sidecar):
+            sweep(leftovers(file.parent, file.name))
         return self
 
     def __exit__(self, *_: object) -> None:

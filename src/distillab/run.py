@@ -25,7 +25,7 @@ from .convert import export_student
 from .curves import plot_run
 from .errors import DistillabError
 from .evaluate import Metrics
-from .files import replace_file
+from .files import idle, leftovers, replace_file, sweep
 from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .local import LocalBackend
@@ -175,7 +175,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
         写下的目录。
 
     Raises:
-        DistillabError: 目标目录已有内容，或没有这样的检查点。
+        DistillabError: 目标目录已有内容，没有这样的检查点，或要写进正在训练的运行目录。
     """
     run = RunDirectory.find(name)
     recipe = run.trusted_recipe(trust)
@@ -183,14 +183,19 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
     target = output or run.export
     if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型
         raise DistillabError(f"{target} exists already; name another directory with --output")
-    parts = build_models(recipe)
-    state = load_student(parts.student, path)
-    rows = read_metrics(run.metrics_file)
-    metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}
-    for row in rows:
-        if row["kind"] == "validation" and row["step"] == state.current_step:
-            metrics["student_after"] = _metrics(row)
-    _export(recipe, parts, target, state.tokens, metrics)
+    with run:
+        if output is None:  # 训练结束时也写这个目录
+            run.lock()
+        else:
+            sweep(filter(idle, leftovers(target.parent, target.name)))
+        parts = build_models(recipe)
+        state = load_student(parts.student, path)
+        rows = read_metrics(run.metrics_file)
+        metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}
+        for row in rows:
+            if row["kind"] == "validation" and row["step"] == state.current_step:
+                metrics["student_after"] = _metrics(row)
+        _export(recipe, parts, target, state.tokens, metrics)
     return target
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from . import __version__
 from .config import Recipe
 from .errors import DistillabError, shown
-from .files import replace_file
+from .files import idle, leftovers, replace_file, sweep
 from .parsing import parse_json
 from .recipes import differences, dump_recipe, load_recipe
 from .run_file_shapes import FINISHED, check
@@ -27,6 +27,11 @@ from .trust import check_trusted, remember
 logger = logging.getLogger("distillab")
 
 ID_FILE = "run_id"
+_OLD_LEFTOVER = re.compile(
+    r"\.(recipe\.yaml|(environment|summary|evaluation)\.json|report\.html)\.tmp|metrics\.tmp|"
+    r"\.export\.\d+\.partial"
+)
+"""从前写到一半的文件与目录的名字。"""
 RUNS = Path("runs")
 """所有运行目录的上级，相对于当前目录。"""
 
@@ -112,10 +117,7 @@ class RunDirectory:
                 f"--set name={_free_name(self.path)}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise DistillabError(f"{self.path} is in use by another process") from None
+        self.lock()
         if begun:
             self._check_same(recipe)
         self.checkpoint_dir(recipe)
@@ -127,6 +129,22 @@ class RunDirectory:
         replace_file(self.recipe_file, dump_recipe(recipe))
         remember(self.recipe_file, recipe)
         replace_file(self.environment_file, json.dumps(environment(), indent=1))
+
+    def lock(self) -> None:
+        """加锁，直到退出 with；清掉上次被杀留下的。
+
+        Raises:
+            DistillabError: 正被另一个进程使用。
+        """
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise DistillabError(f"{self.path} is in use by another process") from None
+        shared = [*leftovers(self.path, self.report.name),  # 写它们的命令不拿锁
+                  *leftovers(self.path, self.evaluation_file.name)]  # fmt: skip
+        own = {left for place in (self.path, self.checks, self.plots) for left in leftovers(place)}
+        old = {path for path in self.path.glob("*") if _OLD_LEFTOVER.fullmatch(path.name)}
+        sweep((own - set(shared)) | old | set(filter(idle, shared)))
 
     def __enter__(self) -> RunDirectory:
         return self
