@@ -7,26 +7,23 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from .batch import Tokens
-from .errors import DistillabError, nearest, shown
-from .forms import KEPT, Message
+from .control_tokens import shown_text
+from .data_config import USUAL, Style
+from .errors import DistillabError
+from .forms import Message
+from .rendering import Span
+from .template import Template, render_templates_ahead
 from .turn_end import TurnEnd, find_turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
-"""文字里的 ``[start, end)``，单位是字符。"""
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RESERVED = {"messages", "add_generation_prompt"}
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-"""模板给思考过程起的名字。"""
 _TURN_ENDS: WeakKeyDictionary[Any, dict[Hashable, TurnEnd | None]] = WeakKeyDictionary()
 
 
@@ -36,6 +33,7 @@ def render(
     *,
     template_options: Mapping[str, Any],
     loss_on: Literal["all", "last"],
+    style: Style = USUAL,
 ) -> Tokens:
     """渲染一段以 assistant 结尾的对话。
 
@@ -50,19 +48,21 @@ def render(
         tokenizer: 有 chat template 的快速分词器。
         template_options: 模板的选项，例如 ``{"enable_thinking": False}``。
         loss_on: 训练每个 assistant 轮，还是只训练最后一轮；开场的 assistant 轮不是回答，总不训练。
+        style: 内容里的控制 token 怎样办，模板写哪一天。
 
     Returns:
         整段对话的 token，与 response 的位置。
 
     Raises:
-        DistillabError: 没有模板，模板拒绝或丢掉了某条消息、不认识选项，或训练与推理时的 prompt
-            不同。
+        DistillabError: 没有模板，模板拒绝或丢掉了某条消息、不认识选项、用了太多时间或内存，训练与
+            推理时的 prompt 不同，或 ``style`` 不许内容里有控制 token。
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise DistillabError(
             "the last turn is not the assistant's; expected a response to train on"
         )
-    template = _Template(tokenizer, template_options)
+    template = Template(tokenizer, template_options, style)
+    messages = template.read(messages, loss_on)
     text = template.text(messages)
     _check_nothing_lost(messages, text)
     turn = turn_end(tokenizer, template_options)
@@ -81,7 +81,7 @@ def render(
         text = text[:end] + turn.unwritten
         spans[-1] = start, len(text)
         blocks = None if blocks is None else [*blocks, (end, len(text))]
-    tokens = _tokens(text, spans, blocks, tokenizer)
+    tokens = _tokens(text, spans, blocks, template)
     if not tokens.response:
         raise DistillabError("the chat template's {% generation %} blocks hold no response")
     return tokens
@@ -92,6 +92,7 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template_options: Mapping[str, Any],
+    style: Style = USUAL,
 ) -> list[int]:
     """推理时的 prompt，到 generation prompt 为止；结尾的 assistant 轮（如果有）不算在内。
 
@@ -99,6 +100,7 @@ def render_prompt(
         messages: 各轮。
         tokenizer: 有 chat template 的分词器。
         template_options: 模板的选项。
+        style: 见 :func:`render`。
 
     Returns:
         token；与 :func:`render` 在 ``loss_on="last"`` 时 response 之前的部分相同。
@@ -110,17 +112,68 @@ def render_prompt(
         messages = messages[:-1]
     if not messages:
         raise DistillabError("found no turn before the response; expected a prompt")
-    text = _Template(tokenizer, template_options).text(messages, prompt=True)
+    template = Template(tokenizer, template_options, style)
+    messages = template.read(messages)
+    text = template.text(messages, prompt=True)
     _check_nothing_lost(messages, text)
-    return _encode(text, tokenizer)[0]
+    return template.encode(text)[0]
 
 
 def question_prompt(
-    text: str, tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+    style: Style = USUAL,
 ) -> list[int]:
     """一句话当作 user 消息的 prompt；见 :func:`render_prompt`。"""
     message = {"role": "user", "content": text}
-    return render_prompt([message], tokenizer, template_options=template_options)
+    return render_prompt([message], tokenizer, template_options=template_options, style=style)
+
+
+def text_ids(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+    style: Style = USUAL,
+) -> list[int]:
+    """接在 prompt 之后的一段文字（选择题的一个选项）的 token；参数见 :func:`render`。"""
+    template = Template(tokenizer, template_options, style)
+    (message,) = template.read([{"role": "assistant", "content": text}])
+    return template.encode(message["content"])[0]
+
+
+def render_ahead(
+    conversations: Iterable[tuple[Sequence[Message], Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loss_on: Literal["all", "last"],
+    style: Style = USUAL,
+) -> None:
+    """先渲染好接下来要 :func:`render` 或 :func:`render_prompt` 的几段，快得多；参数同它们。
+
+    Args:
+        conversations: 各轮与模板的选项。
+        tokenizer: 见 :func:`render`。
+        loss_on: 见 :func:`render`。
+        style: 见 :func:`render`。
+    """
+    templates = []
+    for messages, options in conversations:
+        with suppress(DistillabError):  # 轮到它时再报，那时说得出是哪一条
+            template = Template(tokenizer, options, style)
+            template.read(messages, loss_on if messages[-1]["role"] == "assistant" else None)
+            templates.append(template)
+    render_templates_ahead(templates)
+
+
+def control_token(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+) -> str | None:
+    """内容里的第一个控制 token；没有则为 ``None``。"""
+    template = Template(tokenizer, template_options)
+    return template.controls.first(template.said(messages))
 
 
 def turn_end(
@@ -135,8 +188,9 @@ def turn_end(
     Returns:
         ``None`` 表示没有模板，或它渲染不了一问一答。
     """
+    own = {key: value for key, value in template_options.items() if key != "tools"}
     try:
-        template = _Template(tokenizer, template_options)
+        template = Template(tokenizer, own)
     except DistillabError:
         return None
     options = json.dumps(template.options, sort_keys=True, default=repr)
@@ -153,6 +207,7 @@ def generation_prompt_length(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template_options: Mapping[str, Any],
+    style: Style = USUAL,
 ) -> int:
     """Generation prompt（例如 ``<|im_start|>assistant`` 与换行）有几个 token。
 
@@ -160,125 +215,38 @@ def generation_prompt_length(
         messages: 各轮；结尾的 assistant 轮（如果有）不算在内。
         tokenizer: 有 chat template 的快速分词器。
         template_options: 见 :func:`render`。
+        style: 见 :func:`render`。
 
     Returns:
         至少为 1：没有单独一段的模板，也要有一个 token 来预测 response 的开头。
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    template = _Template(tokenizer, template_options)
+    template = Template(tokenizer, template_options, style)
+    prompt = template.read(prompt)
     start = len(template.text(prompt))
-    _, offsets = _encode(template.text(prompt, prompt=True), tokenizer)
+    _, offsets = template.encode(template.text(prompt, prompt=True))
     return max(1, sum(left >= start for left, _ in offsets))
-
-
-class _Template:
-    """一个 tokenizer 的 chat template，连同选项。"""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
-        self.tokenizer = tokenizer
-        self.options = dict(options)
-        try:
-            source: str = tokenizer.get_chat_template(tools=self.options.get("tools"))
-        except ValueError:
-            name = tokenizer.name_or_path or type(tokenizer).__name__
-            raise DistillabError(
-                f"tokenizer {name!r} has no chat template; use the tokenizer of an instruct model"
-            ) from None
-        self.source = source
-        self.has_blocks = _GENERATION.search(source) is not None
-        for key in self.options:
-            if key == "tools" and not re.search(r"\btools\b", source):
-                raise DistillabError(
-                    "the conversation has tools, but the chat template reads none; leave tools out "
-                    "of the file, or write them into the system message"
-                )
-            if key in _RESERVED or not re.search(rf"\b{re.escape(key)}\b", source):
-                raise DistillabError(
-                    f"template_options: the chat template reads no option {key!r}; "
-                    f"{self._options_hint(source, key)}"
-                )
-
-    @staticmethod
-    def _options_hint(source: str, key: str) -> str:
-        names = set(re.findall(r"\b(\w+) is (?:not )?defined", source)) - _RESERVED
-        return nearest(key, names) if names else "it has none"
-
-    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """整段对话；``prompt`` 时再加上 generation prompt。"""
-        return str(self._apply(messages, tokenize=False, add_generation_prompt=prompt))
-
-    def blocks(self, messages: Sequence[Message]) -> list[Span] | None:
-        """模板自己用 ``{% generation %}`` 圈出的部分；模板没有这种标记则为 ``None``。"""
-        if not self.has_blocks:
-            return None
-        encoded = self._apply(
-            messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        spans: list[Span] = []
-        wanted = False
-        for inside, (start, end) in zip(
-            encoded["assistant_masks"], encoded["offset_mapping"], strict=True
-        ):
-            if inside:
-                spans[-1:] = [(spans[-1][0], end)] if wanted else [*spans[-1:], (start, end)]
-            wanted = bool(inside)
-        text = self.text(messages)
-        return [(start, len(text[:end].rstrip())) for start, end in spans]
-
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
-        turns = [self._turn(message) for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(turns, **options, **self.options)
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DistillabError(
-                f"the chat template refuses the turns {roles}: {reason}"
-            ) from error
-
-    def _turn(self, message: Message) -> Message:
-        """模板读的那些键；它不读的思考过程与名字不能悄悄丢掉。"""
-        turn: Message = {"role": message["role"], "content": message["content"]}
-        for key in message.keys() & set(KEPT):
-            names = _REASONING if key == "reasoning_content" else (key,)
-            name = next((name for name in names if self._reads(name)), None)
-            if name is not None:
-                turn[name] = message[key]
-            elif turn["role"] != "tool":  # 哪个工具、哪次调用只是标识
-                raise DistillabError(
-                    f"the {turn['role']} message {shown(turn['content'])} has {key}, which the "
-                    f"chat template does not read; write it into content, or leave it out"
-                )
-        return turn
-
-    def _reads(self, key: str) -> bool:
-        return re.search(rf"(\.|['\"]){key}\b", self.source) is not None
 
 
 # ---------------------------------------------------------------------- response 在哪里
 
 
 def _last_span(
-    messages: Sequence[Message], text: str, template: _Template, turn: TurnEnd | None
+    messages: Sequence[Message], text: str, template: Template, turn: TurnEnd | None
 ) -> Span:
     before = template.text(messages[:-1], prompt=True)
     if not text.startswith(before):
         at = _first_difference(before, text)
         raise DistillabError(
-            f"the chat template puts {shown(before[at:])} before a response that is to be "
-            f"generated, but {shown(text[at:])} when the response is given; "
+            f"the chat template puts {shown_text(before[at:])} before a response that is to be "
+            f"generated, but {shown_text(text[at:])} when the response is given; "
             f"template_options {template.options} do not fit this conversation"
         )
     return _span(before, text, turn)
 
 
 def _earlier_spans(
-    messages: Sequence[Message], text: str, template: _Template, turn: TurnEnd | None
+    messages: Sequence[Message], text: str, template: Template, turn: TurnEnd | None
 ) -> list[Span]:
     """最后一轮之前的 assistant 轮；每一轮都要渲染得与它还是最后一轮时一样。"""
     spans = []
@@ -294,8 +262,8 @@ def _earlier_spans(
             known = before if not through.startswith(before) else through
             at = _first_difference(known, text)
             raise DistillabError(
-                f"the chat template renders turn {number + 1} as {shown(known[at:])} when it is "
-                f"the last, but as {shown(text[at:])} once others follow; "
+                f"the chat template renders turn {number + 1} as {shown_text(known[at:])} when it "
+                f"is the last, but as {shown_text(text[at:])} once others follow; "
                 f"set data.loss_on to last"
             )
         end = len(through)
@@ -332,12 +300,13 @@ def _check_nothing_lost(messages: Sequence[Message], text: str) -> None:
             hint = "; put it in the user message" if message["role"] == "system" else ""
             raise DistillabError(
                 f"the chat template drops or changes the {message['role']} message "
-                f"{shown(needle)}{hint}"
+                f"{shown_text(needle)}{hint}"
             )
     reasoning = messages[-1].get("reasoning_content", "").strip()
     if reasoning not in text:
         raise DistillabError(
-            f"the chat template drops or changes the reasoning {shown(reasoning)} of the response"
+            f"the chat template drops or changes the reasoning {shown_text(reasoning)} of the "
+            f"response"
         )
 
 
@@ -350,36 +319,27 @@ def _visible(message: Message) -> str:
 # ---------------------------------------------------------------------- 分词
 
 
-def _tokens(
-    text: str, spans: list[Span], blocks: list[Span] | None, tokenizer: PreTrainedTokenizerBase
-) -> Tokens:
+def _tokens(text: str, spans: list[Span], blocks: list[Span] | None, template: Template) -> Tokens:
     ids: list[int] = []
     response: list[int] = []
     done = 0  # 这个字符之前的都已进了 ids
-    piece, offsets = _encode(text, tokenizer)
+    piece, offsets = template.encode(text)
     for start, end in spans:
-        prompt, _ = _encode(text[done:start], tokenizer)
+        prompt, _ = template.encode(text[done:start])
         if piece[: len(prompt)] != prompt:
             ids += prompt
             done = start
-            piece, offsets = _encode(text[done:], tokenizer)
+            piece, offsets = template.encode(text[done:])
             prompt = []
         for position in range(len(prompt), len(piece)):
             # 开头在里面就算：没有结束标记的模板里，句号可能与其后的换行合成一个 token。
             left = done + offsets[position][0]
             if left >= end:
                 break
-            if blocks is None or any(a <= left < b for a, b in blocks):
+            if blocks is None or _overlaps(left, done + offsets[position][1], blocks):
                 response.append(len(ids) + position)
     return Tokens(ids + piece, response)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """``(token, 每个 token 在 text 里的位置)``；模板已经写好了 bos，不再添。"""
-    if not tokenizer.is_fast:
-        raise DistillabError(
-            f"tokenizer {tokenizer.name_or_path!r} does not tell where its tokens are in the text; "
-            f"expected one with a tokenizer.json"
-        )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+def _overlaps(left: int, right: int, blocks: list[Span]) -> bool:
+    return any(left < end and right > start for start, end in blocks)

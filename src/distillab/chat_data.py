@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from array import array
@@ -15,8 +16,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from .batch import Example, Tokens
+from .chat import control_token, render_ahead
 from .config import DataSection
 from .console import make_console
+from .conversations import Conversation
 from .errors import DistillabError
 from .paired import Pair
 from .truncate import Fitted, fit
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 _PROGRESS_FROM = 2000
 """对话多于这么多段时才显示进度条。"""
+_TOGETHER = 64
+"""一起渲染的对话数。"""
 TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
 
 
@@ -39,6 +44,8 @@ class DataReport:
         validation: 验证集的条数。
         dropped: 原因到条数。
         duplicates: 与前面某一条的两个视角都相同的条数；它们留着。
+        control_tokens: 内容里的控制 token 到有它的条数，只数每条的第一个。
+        kept_control_tokens: 它们是否仍当作控制 token。
         truncated_prompts: 去掉了最早几轮或 prompt 开头的条数。
         truncated_responses: 去掉了 response 结尾的条数。
         tokens: 学生视角的 token 总数。
@@ -52,6 +59,8 @@ class DataReport:
     validation: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    control_tokens: Counter[str] = field(default_factory=Counter)
+    kept_control_tokens: bool = False
     truncated_prompts: int = 0
     truncated_responses: int = 0
     tokens: int = 0
@@ -88,6 +97,13 @@ class DataReport:
         ):
             if count:
                 lines.append(f"{count:,} {what}")
+        if self.control_tokens:
+            lines.append(
+                f"{self.control_tokens.total():,} conversations hold control tokens such as "
+                f"{self.control_tokens.most_common(1)[0][0]!r} in what is said; they are "
+                f"{'kept as control tokens' if self.kept_control_tokens else 'encoded as text'} "
+                f"(data.control_tokens)"
+            )
         teacher = ""
         if self.longest_teacher != self.longest:
             teacher = f", at most {self.longest_teacher:,} with what only the teacher reads"
@@ -163,10 +179,10 @@ class ChatDataset(Dataset[Example]):
         Raises:
             DistillabError: 渲染不出，或剩下的不同 prompt 不足两个。
         """
-        report = DataReport(read=len(pairs))
+        report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
         kept: list[tuple[str, Example, Example]] = []
         seen: set[str] = set()
-        for pair in _progress(pairs):
+        for pair in _rendered_ahead(_progress(pairs), tokenizer, data):
             fitted = _fitted(pair, tokenizer, max_seq_len, data)
             if fitted is None:
                 report.dropped[TOO_LONG.format(max_seq_len)] += 1
@@ -182,6 +198,8 @@ class ChatDataset(Dataset[Example]):
             whole = _identity([pair.student.messages, pair.teacher.messages])
             report.duplicates += whole in seen
             seen.add(whole)
+            if (token := _control_token(pair, tokenizer, data)) is not None:
+                report.control_tokens[token] += 1
             report.truncated_prompts += fitted.prompt_cut
             report.truncated_responses += fitted.response_cut
             report.tokens += len(views[0].ids)
@@ -260,8 +278,7 @@ def _fitted(
     *,
     only_prompts: bool = False,
 ) -> Fitted | None:
-    sides = [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
-    views = [side.prompt if only_prompts else side.messages for side in sides]
+    views = [side.prompt if only_prompts else side.messages for side in _sides(pair)]
     try:
         return fit(
             views,
@@ -269,9 +286,39 @@ def _fitted(
             max_seq_len,
             template_options=pair.student.template_options(data.template_options),
             loss_on=data.loss_on,
+            style=data.style,
         )
     except DistillabError as error:
         raise DistillabError(f"{pair.student.where}: {error}") from error
+
+
+def _sides(pair: Pair) -> list[Conversation]:
+    return [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
+
+
+def _control_token(pair: Pair, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str | None:
+    """两个视角里的第一个控制 token。"""
+    options = pair.student.template_options(data.template_options)
+    found = (control_token(side.messages, tokenizer, options) for side in _sides(pair))
+    return next((token for token in found if token is not None), None)
+
+
+def _rendered_ahead(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> Iterator[Pair]:
+    pairs = iter(pairs)
+    while group := list(itertools.islice(pairs, _TOGETHER)):
+        render_ahead(
+            (
+                (side.messages, pair.student.template_options(data.template_options))
+                for pair in group
+                for side in _sides(pair)
+            ),
+            tokenizer,
+            loss_on=data.loss_on,
+            style=data.style,
+        )
+        yield from group
 
 
 def _identity(content: object) -> str:

@@ -166,7 +166,7 @@ def load_tasks(recipe: Recipe) -> list[TaskSet]:
     if recipe.evaluate.lm_eval is not None:
         check_harness(recipe.evaluate.lm_eval)
     return [
-        TaskSet.load(name, config, recipe.data.template_options)
+        TaskSet.load(name, config, recipe.data.template_options, recipe.data.style)
         for name, config in recipe.evaluate.tasks.items()
     ]
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -59,6 +60,22 @@ def _inside_run(name: str) -> str:
 
 InsideRun = Annotated[str, AfterValidator(_inside_run)]
 """运行目录里的一个目录：在外面的，别的运行也许在用。"""
+
+
+class Style(NamedTuple):
+    """怎样渲染对话，除了模板自己的选项。
+
+    Attributes:
+        control_tokens: 内容里的控制 token：``split`` 当作普通文字，``keep`` 当作控制 token，
+            ``refuse`` 不许有。
+        today: 写日期的模板写哪一天；``None`` 为渲染的那一天。
+    """
+
+    control_tokens: Literal["split", "keep", "refuse"] = "split"
+    today: date | None = None
+
+
+USUAL = Style()
 
 
 class SamplingConfig(Section):
@@ -187,9 +204,22 @@ class DataSection(Experience, Records):
     loss_on: Literal["all", "last"] = Field(
         "all", description="Assistant turns that are trained on."
     )
+    control_tokens: Literal["split", "keep", "refuse"] = Field(
+        "split",
+        description="Control tokens in what is said, such as <|im_end|>: encoded as plain text, "
+        "kept, or refused.",
+    )
+    today: date | None = Field(
+        None, description="Date that a chat template writes; default: the day the run starts."
+    )
     responses: str | None = Field(
         None, min_length=1, description="Teacher responses written by `distillab synthesize`."
     )
+
+    @property
+    def style(self) -> Style:
+        """怎样渲染对话。"""
+        return Style(self.control_tokens, self.today)
 
     @model_validator(mode="after")
     def _chat_keys(self) -> DataSection:
@@ -206,11 +236,12 @@ class DataSection(Experience, Records):
             return self
         if self.streaming and "size_mb" not in self.model_fields_set:
             self.size_mb = None
-        for key in ("teacher_source", "experience", "responses", "template_options"):
+        for key in ("teacher_source", "experience", "responses", "template_options", "today"):
             if getattr(self, key):
                 raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
-        if self.loss_on != "all":
-            raise ValueError(f"loss_on and format={self.format} disagree: set format: chat")
+        for key, default in (("loss_on", "all"), ("control_tokens", "split")):
+            if getattr(self, key) != default:
+                raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
         return self
 
 

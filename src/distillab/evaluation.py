@@ -312,7 +312,7 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
     prompts: list[str] = config.prompts
     asked: dict[str, Sequence[Any]] = dict.fromkeys(("student", "teacher"), prompts)
     if data.format == "chat" and prompts:
-        encoded = [question_prompt(prompt, tokenizer, options) for prompt in prompts]
+        encoded = [question_prompt(prompt, tokenizer, options, data.style) for prompt in prompts]
         asked = dict.fromkeys(asked, encoded)
     elif data.format == "chat":
         questions = (pair for task in bench.tasks for pair in task.pairs)
@@ -321,7 +321,10 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
         asked = {
             side: [
                 render_prompt(
-                    view.prompt, tokenizer, template_options=view.template_options(options)
+                    view.prompt,
+                    tokenizer,
+                    template_options=view.template_options(options),
+                    style=data.style,
                 )
                 for view in (getattr(pair, side) for pair in pairs)
             ]

@@ -23,6 +23,7 @@ from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
 from .curves import plot_run
+from .data_config import USUAL
 from .errors import DistillabError
 from .evaluate import Metrics
 from .files import idle, leftovers, replace_file, sweep
@@ -152,7 +153,9 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
         def prompt(task: Task) -> list[int]:
             tools = {} if task.tools is None else {"tools": task.tools}
             options = {**data.template_options, **tools}
-            return render_prompt(task.messages, tokenizer, template_options=options)
+            return render_prompt(
+                task.messages, tokenizer, template_options=options, style=data.style
+            )
 
         backend = LocalBackend(
             teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path
@@ -212,10 +215,11 @@ def load_generator(name: str) -> TextGenerator:
 def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> list[list[int]]:
     """把每句话当作 user 消息，经 chat template 编码；运行目录的用它配方里的选项。"""
     try:
-        options = RunDirectory.find(name).recipe.data.template_options
+        data = RunDirectory.find(name).recipe.data
+        options, style = data.template_options, data.style
     except DistillabError:
-        options = {}
-    return [question_prompt(prompt, generator.tokenizer, options) for prompt in prompts]
+        options, style = {}, USUAL
+    return [question_prompt(prompt, generator.tokenizer, options, style) for prompt in prompts]
 
 
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
@@ -294,7 +298,10 @@ def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
     asked: Sequence[str] | Sequence[list[int]] = prompts
     if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
         options = recipe.data.template_options
-        asked = [question_prompt(prompt, parts.tokenizer, options) for prompt in prompts]
+        asked = [
+            question_prompt(prompt, parts.tokenizer, options, recipe.data.style)
+            for prompt in prompts
+        ]
     completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
     rows = [
         {"prompt": prompt, "student": text}

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from .chat import render_prompt
+from .chat import render_prompt, text_ids
 from .choices import Choices, read_choices
 from .config import DataSection, SamplingConfig, TaskConfig
 from .conversations import Conversation
+from .data_config import USUAL, Style
 from .errors import DistillabError
 from .files import replace_file
 from .filters import make_filter, needs_answer
@@ -69,17 +70,24 @@ class TaskSet(ABC):
         name: 配方里的名字。
         pairs: 每个问题的两个视角。
         template_options: chat template 的选项。
+        style: 怎样渲染。
     """
 
     name: str
     pairs: list[Pair]
     template_options: Mapping[str, Any]
+    style: Style
     _prompts: dict[tuple[Any, View], list[list[int]]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     @staticmethod
-    def load(name: str, config: TaskConfig, template_options: Mapping[str, Any]) -> TaskSet:
+    def load(
+        name: str,
+        config: TaskConfig,
+        template_options: Mapping[str, Any],
+        style: Style = USUAL,
+    ) -> TaskSet:
         """读入并查对；训练之前就知道它能不能考。
 
         Raises:
@@ -104,8 +112,8 @@ class TaskSet(ABC):
             raise DistillabError(f"{where}: {error}") from error
         if match is not None and match.choice is not None:
             choices = [read_choices(_record(p), f"{where}: {p.student.where}") for p in pairs]
-            return ChoiceTask(name, pairs, template_options, choices, match.choice)
-        return ResponseTask(name, pairs, template_options, judge, config.max_new_tokens)
+            return ChoiceTask(name, pairs, template_options, style, choices, match.choice)
+        return ResponseTask(name, pairs, template_options, style, judge, config.max_new_tokens)
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, view: View) -> list[list[int]]:
         """每个问题渲染好的 prompt；同一个 tokenizer 只渲染一次。
@@ -190,6 +198,7 @@ class TaskSet(ABC):
                 conversation.prompt,
                 tokenizer,
                 template_options=conversation.template_options(self.template_options),
+                style=self.style,
             )
         except DistillabError as error:
             raise DistillabError(f"{self._where(conversation)}: {error}") from error
@@ -277,8 +286,9 @@ class ChoiceTask(TaskSet):
         if tokenizer not in self._texts:
             encoded = []
             for pair, choices in zip(self.pairs, self.choices, strict=True):
-                ids: list[list[int]] = tokenizer(choices.texts, add_special_tokens=False)[
-                    "input_ids"
+                ids = [
+                    text_ids(text, tokenizer, self.template_options, self.style)
+                    for text in choices.texts
                 ]
                 if not all(ids):
                     text = choices.texts[ids.index([])]

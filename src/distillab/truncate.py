@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .batch import Tokens
 from .chat import generation_prompt_length, render, render_prompt
+from .data_config import USUAL, Style
 from .errors import DistillabError
 from .forms import Message
 
@@ -39,6 +40,7 @@ def fit(
     *,
     template_options: Mapping[str, Any],
     loss_on: Literal["all", "last"],
+    style: Style = USUAL,
 ) -> Fitted | None:
     """渲染并截断；两个视角的 response 截得一样多。
 
@@ -52,6 +54,7 @@ def fit(
         max_seq_len: 每个视角最多的 token 数；只有 prompt 时要给 response 留出至少一个。
         template_options: 见 :func:`distillab.chat.render`。
         loss_on: 见 :func:`distillab.chat.render`。
+        style: 见 :func:`distillab.chat.render`。
 
     Returns:
         截断的结果；连一个 response token 也留不下时为 ``None``。
@@ -65,7 +68,7 @@ def fit(
     @cache
     def without(turns: int) -> list[Tokens]:
         shorter = [_without_oldest(view, turns) for view in views]
-        return [_view(view, tokenizer, template_options, loss_on) for view in shorter]
+        return [_view(view, tokenizer, template_options, loss_on, style) for view in shorter]
 
     def fits(turns: int) -> bool:
         return all(len(tokens.ids) <= limit for tokens in without(turns))
@@ -77,7 +80,9 @@ def fit(
         raise DistillabError("the chat template renders the response differently in the two views")
     if fits(turns):
         return Fitted(tuple(tokens), turns > 0, False)
-    header = generation_prompt_length(views[0], tokenizer, template_options=template_options)
+    header = generation_prompt_length(
+        views[0], tokenizer, template_options=template_options, style=style
+    )
     shortest = [header, *(len(view.prompt) for view in tokens[1:])]
     response = len(tokens[0].ids) - len(tokens[0].prompt)
     kept = min(response, limit - max(shortest))
@@ -95,11 +100,15 @@ def _view(
     tokenizer: PreTrainedTokenizerBase,
     template_options: Mapping[str, Any],
     loss_on: Literal["all", "last"],
+    style: Style,
 ) -> Tokens:
     """最后一个 response token 之后的换行没有人要预测，也没有人要读。"""
     if messages[-1]["role"] != "assistant":
-        return Tokens(render_prompt(messages, tokenizer, template_options=template_options), [])
-    tokens = render(messages, tokenizer, template_options=template_options, loss_on=loss_on)
+        ids = render_prompt(messages, tokenizer, template_options=template_options, style=style)
+        return Tokens(ids, [])
+    tokens = render(
+        messages, tokenizer, template_options=template_options, loss_on=loss_on, style=style
+    )
     return Tokens(tokens.ids[: tokens.response[-1] + 1], tokens.response)
 
 
