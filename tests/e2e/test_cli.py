@@ -174,7 +174,8 @@ def test_evaluate_measures_the_checkpoint_that_the_summary_shows(command):
 
 
 def test_exported_student_is_an_ordinary_checkpoint_with_a_card(command):
-    command("train", "recipe.yaml")
+    server = "synthesize.server={base_url: 'http://inside.example/v1', model: m}"
+    command("train", "recipe.yaml", "--set", server)
     model = AutoModelForCausalLM.from_pretrained("runs/recipe/export")
     tokenizer = AutoTokenizer.from_pretrained("runs/recipe/export")
     ids = tokenizer("the teacher", return_tensors="pt")
@@ -185,6 +186,8 @@ def test_exported_student_is_an_ordinary_checkpoint_with_a_card(command):
     summary = json.loads(Path("runs/recipe/summary.json").read_text())
     for fact in ("teacher", "text.jsonl", f"{summary['tokens']:,}", "max_steps: 12"):
         assert fact in card
+    assert "inside.example" not in card  # 自己的服务在哪里，与用这个模型的人无关
+    assert "inside.example" in Path("runs/recipe/recipe.yaml").read_text()
 
 
 def test_export_of_another_checkpoint_goes_where_it_is_told(command):
