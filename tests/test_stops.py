@@ -10,16 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.chat import render, render_prompt
-from distillab.config import LoraConfig, SamplingConfig, TaskConfig
-from distillab.convert import export_student
+from distillab.config import LoraConfig, ModelConfig, SamplingConfig, TaskConfig
+from distillab.convert import export_student, from_hf, student_from_teacher
 from distillab.generate import TextGenerator
-from distillab.language_model import PretrainedLM
+from distillab.language_model import PretrainedLM, declared_eos
 from distillab.local import LocalBackend
 from distillab.lora import add_lora
+from distillab.model import StudentModel
 from distillab.questions import Question, Task
 from distillab.stops import stop_ids
 from distillab.tasks import TaskSet, accuracy
-from distillab.tokenizer import load_tokenizer
+from distillab.tokenizer import document_separator, load_tokenizer
 
 STOPS = {
     "qwen2.5": {"<|im_end|>", "<|endoftext|>"},
@@ -128,3 +129,63 @@ def test_an_export_stops_by_itself_in_plain_transformers(name, adapters, answeri
     found = again.generate(**ids, max_new_tokens=20)  # 其余全凭目录里写的
     assert found[0, ids["input_ids"].shape[1] :].tolist() == labels
     assert again.generation_config.pad_token_id is not None
+
+
+def test_a_student_from_scratch_stops_at_the_separator_it_was_trained_on(tmp_path):
+    tokenizer = families.tokenizer_of("qwen2.5")  # eos 是 <|im_end|>，文章之间是 <|endoftext|>
+    torch.manual_seed(0)
+    student = StudentModel(
+        ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2,
+                    intermediate_size=32, vocab_size=len(tokenizer), max_seq_len=64)
+    )  # fmt: skip
+    article = tokenizer("Paris is the capital")["input_ids"]
+    ids = torch.tensor([[*article, document_separator(tokenizer)]])
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    for _ in range(60):
+        logits = student.logits(student(ids[:, :-1]))[0]
+        torch.nn.functional.cross_entropy(logits, ids[0, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    directory = export_student(student.eval(), tokenizer, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(directory).generate(ids[:, :1], max_new_tokens=30)
+    assert found.tolist() == ids.tolist()
+    assert TextGenerator(student, tokenizer).generate([article[:1]]) == [
+        tokenizer.decode(article[1:])
+    ]
+    config = json.loads((directory / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_layers_of_a_teacher_keep_its_stops(tmp_path):
+    directory = families.build("llama3", tmp_path / "teacher", tie_word_embeddings=True)
+    tokenizer = load_tokenizer(str(directory))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    expected = set(tokenizer.convert_tokens_to_ids(sorted(STOPS["llama3"])))
+    for student in (
+        student_from_teacher(PretrainedLM(model), 1), from_hf(model), from_hf(directory)
+    ):  # fmt: skip
+        assert stop_ids(tokenizer, student) == expected
+    generation = export_student(student, tokenizer, tmp_path / "out") / "generation_config.json"
+    written = json.loads(generation.read_text())
+    assert set(written["eos_token_id"]) == expected
+    assert written["eos_token_id"][0] == written["pad_token_id"] == tokenizer.eos_token_id
+
+
+def test_what_an_export_keeps_of_its_own_generation_config(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(families.build("phi3", tmp_path / "model"))
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    model.generation_config.update(top_p=0.8, pad_token_id=-1)  # transformers 不肯保存的两样
+    written = json.loads(
+        (export_student(PretrainedLM(model), tokenizer, tmp_path / "out") / "generation_config.json")
+        .read_text()
+    )  # fmt: skip
+    assert (written["top_p"], written["pad_token_id"]) == (0.8, tokenizer.pad_token_id)
+    assert model.generation_config.pad_token_id == -1
+
+
+@pytest.mark.parametrize("ids", [5, [5, 6], None])
+def test_eos_is_one_id_or_a_list_and_of_the_text_config_too(ids):
+    class Config:
+        eos_token_id = ids
+
+    assert declared_eos(Config(), object(), None) == frozenset([ids] if ids == 5 else ids or ())

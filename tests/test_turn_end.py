@@ -59,7 +59,7 @@ def runs(tokens, tokenizer):
     [
         ("role marker", ["Paris.<|user|>", "北京。\n\n再见<|user|>"]),
         ("role marker on its own line", ["Paris.\n<|user|>", "北京。\n\n再见\n<|user|>"]),
-        ("plain text", ["Paris.\n\n", "北京。\n\n再见<|endoftext|>"]),
+        ("plain text", ["Paris.", "北京。\n\n再见<|endoftext|>"]),
     ],
 )
 def test_a_turn_left_open_is_closed_by_the_next_marker_or_eos(template, expected):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batch import Batch, collate_text
 from .build import Parts
+from .chat import turn_end
 from .chat_data import ChatDataset, LengthGroupedSampler
 from .config import Recipe, TextConfig
 from .data import WikiDataset
@@ -147,11 +148,13 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     )
     for line in report.lines():
         logger.info("%s", line)
+    generator = TextGenerator(parts.student, parts.tokenizer)
+    _check_stops(train, generator, recipe.data.template_options)
     config = recipe.train
     window = config.batch_size * config.gradient_accumulation_steps * _processes()
     collate = partial(
         collate_rows,
-        pad_id=TextGenerator(parts.student, parts.tokenizer).pad_id,
+        pad_id=generator.pad_id,
         vocab_limit=parts.vocab_limit,
     )
     if _packs(recipe, parts):
@@ -168,6 +171,25 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     if recipe.responses.only_sampled and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
     return Data(train, validation, collate, sampler)
+
+
+def _check_stops(
+    train: ChatDataset, generator: TextGenerator, template_options: Mapping[str, Any]
+) -> None:
+    """学生学不学得会停下；补了模板没有写的结尾也要说一声。"""
+    turn = turn_end(generator.tokenizer, template_options)
+    if turn is not None and turn.unwritten:
+        logger.info(
+            "the chat template writes nothing after the last response: %r is trained there, "
+            "so that the student learns to stop", turn.text,
+        )  # fmt: skip
+    unstopped = train.unstopped(generator.stop_ids)
+    if unstopped > len(train) / 2:
+        logger.warning(
+            "%s of %s responses do not end with a token that stops generation: the student "
+            "cannot learn to stop; the chat template's generation blocks may leave it "
+            "out, or data.max_seq_len may cut it off", f"{unstopped:,}", f"{len(train):,}",
+        )  # fmt: skip
 
 
 def _packs(recipe: Recipe, parts: Parts) -> bool:

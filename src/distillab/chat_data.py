@@ -8,7 +8,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,12 @@ class ChatDataset(Dataset[Example]):
     def view_lengths(self) -> list[tuple[int, int]]:
         """每条 ``(学生, 教师)`` 两个视角各多长，单位 token。"""
         return [(len(views[0][0]), len(views[-1][0])) for views in self._views]
+
+    def unstopped(self, stops: Container[int]) -> int:
+        """有几条的 response 不以 ``stops`` 里的 token 结尾；只有 prompt 的不算。"""
+        return sum(
+            bool(response) and ids[response[-1]] not in stops for (ids, response), *_ in self._views
+        )
 
     @classmethod
     def build(

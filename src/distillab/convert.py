@@ -254,9 +254,7 @@ def export_student(
     with replacing_directory(target, _bytes(model)) as partial:
         if isinstance(model, PretrainedLM):
             whole = merged_copy(model) if has_lora(model) else model.model
-            with quiet_transformers():
-                whole.save_pretrained(partial)
-            _write_stops(tokenizer, model, partial)
+            _write_pretrained(whole, generation_ids(tokenizer, model), partial)
         else:
             _write_model(model, tokenizer, partial, vocab_limit)
         _write_tokenizer(tokenizer, partial)
@@ -304,16 +302,25 @@ def _write_model(
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_stops(tokenizer: Any, model: PretrainedLM, directory: Path) -> None:
-    """把停止 token 写进预训练模型自己的 generation_config，其余设置不动。"""
-    file = directory / _GENERATION
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ids = generation_ids(tokenizer, model)
+def _write_pretrained(model: Any, ids: dict[str, Any], directory: Path) -> None:
+    """照它自己的样子写出，只在 generation_config 里补上停止 token。"""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    known = {} if own is None else json.loads(own.to_json_string())
     for key in ("bos_token_id", "pad_token_id"):
         value = known.get(key)
-        if isinstance(value, int) and 0 <= value < model.vocab_size:  # 有的配置用 -1 表示没有
-            ids[key] = value
-    file.write_text(json.dumps(known | ids, indent=2) + "\n", encoding="utf-8")
+        if isinstance(value, int) and value >= 0:  # 有的配置用 -1 表示没有
+            ids = {**ids, key: value}
+    # 读进来时容忍的 generation_config（贪心却写着 temperature），transformers 保存时却报错：
+    # 训练完了不能因此没有模型，所以交给它一份干净的，再把原来的写回去。
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(directory)
+    finally:
+        model.generation_config = own
+    (directory / _GENERATION).write_text(json.dumps(known | ids, indent=2) + "\n", encoding="utf-8")
 
 
 def _splits_like_qwen2(tokenizer: Any) -> bool:

@@ -1,7 +1,7 @@
 """lm-evaluation-harness 的模型接口，由 ``LanguageModel`` 实现；导入它要有 ``lm_eval``。
 
 分词、截断与滑动窗口照 ``lm_eval.models.huggingface``，结果因而可与发表的相比；只有两处不同：词表
-末尾没有文字的填充行没有概率，生成时 ``<|endoftext|>`` 与 ``<|im_end|>`` 都表示说完了。
+末尾没有文字的填充行没有概率，生成停在 ``stops.stop_ids`` 里的任何一个，不只是 eos。
 """
 
 from __future__ import annotations
