@@ -193,7 +193,9 @@ class LoraConfig(Section):
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Names of the layers that get adapters; never the output layer."
+        "all-linear",
+        description="Names of the linear layers that get adapters; never the output layer, "
+        "nor experts fused into one tensor.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="Of the frozen base weights; auto follows train.precision."

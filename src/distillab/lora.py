@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .errors import DistillabError, nearest
-from .language_model import PretrainedLM
+from .errors import DistillabError, nearest, some
+from .language_model import PROBE_TOKENS, PretrainedLM, evaluating
+
+logger = logging.getLogger("distillab")
 
 _KEY = "student.lora.target_modules"
 
@@ -36,17 +40,35 @@ def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
         同一个 ``model``，处于 eval。
 
     Raises:
-        DistillabError: 没有安装 peft；目标不是线性层，或者是输出层。
+        DistillabError: 没有安装 peft；目标不是线性层，是输出层，或者 adapter 在那里不起作用。
     """
     peft = _peft()
-    _check_targets(model, config)
+    linear = _linear_layers(model)
+    beyond = _beyond_adapters(model, linear)
+    _check_targets(model, config, linear, beyond)
+    every = config.target_modules == "all-linear"
+    targets = sorted(linear.keys() - beyond) if every else config.target_modules
+    if every and not targets:
+        raise DistillabError(f"{_KEY}: the model has no linear layer that can be adapted")
     options = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=targets,
+        exclude_modules=sorted(beyond) or None,
     )
-    peft.inject_adapter_in_model(options, model.model)
+    # 交给 peft 的是没有 config 的外壳：看得见 model_type，它会把专家的名字换成融合的三维参数，
+    # 共享专家的线性层反而没有了 adapter；那样的 adapter 复制时无穷递归，也不能有 dropout。
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Conv1D 的权重是转置的，peft 自己会改，只是说一声
+        peft.inject_adapter_in_model(options, model)
+    del model.peft_config
+    fused = _fused_parameters(model)
+    if every and fused:
+        logger.info(
+            "student.lora: no adapters on %s: not linear layers, they stay as they are",
+            some(sorted(fused)),
+        )
     for parameter in adapter_parameters(model):
         parameter.data = parameter.data.float()  # peft 跟随基座的类型，半精度的更新会被舍掉
     model.eval()  # peft 新建的模块处于 train，其余的在 eval
@@ -136,11 +158,14 @@ def merged_copy(model: PretrainedLM) -> Any:
         )
         for parameter in model.parameters()
     }
+    for part in model.modules():  # 有的模型把上一次前向的状态留在自己身上，带着计算图，不能复制
+        for value in vars(part).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().to("cpu", copy=True)
     plain = copy.deepcopy(model.model, memo)  # 经 memo，参数不在 GPU 上复制第二份
     for name, layer in _lora_layers(plain).items():
         layer.merge()
         plain.set_submodule(name, layer.get_base_layer())
-    del plain.peft_config
     return plain.to("cpu", torch.float32).eval()
 
 
@@ -164,25 +189,85 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
 
 
-def _check_targets(model: PretrainedLM, config: LoraConfig) -> None:
+def _linear_layers(model: PretrainedLM) -> dict[str, nn.Module]:
+    """名字 → 线性层，输出层不在内；名字从 ``model`` 算起。"""
+    head = model.model.get_output_embeddings()
+    return {
+        name: part
+        for name, part in model.named_modules()
+        # 后者是 GPT-2 的
+        if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D") and part is not head
+    }
+
+
+@torch.no_grad()
+def _beyond_adapters(model: PretrainedLM, linear: dict[str, nn.Module]) -> set[str]:
+    """装了 adapter 也不起作用的层：它们的权重被直接读走，不经过那一层的 ``forward``。
+
+    Mamba 的 ``dt_proj`` 总是如此，``out_proj`` 在融合的 CUDA 内核里如此；返回的不是张量的（路由）
+    不是普通的线性层。
+    """
+    called: set[str] = set()
+    odd: set[str] = set()
+
+    def note(name: str, output: object) -> None:
+        called.add(name.rpartition(".")[2])
+        if not isinstance(output, Tensor):
+            odd.add(name)
+
+    hooks = [
+        part.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name, part in linear.items()
+    ]
+    device = model.head.weight.device
+    length = min(PROBE_TOKENS, model.max_seq_len)
+    try:
+        with evaluating(model), torch.autocast(device.type, enabled=False):
+            model(torch.arange(1, length + 1, device=device)[None] % model.vocab_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    mixers = {
+        f"{name}.out_proj" for name, part in model.named_modules()
+        if hasattr(part, "A_log") and hasattr(part, "D")
+    }  # fmt: skip
+    # 没有轮到的专家也没有算过，但同名的层里总有算过的。
+    unread = {name for name in linear if name.rpartition(".")[2] not in called}
+    return odd | unread | (mixers & linear.keys())
+
+
+def _fused_parameters(model: PretrainedLM) -> set[str]:
+    """融合成一个张量的专家的名字，如 ``experts.gate_up_proj``。"""
+    return {
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name
+    }
+
+
+def _check_targets(
+    model: PretrainedLM, config: LoraConfig, linear: dict[str, nn.Module], beyond: set[str]
+) -> None:
     """逐个核对写下的名字：peft 只要有一个对得上就不作声。"""
     if isinstance(config.target_modules, str):
-        return  # peft 的 all-linear 已排除输出层
+        return
     head = model.model.get_output_embeddings()
-    linear = {
-        f".{name}": part
-        for name, part in model.model.named_modules()
-        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"  # 后者是 GPT-2 的
-    }
+    heads = [name for name, part in model.named_modules() if part is head]
     for target in config.target_modules:
-        matches = [part for name, part in linear.items() if name.endswith(f".{target}")]
-        if not matches:
-            names = {name.rpartition(".")[2] for name, part in linear.items() if part is not head}
-            raise DistillabError(
-                f"{_KEY}: no linear layer is named '{target}', {nearest(target, names)}"
-            )
-        if any(part is head for part in matches):
+        if any(name.endswith(f".{target}") for name in heads):
             raise DistillabError(
                 f"{_KEY}: '{target}' is the output layer, which cannot be adapted: "
                 f"the loss reads its weight directly"
+            )
+        matches = {name for name in linear if name.endswith(f".{target}")}
+        if not matches:
+            names = {name.rpartition(".")[2] for name in linear}
+            raise DistillabError(
+                f"{_KEY}: no linear layer is named '{target}', {nearest(target, names)}"
+            )
+        if matches <= beyond:
+            names = {name.rpartition(".")[2] for name in linear.keys() - beyond}
+            raise DistillabError(
+                f"{_KEY}: an adapter on '{target}' has no effect, its weight is read directly: "
+                f"choose from {', '.join(sorted(names))}"
             )
