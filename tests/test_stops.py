@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillab.build import Parts, build_models
+from distillab.build_training import build_data, read_pairs
 from distillab.chat import render, render_prompt
-from distillab.config import LoraConfig, ModelConfig, SamplingConfig, TaskConfig
+from distillab.config import LoraConfig, ModelConfig, Recipe, SamplingConfig, TaskConfig
 from distillab.convert import export_student, from_hf, student_from_teacher
 from distillab.generate import TextGenerator
 from distillab.language_model import PretrainedLM, declared_eos
@@ -189,3 +191,58 @@ def test_eos_is_one_id_or_a_list_and_of_the_text_config_too(ids):
         eos_token_id = ids
 
     assert declared_eos(Config(), object(), None) == frozenset([ids] if ids == 5 else ids or ())
+
+
+def recipe(teacher, data, **student):
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2,
+             "intermediate_size": 32, "max_seq_len": 128, **student}  # fmt: skip
+    return Recipe.model_validate(
+        {"name": "x", "teacher": {"path": str(teacher)}, "student": {"config": shape}, "data": data}
+    )
+
+
+def test_a_student_from_scratch_stops_where_its_teacher_does(tmp_path):
+    teacher = families.build("llama3", tmp_path / "teacher")
+    size = json.loads((teacher / "config.json").read_text())["vocab_size"]
+    parts = build_models(
+        recipe(teacher, {"format": "text", "source": "unused.jsonl"}, vocab_size=size)
+    )
+    expected = set(parts.tokenizer.convert_tokens_to_ids(sorted(STOPS["llama3"])))
+    assert stop_ids(parts.tokenizer, parts.student) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("llama3", lambda text: text, []),
+        ("glm4", lambda text: text, ["'<|user|>' is trained there"]),
+        (  # 模板只圈出正文，结束标记不训练
+            "qwen3_next",
+            lambda text: text.replace(
+                "{{ m.content }}",
+                "{% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %}"
+                "{{ m.content if m.role != 'assistant' }}",
+            ),
+            ["4 of 4 responses do not end with a token that stops generation"],
+        ),
+    ],
+)
+def test_training_says_what_was_added_and_when_the_student_cannot_learn_to_stop(
+    name, edit, said, tmp_path, caplog
+):
+    directory = families.build(name, tmp_path / "teacher")
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.chat_template = edit(tokenizer.chat_template)
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i} + 1 = ?", "completion": str(i + 1)} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe(
+        directory, {"format": "chat", "source": str(path), "max_seq_len": 128, "packing": False}
+    )
+    student = PretrainedLM(AutoModelForCausalLM.from_pretrained(directory))
+    parts = Parts(tokenizer, None, student, len(tokenizer))
+    with caplog.at_level("INFO", "distillab"):
+        build_data(config, parts, read_pairs(config))
+    stops = [line for line in caplog.messages if "stop" in line]
+    assert len(stops) == len(said)
+    assert all(part in line for part, line in zip(said, stops, strict=True))
