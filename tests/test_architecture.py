@@ -48,6 +48,7 @@ ORDER = [
     "tokenizer",
     "local_splits",
     "articles",
+    "encoding",
     "data",
     "streams",
     "forms",

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillab.articles import read_hub, take_megabytes
+from distillab.articles import first_megabytes, read_hub, text_digest
 from distillab.data import WikiDataset, split_articles
 from distillab.errors import DistillabError
 from distillab.tokenizer import load_tokenizer
@@ -82,6 +82,12 @@ def test_no_article_is_in_both_splits(jsonl, tiny_tokenizer):
     assert not set(seen) & set(held_out)
 
 
+def split(articles: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    held_out = split_articles([text_digest(text) for text in articles], fraction, seed)
+    pairs = list(zip(articles, held_out, strict=True))
+    return [text for text, out in pairs if not out], [text for text, out in pairs if out]
+
+
 @settings(deadline=None)
 @given(
     articles=st.lists(st.text(min_size=1), min_size=2).filter(lambda a: len(set(a)) > 1),
@@ -89,16 +95,16 @@ def test_no_article_is_in_both_splits(jsonl, tiny_tokenizer):
     seed=st.integers(0, 5),
 )
 def test_every_article_is_in_exactly_one_split(articles, fraction, seed):
-    train, validation = split_articles(articles, fraction, seed)
+    train, validation = split(articles, fraction, seed)
     assert train
     assert validation
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(articles)
-    assert (train, validation) == split_articles(articles, fraction, seed)
+    assert (train, validation) == split(articles, fraction, seed)
 
 
 def test_another_seed_holds_out_other_articles():
-    assert split_articles(ARTICLES, 0.2, 0) != split_articles(ARTICLES, 0.2, 1)
+    assert split(ARTICLES, 0.2, 0) != split(ARTICLES, 0.2, 1)
 
 
 def test_the_size_cap_takes_the_first_articles(jsonl, tiny_tokenizer):
@@ -115,9 +121,7 @@ def test_reading_stops_at_the_cap():
         while True:
             yield "十个汉字" * 100
 
-    texts, size = take_megabytes(endless(), 0.01)
-    assert len(texts) == 8
-    assert size == 9600
+    assert len(list(first_megabytes(endless(), 0.01))) == 8
 
 
 def test_blank_articles_are_skipped(tmp_path, tiny_tokenizer):
@@ -214,7 +218,7 @@ def test_the_second_build_reads_no_text(jsonl, tiny_tokenizer, monkeypatch):
     def refuse(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("distillab.data.joined_ids", refuse)
+    monkeypatch.setattr("distillab.data.write_chunks", refuse)
     second, _ = WikiDataset.build(jsonl, tiny_tokenizer, max_seq_len=16)
     assert stream(first) == stream(second)
     assert first.fingerprint == second.fingerprint
@@ -262,7 +266,7 @@ def test_a_build_killed_half_way_is_started_again(tmp_path, jsonl, tiny_tokenize
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import os, sys, distillab.data as data; from distillab.tokenizer import load_tokenizer;"
-        "data.joined_ids = lambda *_: os._exit(9);"
+        "data.encoded_articles = lambda *_: os._exit(9);"
         "data.WikiDataset.build(sys.argv[1], load_tokenizer(sys.argv[2]), max_seq_len=16)"
     )
     command = [sys.executable, "-c", code, jsonl, str(tmp_path / "tokenizer")]
@@ -367,7 +371,7 @@ def test_real_articles_survive_a_real_tokenizer(wiki_json, qwen_ranks, package_c
         source, tokenizer, text_field="extract", size_mb=0.3, max_seq_len=128
     )
     articles = (a["extract"] for a in json.loads(wiki_json.read_text("utf-8")).values())
-    parts = split_articles(take_megabytes(articles, 0.3)[0], 0.1, seed=0)
+    parts = split(list(first_megabytes(articles, 0.3)), 0.1, seed=0)
     for dataset, part in zip((train, validation), parts, strict=True):
         joined = "".join(text + "<|endoftext|>" for text in part)
         # 只差最后不满一块的零头；切口可能落在一个字符的中间。

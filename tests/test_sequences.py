@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distillab.batch import Example, Tokens
+from distillab.data import WikiDataset
 from distillab.errors import DistillabError
 from distillab.sequences import Sequences, examples_of, same_text
 
@@ -80,7 +81,7 @@ def test_digest_follows_every_token_and_what_is_predicted(tiny_tokenizer):
 
 
 def test_chunks_are_taken_evenly_and_all_but_the_first_token_are_predicted():
-    chunks = [{"input_ids": torch.tensor([i, 10, 11])} for i in range(6)]
+    chunks = [WikiDataset.item(torch.tensor([i, 10, 11])) for i in range(6)]
     found = examples_of(chunks, 3)
     assert [one.student.ids[0] for one in found] == [0, 2, 4]
     assert all(one.student.response == [1, 2] for one in found)
@@ -104,7 +105,7 @@ def test_another_tokenizer_predicts_the_same_text_and_the_same_document_ends(tin
         for text in ("中国的首都", "small </s> model")
     )
     ids = [*one, end, *two]
-    chunks = [{"input_ids": torch.tensor(ids)}, {"input_ids": torch.tensor([end, *two])}]
+    chunks = [WikiDataset.item(torch.tensor(part)) for part in (ids, [end, *two])]
     data = Sequences("x", examples_of(chunks, None), tiny_tokenizer, 400)
     found = same_text(data, tiny_tokenizer, other)
     assert found.texts == data.texts

@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import distillab.streams
-from distillab.articles import ArticleStream
+from distillab.articles import ArticleStream, text_digest
 from distillab.batch import collate_text
 from distillab.data import WikiDataset
+from distillab.encoding import ArticleEncoder
 from distillab.errors import DistillabError
 from distillab.loaders import StreamLoader
-from distillab.streams import StreamState, TextStream, text_digest
+from distillab.streams import StreamState, TextStream
 from distillab.trainer_state import TrainerState
 
 ARTICLES = [f"article {n} of the teacher" + " gives soft targets" * (n % 7) for n in range(90)]
@@ -177,11 +178,11 @@ def test_a_stream_resumed_anywhere_goes_on_as_if_it_had_never_stopped(build):
 
 def test_resuming_tokenises_only_the_buffer_it_was_in(build, monkeypatch):
     seen = []
-    encode = distillab.streams.encode_articles
+    encode = ArticleEncoder.encode
     stream, _ = build()
     (*_, (_, state)) = islice(stream.items(StreamState()), 70)
     monkeypatch.setattr(
-        distillab.streams, "encode_articles", lambda t, k: (seen.extend(t), encode(t, k))[1]
+        ArticleEncoder, "encode", lambda self, t: (seen.extend(t), encode(self, t))[1]
     )
     next(stream.items(state))
     assert 0 < len(seen) < len(ARTICLES) / 2

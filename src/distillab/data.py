@@ -10,21 +10,32 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .articles import files_identity, read_files, read_hub, take_megabytes, text_files
+from .articles import (
+    SpooledTexts,
+    files_identity,
+    first_megabytes,
+    read_files,
+    read_hub,
+    text_files,
+)
 from .batch import IGNORE_INDEX
 from .cache import build_once, cache_dir
+from .encoding import ArticleEncoder, cut_chunks, encoded_articles, together
 from .errors import DistillabError
 from .sources import fetch
-from .tokenizer import document_separator, tokenizer_fingerprint, vocab_limit
+from .tokenizer import leading_ids, tokenizer_fingerprint, vocab_limit
 
 if TYPE_CHECKING:
     import datasets
@@ -36,17 +47,24 @@ logger = logging.getLogger("distillab")
 _FORMAT = 1
 
 
+_PROGRESS_FROM = 2000
+"""文章多于这么多篇时才显示进度条。"""
+
+
 @dataclass(frozen=True)
 class _SplitInfo:
     num_articles: int
     text_bytes: int
+    unlearned: list[int]
+    num_unlearned: int
 
 
 class WikiDataset(Dataset[dict[str, Tensor]]):
     """等长的 token 块，内存映射。
 
     ``dataset[i]`` 是 ``input_ids`` 与 ``labels``，都是 ``[max_seq_len]``、int64；``labels[t]`` 是
-    位置 t 要预测的 ``input_ids[t + 1]``，最后一个位置没有目标，为 -100。
+    位置 t 要预测的 ``input_ids[t + 1]``，最后一个位置没有目标，为 -100。分词器自己会加 BOS 的，
+    每块与每篇文章都以它开头，而它从不是目标。
 
     Attributes:
         max_seq_len: 每块的 token 数。
@@ -63,12 +81,15 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         num_articles: int,
         text_bytes: int,
         fingerprint: str,
+        unlearned: Sequence[int] = (),
+        num_unlearned: int = 0,
     ) -> None:
         self._chunks = chunks.with_format("numpy")
         self.max_seq_len = max_seq_len
         self.num_articles = num_articles
         self.text_bytes = text_bytes
         self.fingerprint = fingerprint
+        self._unlearned, self._num_unlearned = list(unlearned), num_unlearned
 
     @classmethod
     def build(
@@ -119,15 +140,19 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
             "validation_fraction": validation_fraction,
             "text_field": text_field,
             "seed": seed,
+            **chunk_rules(tokenizer),
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         directory = cache_dir() / "datasets" / key
         with build_once(directory) as building:
             if building is not None:
-                texts = head(articles, size_mb, source)
-                parts = split_articles(texts, validation_fraction, seed)
-                for name, part in zip(("train", "validation"), parts, strict=True):
-                    write_chunks(building / name, part, tokenizer, max_seq_len, num_proc)
+                with spooled(articles, size_mb, source, building) as texts:
+                    held_out = split_articles(texts.digests, validation_fraction, seed)
+                    for name in ("train", "validation"):
+                        chosen = [out == (name == "validation") for out in held_out]
+                        write_chunks(
+                            building / name, texts, chosen, tokenizer, max_seq_len, num_proc
+                        )
         return cls.open(directory, "train", key), cls.open(directory, "validation", key)
 
     @classmethod
@@ -147,42 +172,49 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def num_tokens(self) -> int:
-        """参与训练的目标数：每块 ``max_seq_len - 1`` 个，最后一个位置没有目标。"""
-        return len(self) * (self.max_seq_len - 1)
+        """参与训练的目标数：每块至多 ``max_seq_len - 1`` 个，BOS 不是目标。"""
+        return len(self) * (self.max_seq_len - 1) - self._num_unlearned
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.item(torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64))
+        ids = torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64)
+        return self.item(ids, self._unlearned)
 
     @staticmethod
-    def item(input_ids: Tensor) -> dict[str, Tensor]:
-        """一块 ``input_ids: [max_seq_len]``，int64，与它的 ``labels``。"""
+    def item(input_ids: Tensor, unlearned: Sequence[int] = ()) -> dict[str, Tensor]:
+        """一块 ``input_ids: [max_seq_len]``，int64，与它的 ``labels``；``unlearned`` 不是目标。"""
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels[:-1] = input_ids[1:]
+        for token in unlearned:
+            labels[labels == token] = IGNORE_INDEX
         return {"input_ids": input_ids, "labels": labels}
 
 
-def split_articles(
-    articles: list[str], validation_fraction: float, seed: int
-) -> tuple[list[str], list[str]]:
-    """以文章为单位拆成训练集与验证集，各自保持来源的顺序。
+def chunk_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """块的内容还取决于什么，写进缓存的键：每块以什么开头；没有 BOS 的仍是原来的键。"""
+    leading = leading_ids(tokenizer)
+    return {"leading": leading} if leading else {}
+
+
+def split_articles(digests: Sequence[int], validation_fraction: float, seed: int) -> list[bool]:
+    """以文章为单位拆成训练集与验证集。
 
     内容相同的文章总在同一边，否则重复的词条会让验证集泄漏。
 
     Args:
-        articles: 全部文章。
+        digests: 每篇文章的摘要，按来源的顺序。
         validation_fraction: 验证集占（不重复）文章数的比例，两边都至少一篇。
         seed: 决定哪些文章进验证集。
 
     Returns:
-        训练集与验证集的文章。
+        每篇是否在验证集里。
 
     Raises:
         DistillabError: 不重复的文章不足两篇。
     """
-    unique = list(dict.fromkeys(articles))
+    unique = array("Q", dict.fromkeys(digests))
     if len(unique) < 2:
         raise DistillabError(
             f"found {len(unique)} article; expected at least 2, one for each split"
@@ -190,21 +222,27 @@ def split_articles(
     random.Random(seed).shuffle(unique)
     count = min(max(1, round(len(unique) * validation_fraction)), len(unique) - 1)
     validation = set(unique[:count])
-    return (
-        [text for text in articles if text not in validation],
-        [text for text in articles if text in validation],
-    )
+    return [digest in validation for digest in digests]
 
 
-def head(articles: Iterator[str], size_mb: float | None, source: str) -> list[str]:
-    """最前面的 ``size_mb``；一篇也没有就报错，``source`` 写进信息。"""
-    texts, _ = take_megabytes(articles, size_mb)
-    if not texts:
-        raise DistillabError(
-            f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
-            f"article is larger"
-        )
-    return texts
+@contextmanager
+def spooled(
+    articles: Iterator[str], size_mb: float | None, source: str, directory: Path
+) -> Iterator[SpooledTexts]:
+    """最前面的 ``size_mb``，放进 ``directory`` 里的临时文件。
+
+    Raises:
+        DistillabError: 一篇也没有；``source`` 写进信息。
+    """
+    with SpooledTexts(directory) as texts:
+        for text in first_megabytes(articles, size_mb):
+            texts.add(text)
+        if not texts.sizes:
+            raise DistillabError(
+                f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
+                f"article is larger"
+            )
+        yield texts
 
 
 def check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
@@ -238,72 +276,74 @@ def _open_source(
 
 def write_chunks(
     directory: Path,
-    articles: list[str],
+    texts: SpooledTexts,
+    chosen: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
     num_proc: int | None = None,
 ) -> None:
     """把一边的文章切成块，写进 ``directory``，旁边的 ``.json`` 记着文章数与字节数。
 
+    Args:
+        directory: 不存在的目录。
+        texts: 全部文章。
+        chosen: 哪些在这一边。
+        tokenizer: 分词器。
+        max_seq_len: 每块的 token 数。
+        num_proc: 分词的进程数。
+
     Raises:
         DistillabError: 不足一块，或分词器给出的 id 越界。
     """
     import datasets
-    import numpy as np
     import pyarrow as pa
 
-    ids = joined_ids(articles, tokenizer, num_proc, f"tokenising {directory.name}")
-    count = len(ids) // max_seq_len
-    if not count:
-        raise DistillabError(
-            f"the {directory.name} split has {len(ids)} tokens, less than one chunk of max_seq_len="
-            f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
-        )
-    limit = vocab_limit(tokenizer)
-    if ids.min() < 0 or ids.max() >= limit:
-        raise DistillabError(
-            f"the tokenizer gave ids {ids.min()}..{ids.max()}; expected 0..{limit - 1}"
-        )
-    flat = pa.array(ids[: count * max_seq_len].astype(np.int32, copy=False))
+    encoder = ArticleEncoder(tokenizer)
     features = datasets.Features(
         {"input_ids": datasets.Sequence(datasets.Value("int32"), length=max_seq_len)}
     )
-    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(flat, max_seq_len)})
-    chunks = datasets.Dataset(table.cast(features.arrow_schema))
-    chunks.save_to_disk(str(directory))
-    info = _SplitInfo(len(articles), sum(len(text.encode()) for text in articles))
+    low, high, tokens, count, unlearned = 0, 0, 0, 0, 0
+    rest = np.empty(0, np.int32)
+    written = directory.with_name(f"{directory.name}.arrow")
+    with (
+        pa.OSFile(str(written), "wb") as file,
+        pa.ipc.new_stream(file, features.arrow_schema) as writer,
+    ):
+        numbers = _counted(texts.texts(chosen), sum(chosen), f"tokenising {directory.name}")
+        for pieces in together(encoded_articles(numbers, encoder, num_proc)):
+            ids = np.concatenate([rest, *pieces])
+            low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+            tokens += len(ids) - len(rest)
+            chunks, rest = cut_chunks(ids, max_seq_len, encoder.leading)
+            count += len(chunks)
+            unlearned += int(np.isin(chunks[:, 1:], encoder.unlearned).sum())
+            flat = pa.array(chunks.reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(flat, max_seq_len)
+            writer.write_table(pa.table({"input_ids": column}).cast(features.arrow_schema))
+    if not count:
+        raise DistillabError(
+            f"the {directory.name} split has {tokens} tokens, less than one chunk of max_seq_len="
+            f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
+        )
+    limit = vocab_limit(tokenizer)
+    if low < 0 or high >= limit:
+        raise DistillabError(f"the tokenizer gave ids {low}..{high}; expected 0..{limit - 1}")
+    datasets.Dataset.from_file(str(written)).save_to_disk(str(directory))
+    written.unlink()
+    size = sum(size for size, wanted in zip(texts.sizes, chosen, strict=True) if wanted)
+    info = _SplitInfo(sum(chosen), size, encoder.unlearned, unlearned)
     directory.with_name(f"{directory.name}.json").write_text(json.dumps(asdict(info)))
 
 
-def encode_articles(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """每篇的 token，之后一个分隔 token；不加别的特殊 token。"""
-    if not texts:
-        return []
-    # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    separator = document_separator(tokenizer)
-    return [[*ids, separator] for ids in encoded["input_ids"]]
+def _counted(texts: Iterator[str], count: int, name: str) -> Iterator[str]:
+    from rich.console import Console
+    from rich.progress import track
 
-
-def joined_ids(
-    articles: list[str], tokenizer: PreTrainedTokenizerBase, num_proc: int | None, desc: str
-) -> Any:
-    """所有文章的 token 首尾相接，每篇之后一个分隔 token：``[N]``，int32。"""
-    import datasets
-    import numpy as np
-
-    def tokenise(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": encode_articles(batch["text"], tokenizer)}
-
-    rows = datasets.Dataset.from_dict({"text": articles}).map(
-        tokenise,
-        batched=True,
-        remove_columns="text",
-        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
-        num_proc=num_proc,
-        desc=desc,
-        # 自己给指纹：datasets 默认要序列化整个分词器来算，十几万个 token 得花几秒。
-        new_fingerprint=desc.replace(" ", "-"),
+    yield from track(
+        texts,
+        name,
+        total=count,
+        console=Console(stderr=True),
+        transient=True,
+        disable=count < _PROGRESS_FROM,
     )
-    pieces = [piece.flatten().to_numpy() for piece in rows.data.column("input_ids").chunks]
-    return np.concatenate(pieces)

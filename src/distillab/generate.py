@@ -18,6 +18,7 @@ from .language_model import LanguageModel, evaluating
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .sampling_weights import sampling_weights
 from .stops import stop_ids
+from .tokenizer import continuation_text
 
 __all__ = ["TextGenerator", "left_pad", "padded", "until_stop"]
 
@@ -119,8 +120,12 @@ class TextGenerator:
         rows: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if stream is not None and len(rows) != 1:
             raise DistillabError(f"stream needs exactly one prompt, found {len(rows)}")
-        input_ids, attention_mask = self._encode(rows)
-        streamer = None if stream is None else _Streamer(self, stream)
+        encoded = self._encode(rows)
+        input_ids, attention_mask = left_pad(encoded, self.pad_id, self.model.head.weight.device)
+        before = [
+            row if isinstance(rows[i], str) else [] for i, row in enumerate(encoded)
+        ]  # 对话的回答自成一段，不接着 prompt 读
+        streamer = None if stream is None else _Streamer(self, stream, before[0])
         new_ids = self.generate_ids(
             input_ids,
             attention_mask,
@@ -134,14 +139,14 @@ class TextGenerator:
         )
         if streamer is not None:
             streamer.finish()
-        return [self.decode(row) for row in new_ids.tolist()]
+        return [self.decode(row, own) for row, own in zip(new_ids.tolist(), before, strict=True)]
 
-    def decode(self, ids: list[int]) -> str:
-        """``generate_ids`` 的一行 → 文字，不含停止 token 与其后的填充。"""
+    def decode(self, ids: list[int], before: Sequence[int] = ()) -> str:
+        """``generate_ids`` 的一行 → 接在 ``before`` 之后的文字，不含停止 token 与其后的填充。"""
         ids = until_stop(ids, self.stop_ids)
         if ids[-1] in self.stop_ids:  # 未必是特殊 token，不能靠解码时跳过
             ids = ids[:-1]
-        return self._decode(ids)
+        return continuation_text(self.tokenizer, before, ids)
 
     @torch.no_grad()
     def generate_ids(
@@ -270,7 +275,7 @@ class TextGenerator:
             longest = max(longest, part.shape[1])
         return new_ids[:, :longest]
 
-    def _encode(self, prompts: Sequence[str | list[int]]) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         if not prompts:
             raise DistillabError("prompts is empty, expected at least one prompt")
         rows: list[list[int]] = []
@@ -284,20 +289,16 @@ class TextGenerator:
                     )
                 ids = [self._start_id]
             rows.append(ids)
-        return left_pad(rows, self.pad_id, self.model.head.weight.device)
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return rows
 
 
 class _Streamer:
     """把逐个到来的 token 变成不断字的文本片段。"""
 
-    def __init__(self, generator: TextGenerator, emit: Callable[[str], object]) -> None:
-        self._generator, self._emit = generator, emit
+    def __init__(
+        self, generator: TextGenerator, emit: Callable[[str], object], before: list[int]
+    ) -> None:
+        self._generator, self._emit, self._before = generator, emit, before
         self._ids: list[int] = []
         self._emitted = ""
 
@@ -306,13 +307,16 @@ class _Streamer:
             return
         self._ids.append(token)
         # 每次从头解码：有的 tokenizer 会去掉片段开头的空格，分段解码再拼接并不等于整体。
-        text = self._generator._decode(self._ids)
+        text = self._text()
         # 一个汉字的几个字节可能分在几个 token 里，没凑齐时解码成 U+FFFD，先扣住不发。
         if not text.endswith("\ufffd"):
             self._send(text)
 
     def finish(self) -> None:
-        self._send(self._generator._decode(self._ids))
+        self._send(self._text())
+
+    def _text(self) -> str:
+        return continuation_text(self._generator.tokenizer, self._before, self._ids)
 
     def _send(self, text: str) -> None:
         piece = text[len(self._emitted) :]

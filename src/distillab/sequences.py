@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .batch import Batch, Example, Tokens, collate_examples
+from .batch import IGNORE_INDEX, Batch, Example, Tokens, collate_examples
+from .encoding import ArticleEncoder
 from .errors import DistillabError
 from .loaders import evenly
-from .tokenizer import document_separator
+from .tokenizer import continuation_text, document_separator
 from .tokenizer import vocab_limit as number_of_ids
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Sequences:
         self.tokens = np.array([len(part) for part in labels])
         self.labels = np.array(list(itertools.chain(*labels)))
         self.positions = np.concatenate([np.arange(1, count + 1) for count in self.tokens])
-        self.texts = [_text(tokenizer, part) for part in labels]
+        self.texts = [_text(tokenizer, example.student) for example in self.examples]
         self.bytes = np.array([len(text.encode("utf-8", "replace")) for text in self.texts])
         self.sha256 = _digest(self.examples)
         self.privileged = any(example.teacher is not example.student for example in self.examples)
@@ -90,7 +91,7 @@ class Sequences:
 
 
 def examples_of(dataset: Dataset[Any], limit: int | None) -> list[Example]:
-    """数据集里均匀的至多 ``limit`` 条；文本块除第一个 token 外都要预测。"""
+    """数据集里均匀的至多 ``limit`` 条；文本块预测它的各个目标。"""
     items = (dataset[i] for i in evenly(len(dataset), limit))  # type: ignore[arg-type]
     return [item if isinstance(item, Example) else _chunk(item) for item in items]
 
@@ -108,35 +109,47 @@ def same_text(
     Returns:
         同样的若干条，次序也相同。
     """
+    ours, theirs = ArticleEncoder(tokenizer), ArticleEncoder(other)
     examples = []
     for example in data.examples:
         tokens = example.student
-        context = _translated(tokens.ids[: tokens.response[0]], tokenizer, other)
+        before, rest = tokens.ids[: tokens.response[0]], tokens.ids[tokens.response[0] :]
+        context = theirs.leading + _translated([], before, ours, theirs, ends=False)
         context = context or [document_separator(other)]
-        whole = context + _translated(tokens.labels, tokenizer, other)
-        view = Tokens(whole, list(range(len(context), len(whole))))
+        whole = context + _translated(before, rest, ours, theirs)
+        learned = range(len(context), len(whole))
+        view = Tokens(whole, [i for i in learned if whole[i] not in theirs.unlearned])
         examples.append(Example(view, view))
     return Sequences(data.name, examples, other, number_of_ids(other))
 
 
 def _translated(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+    before: list[int],
+    ids: list[int],
+    ours: ArticleEncoder,
+    theirs: ArticleEncoder,
+    ends: bool = True,
 ) -> list[int]:
-    """文字一段段重新分词；特殊 token（文章之间的分隔）换成对方的分隔。"""
-    special = set(tokenizer.all_special_ids)
+    """``before`` 之后的文字一段段重新分词；文章之间的分隔换成对方的，连同对方的 BOS。"""
+    special = set(ours.tokenizer.all_special_ids)
     found: list[int] = []
     for is_special, part in itertools.groupby(ids, lambda token: token in special):
-        if is_special:
-            found += [document_separator(other) for _ in part]
-        else:
-            text = _text(tokenizer, list(part))
-            found += other(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        tokens = list(part)
+        if not is_special:
+            text = continuation_text(ours.tokenizer, before, tokens)
+            found += theirs.plain([text])[0]
+        elif ends:
+            found += [
+                id for token in tokens if token not in ours.unlearned for id in theirs.between
+            ]
+        before = [*before, *tokens]
     return found
 
 
 def _chunk(item: dict[str, Any]) -> Example:
     ids: list[int] = item["input_ids"].tolist()
-    view = Tokens(ids, list(range(1, len(ids))))
+    learned = (item["labels"] != IGNORE_INDEX).nonzero()[:, 0] + 1
+    view = Tokens(ids, learned.tolist())
     return Example(view, view)
 
 
@@ -152,9 +165,9 @@ def _within(example: Example, vocab_limit: int) -> Example:
     )
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
+    first = tokens.response[0]
+    return continuation_text(tokenizer, tokens.ids[:first], tokens.labels)
 
 
 def _digest(examples: Sequence[Example]) -> str:

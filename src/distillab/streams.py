@@ -7,21 +7,30 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .articles import ArticleStream
+from .articles import ArticleStream, text_digest
 from .cache import build_once, cache_dir
-from .data import WikiDataset, check_arguments, encode_articles, head, split_articles, write_chunks
+from .data import (
+    WikiDataset,
+    check_arguments,
+    chunk_rules,
+    split_articles,
+    spooled,
+    write_chunks,
+)
+from .encoding import ArticleEncoder, cut_chunks
 from .errors import DistillabError
 from .tokenizer import tokenizer_fingerprint
 
@@ -33,6 +42,9 @@ HEAD_MB = 50.0
 
 ARTICLES_TOGETHER = 256
 """一次最多分词的文章数。"""
+
+BYTES_TOGETHER = 2**24
+"""一次最多分词的正文，字节；文章再长，内存也够。"""
 
 _FORMAT = 1
 
@@ -84,10 +96,11 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         shuffle_buffer: int = 10_000,
         size_mb: float | None = None,
         seed: int = 0,
-        held_out: frozenset[str] = frozenset(),
+        held_out: frozenset[int] = frozenset(),
         fingerprint: str | None = None,
     ) -> None:
         self.articles, self.tokenizer, self.held_out = articles, tokenizer, held_out
+        self.encoder = ArticleEncoder(tokenizer)
         self.max_seq_len, self.shuffle_buffer, self.seed = max_seq_len, shuffle_buffer, seed
         self.limit = None if size_mb is None else size_mb * 1e6
         self.fingerprint = fingerprint
@@ -142,16 +155,19 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             "validation_fraction": validation_fraction,
             "text_field": text_field,
             "seed": seed,
+            **chunk_rules(tokenizer),
         }
         key = _digest([articles.local_identity, settings])
         directory = cache_dir() / "datasets" / f"stream-{key}"
         held_out_file = directory / "held-out.json"
         with build_once(directory) as building:
             if building is not None:
-                texts = head(iter(articles), head_mb, source)
-                _, held_out = split_articles(texts, validation_fraction, seed)
-                write_chunks(building / "validation", held_out, tokenizer, max_seq_len)
-                digests = sorted({text_digest(text) for text in held_out})
+                with spooled(iter(articles), head_mb, source, building) as texts:
+                    chosen = split_articles(texts.digests, validation_fraction, seed)
+                    write_chunks(building / "validation", texts, chosen, tokenizer, max_seq_len)
+                    digests = sorted(
+                        {f"{d:016x}" for d in itertools.compress(texts.digests, chosen)}
+                    )
                 (building / held_out_file.name).write_text(json.dumps(digests))
         validation = WikiDataset.open(directory, "validation", key)
         stream = cls(
@@ -161,7 +177,7 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             shuffle_buffer=shuffle_buffer,
             size_mb=size_mb,
             seed=seed,
-            held_out=frozenset(json.loads(held_out_file.read_text())),
+            held_out=frozenset(int(d, 16) for d in json.loads(held_out_file.read_text())),
             fingerprint=f"{_digest([articles.identity, settings, shuffle_buffer, size_mb])}-stream",
         )
         return stream, validation
@@ -195,7 +211,8 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             if self.shuffle_buffer > 1:
                 random.Random(f"{self.seed}/{start.epoch}/{start.buffer}").shuffle(order)
             for used in range(start.used, len(chunks)):
-                yield WikiDataset.item(chunks[order[used]].long()), replace(start, used=used + 1)
+                item = WikiDataset.item(chunks[order[used]].long(), self.encoder.unlearned)
+                yield item, replace(start, used=used + 1)
             if after.epoch > start.epoch:
                 rows, after = self.articles.resume(None), StreamState(epoch=after.epoch)
             start = after
@@ -205,34 +222,36 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         ids, text_bytes, ended = array("i", state.carry), state.text_bytes, False
         while not ended and (lacking := self.shuffle_buffer - len(ids) // self.max_seq_len) > 0:
             count = min(ARTICLES_TOGETHER, lacking)  # 一篇通常不止一块，多读的就少
-            texts = list(islice(rows, count))
-            ended = len(texts) < count
-            kept = []
-            for text in texts:
-                size = len(text.encode())
-                if self.limit is not None and text_bytes + size > self.limit:
+            kept: list[str] = []
+            size = 0
+            for _ in range(count):
+                text = next(rows, None)
+                if text is None:
                     ended = True
                     break
-                text_bytes += size
+                text_bytes += (length := len(text.encode()))
+                if self.limit is not None and text_bytes > self.limit:
+                    text_bytes -= length
+                    ended = True
+                    break
                 if text_digest(text) not in self.held_out:
                     kept.append(text)
-            for piece in encode_articles(kept, self.tokenizer):
-                ids.extend(piece)
-        whole = len(ids) // self.max_seq_len * self.max_seq_len
+                    size += length
+                if size > BYTES_TOGETHER:
+                    break
+            for piece in self.encoder.encode(kept):
+                ids.frombytes(piece.tobytes())
+        chunks, rest = cut_chunks(
+            np.frombuffer(ids, np.int32), self.max_seq_len, self.encoder.leading
+        )
         after = StreamState(
             epoch=state.epoch + ended,
             buffer=state.buffer + 1,
             source=self.articles.state_dict(),
             text_bytes=text_bytes,
-            carry=ids[whole:].tolist(),
+            carry=rest.tolist(),
         )
-        chunks = torch.tensor(ids[:whole], dtype=torch.int32)
-        return chunks.view(-1, self.max_seq_len), after
-
-
-def text_digest(text: str) -> str:
-    """一篇文章的摘要，16 位十六进制。"""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return torch.from_numpy(chunks.copy()), after
 
 
 def _digest(content: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,66 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     vocab = tokenizer.get_vocab()
     return int(vocab.get(_END_OF_TEXT, tokenizer.eos_token_id))
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """分词器自己加在每段文字之前的 token，通常是一个 BOS；问它做什么，不看它的哪个设置。
+
+    Args:
+        tokenizer: 任意分词器。
+
+    Returns:
+        这些 id；不加的（Qwen、SmolLM2）为空。
+    """
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    size = len(bare)
+    at = next((i for i in range(len(whole)) if whole[i : i + size] == bare), 0)
+    return whole[:at]
+
+
+def leading_count(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """一段渲染好的对话以几个 BOS 一类的 token 开头。
+
+    Args:
+        ids: 整段对话的 token。
+        tokenizer: 它的分词器。
+
+    Returns:
+        分词器自己会加的那些；模板写下的 BOS 也算，但每轮都写的（SmolLM2 的 ``<|im_start|>``）不是。
+    """
+    leading = leading_ids(tokenizer)
+    if leading and list(ids[: len(leading)]) == leading:
+        return len(leading)
+    bos = tokenizer.bos_token_id
+    return int(bos is not None and ids[0] == bos and list(ids).count(bos) == 1)
+
+
+def continuation_text(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]
+) -> str:
+    """接在 ``before`` 之后的 token 是什么文字。
+
+    SentencePiece 一类的分词器解码时去掉开头的一个空格；续写的开头不是开头，那个空格要还回来。
+
+    Args:
+        tokenizer: 任意分词器。
+        before: 前文；只看最后几个。
+        ids: 续写。
+
+    Returns:
+        不含特殊 token。
+    """
+
+    def text(part: Sequence[int]) -> str:
+        found: str = tokenizer.decode(
+            list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return found
+
+    alone, before = text(ids), before[-8:]
+    spaced = text(before) + f" {alone}"
+    return f" {alone}" if len(before) and text([*before, *ids]) == spaced else alone
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

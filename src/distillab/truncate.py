@@ -13,6 +13,7 @@ from .chat import generation_prompt_length, render, render_prompt
 from .data_config import USUAL, Style
 from .errors import DistillabError
 from .forms import Message
+from .tokenizer import leading_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +45,9 @@ def fit(
 ) -> Fitted | None:
     """渲染并截断；两个视角的 response 截得一样多。
 
-    先整轮去掉最早的对话（system 与最后一个问题总留着），再去掉学生 prompt 的开头，只留 generation
-    prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，截掉经验的教师
-    不再值得学，宁可少学一截 response。
+    先整轮去掉最早的对话（system 与最后一个问题总留着），再去掉学生 prompt 的开头（BOS 除外），只留
+    generation prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，
+    截掉经验的教师不再值得学，宁可少学一截 response。
 
     Args:
         views: 学生的各轮，以及（不同时）教师的各轮；不以 assistant 结尾时只有 prompt。
@@ -83,12 +84,13 @@ def fit(
     header = generation_prompt_length(
         views[0], tokenizer, template_options=template_options, style=style
     )
-    shortest = [header, *(len(view.prompt) for view in tokens[1:])]
+    start = [leading_count(view.ids, tokenizer) for view in tokens]
+    shortest = [start[0] + header, *(len(view.prompt) for view in tokens[1:])]
     response = len(tokens[0].ids) - len(tokens[0].prompt)
     kept = min(response, limit - max(shortest))
     if kept < int(has_response):
         return None
-    cut = [_cut(view, kept, limit) for view in tokens]
+    cut = [_cut(view, kept, limit, own) for view, own in zip(tokens, start, strict=True)]
     common = min(len(view.response) for view in cut)
     cut = [Tokens(view.ids, view.response[len(view.response) - common :]) for view in cut]
     prompt_cut = turns > 0 or len(tokens[0].prompt) + kept > limit
@@ -124,8 +126,14 @@ def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
     return [*messages[: starts[0]], *messages[starts[turns] :]]
 
 
-def _cut(tokens: Tokens, kept: int, limit: int) -> Tokens:
+def _cut(tokens: Tokens, kept: int, limit: int, leading: int) -> Tokens:
+    """去掉开头的，但留下最前面的 ``leading`` 个：没有 BOS 的上文，模型没有见过。"""
     end = len(tokens.prompt) + kept
     start = max(0, end - limit)
-    response = [position - start for position in tokens.response if start < position < end]
-    return Tokens(tokens.ids[start:end], response)
+    if start == 0:
+        leading = 0
+    start += leading
+    response = [
+        position - start + leading for position in tokens.response if start < position < end
+    ]
+    return Tokens(tokens.ids[:leading] + tokens.ids[start:end], response)
