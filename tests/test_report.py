@@ -111,7 +111,10 @@ def test_a_damaged_file_is_named_in_one_line(ce):
 
 def test_numbers_that_are_not_finite_never_reach_the_page(ce):
     text = (ce / "metrics.jsonl").read_text().replace("900.0", "Infinity")
-    (ce / "metrics.jsonl").write_text(text + '{"kind": "train", "step": 101, "loss": NaN}\n')
+    (ce / "metrics.jsonl").write_text(
+        text + '{"kind": "train", "step": 101, "tokens": 9, "loss": NaN, "divergence": null, '
+        '"cross_entropy": NaN}\n'
+    )
     assert read_run(ce).train[-1]["loss"] is None
     html = page([read_run(ce)])
     assert "NaN" not in html.split('id="library"')[0]

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .errors import DistillabError
 from .files import append, open_to_append, replace_file
 from .parsing import parse_json
-from .run_file_shapes import METRICS_ROW, check
+from .run_file_shapes import METRICS_ROW, NUMBER, TEXT, Shape, check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,6 +23,15 @@ logger = logging.getLogger("distillab")
 
 Mark = tuple[int, str]
 """文件到某一行为止的大小与 sha256。"""
+
+
+_NEEDED: dict[str, Shape] = {
+    "train": {"tokens!": NUMBER},
+    "loss": {"tokens!": NUMBER, "divergence?": NUMBER, "cross_entropy?": NUMBER},
+    "validation": {"tokens!": NUMBER, "perplexity?": NUMBER},
+    "reference": {"model!": TEXT, "perplexity?": NUMBER},
+}
+"""各种行少不了的键；跳过的一步没有损失。"""
 
 
 class MetricsLog:
@@ -129,11 +138,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = parse_json(line, "metrics")
         check(row, METRICS_ROW, "metrics")
+        check(row, _NEEDED.get("loss" if "loss" in row else row["kind"], {}), "metrics")
     except DistillabError:
         return None
-    needed = {"validation": {"perplexity"}, "reference": {"perplexity", "model"}}
-    sound = type(row["step"]) is int and row.keys() >= needed.get(row["kind"], set())
-    return row if sound else None
+    return row if type(row["step"]) is int else None
 
 
 def _not_finite(value: Any) -> bool:

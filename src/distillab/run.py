@@ -193,7 +193,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
             sweep(filter(idle, leftovers(target.parent, target.name)))
         parts = build_models(recipe)
         state = load_student(parts.student, path)
-        rows = read_metrics(run.metrics_file)
+        rows = [row for row in read_metrics(run.metrics_file) if _has_metrics(row)]
         metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}
         for row in rows:
             if row["kind"] == "validation" and row["step"] == state.current_step:
@@ -225,7 +225,7 @@ def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> lis
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
     """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
     rows = [row for row in read_metrics(run.metrics_file) if row["kind"] == "reference"]
-    known = {row["model"]: _metrics(row) for row in rows}
+    known = {row["model"]: _metrics(row) for row in rows if _has_metrics(row)}
     if known.keys() >= {"student_before"} | ({"teacher"} if trainer.teacher is not None else set()):
         return known
     logger.info("evaluating before training")
@@ -264,7 +264,7 @@ def _load_best(run: RunDirectory, trainer: DistillationTrainer) -> tuple[int, Me
         save_best(accelerator, trainer.module, path.parent, state, trainer.config)
         step = state.current_step
     for row in read_metrics(run.metrics_file):
-        if row["kind"] == "validation" and row["step"] == step:
+        if (row["kind"], row["step"]) == ("validation", step) and _has_metrics(row):
             return step, _metrics(row)
     return step, trainer.evaluate()[0]
 
@@ -324,6 +324,10 @@ def _export(
     )
     export_student(parts.student, parts.tokenizer, target, vocab_limit=parts.vocab_limit, card=card)
     logger.info("exported to %s", target)
+
+
+def _has_metrics(row: dict[str, Any]) -> bool:
+    return row.keys() >= Metrics.__annotations__.keys()
 
 
 def _metrics(row: dict[str, Any]) -> Metrics:

@@ -141,6 +141,8 @@ def test_figures_lost_from_the_metrics_are_measured_again(recipe, caplog):
         b"".join(lines[1:]),
         b"".join([lines[0][:20] + b"\n", *lines[1:]]),
         b"".join(lines[:-1]),
+        b"".join(lines).replace(b"tokens", b"tokuns").replace(b"cross_", b"crozs_"),
+        b"".join(lines).replace(b"top1_", b"top2_"),
         b"".join([*lines[:3], b"\xff\xfe\n", b"[3]\n", b'{"kind": "train"}\n', *lines[3:]]),
         b"",
     ):
