@@ -47,6 +47,8 @@ ORDER = [
     "qwen_ranks",
     "tokenizer",
     "local_splits",
+    "bad_rows",
+    "spool",
     "articles",
     "encoding",
     "data",

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillab.articles import first_megabytes, read_hub, text_digest
+from distillab.articles import read_hub
 from distillab.data import WikiDataset, split_articles
 from distillab.errors import DistillabError
+from distillab.spool import first_megabytes, text_digest
 from distillab.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_cache")

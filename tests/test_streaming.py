@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import distillab.streams
-from distillab.articles import ArticleStream, text_digest
+from distillab.articles import ArticleStream
 from distillab.batch import collate_text
 from distillab.data import WikiDataset
 from distillab.encoding import ArticleEncoder
 from distillab.errors import DistillabError
 from distillab.loaders import StreamLoader
+from distillab.spool import text_digest
 from distillab.streams import StreamState, TextStream
 from distillab.trainer_state import TrainerState
 
@@ -272,3 +273,33 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(build, corpus, tm
     assert len({s.fingerprint for s in (stream, *others)}) == 4
     moved = Path(corpus).rename(tmp_path / "moved")
     assert build(str(moved))[0].fingerprint == stream.fingerprint
+
+
+def test_bad_rows_are_skipped_named_and_counted_and_a_resume_is_bit_equal(
+    build, tmp_path, tiny_tokenizer, caplog
+):
+    lines = [json.dumps({"text": text}).encode() for text in ARTICLES]
+    bad = [b"null", b'{"text": 7}', b'{"other": 1}', b'{"text": ', b'{"text": "\xff"}']
+    for number, line in enumerate(bad):
+        lines.insert(17 * number, line)
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    stream, _ = build(str(tmp_path / "bad.jsonl"))
+    write(tmp_path / "good.jsonl", ARTICLES)
+    plain, _ = build(str(tmp_path / "good.jsonl"))
+    assert epoch(stream) == epoch(plain)
+    assert all(f"bad.jsonl:{17 * n + 1}" in caplog.text for n in range(5))
+    assert f"5 of {len(lines)} rows skipped" in caplog.text
+    train, _ = WikiDataset.build(str(tmp_path / "bad.jsonl"), tiny_tokenizer, max_seq_len=LENGTH)
+    assert sorted(mapped(train)) == sorted(epoch(plain))
+    whole = list(islice(stream.items(StreamState()), 120))
+    for cut in (0, 30, 60, 90):
+        saved = StreamState(**json.loads(json.dumps(whole[cut][1].__dict__)))
+        again = islice(build(str(tmp_path / "bad.jsonl"))[0].items(saved), 5)
+        assert [(ids(i), s) for i, s in again] == [(ids(i), s) for i, s in whole[cut + 1 : cut + 6]]
+
+
+def test_a_source_of_mostly_bad_rows_is_refused_in_one_line(build, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n' * 50)
+    with pytest.raises(DistillabError, match=r"has no field 'text'.*; 10 of 10 rows") as info:
+        build(str(tmp_path / "other.jsonl"))
+    assert "\n" not in str(info.value)

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
-import os
-import tempfile
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bad_rows import BadRows
 from .cache import file_sha256
 from .errors import DistillabError, foreign, nearest
 from .local_splits import split_files
@@ -86,15 +83,31 @@ def read_files(files: list[Path], text_field: str) -> Iterator[str]:
         text_field: 每条记录里放正文的字段。
 
     Yields:
-        正文，原样；空白的文章跳过。
+        正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
 
     Raises:
-        DistillabError: 文件为空、读不懂、没有这个字段，或正文不是字符串。
+        DistillabError: 文件为空、读不懂，或多半的行没有这个字段、不是文字。
     """
-    for where, record in read_records(files, text_field):
-        text = _text_of(record, text_field, where)
-        if text.strip():
+    bad = BadRows(str(files[0] if len(files) == 1 else files[0].parent))
+    for text in _texts(_records(files, text_field), text_field):
+        if isinstance(text, DistillabError):
+            bad.skip(text)
+        else:
+            bad.good += 1
             yield text
+    bad.finish()
+
+
+def _texts(records: Iterator[tuple[str, Any]], text_field: str) -> Iterator[str | DistillabError]:
+    """正文；读不出的行是它的错误。空白的跳过。"""
+    for where, record in records:
+        try:
+            text = _text_of(record, text_field, where)
+        except DistillabError as error:
+            yield error
+        else:
+            if text.strip():
+                yield text
 
 
 def read_records(files: list[Path], column: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -110,6 +123,14 @@ def read_records(files: list[Path], column: str | None = None) -> Iterator[tuple
     Raises:
         DistillabError: 文件为空，或读不懂。
     """
+    for where, record in _records(files, column):
+        if isinstance(record, DistillabError):
+            raise record
+        yield where, record
+
+
+def _records(files: list[Path], column: str | None) -> Iterator[tuple[str, Any]]:
+    """同 ``read_records``；读不懂的行是它的错误。"""
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
     for file in files:
         if not file.stat().st_size:
@@ -132,10 +153,14 @@ def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iter
     Raises:
         DistillabError: hub 连不上、没有这个数据集，或没有这一列。
     """
-    for where, record in hub_records(name, subset, split):
-        text = _text_of(record, text_field, where)
-        if text.strip():
+    bad = BadRows(name)
+    for text in _texts(hub_records(name, subset, split), text_field):
+        if isinstance(text, DistillabError):
+            bad.skip(text)
+        else:
+            bad.good += 1
             yield text
+    bad.finish()
 
 
 def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -210,7 +235,9 @@ class ArticleStream:
         files = text_files(path, subset, split)
         rows = datasets.IterableDataset.from_generator(
             _file_rows,
-            features=datasets.Features({"text": datasets.Value("string")}),
+            features=datasets.Features(
+                {"text": datasets.Value("string"), "error": datasets.Value("string")}
+            ),
             gen_kwargs={"files": [str(file) for file in files], "text_field": text_field},
         )
         sizes = [file.stat() for file in files]
@@ -228,92 +255,48 @@ class ArticleStream:
         """从 ``state_dict()`` 记下的地方接着读；``None`` 为从头。
 
         Yields:
-            正文，原样；空白的文章跳过。
+            正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
 
         Raises:
-            DistillabError: 读不了，或没有这个字段。
+            DistillabError: 读不了，或多半的行没有这个字段、不是文字。
         """
-        self.rows.load_state_dict(state)
+        place = dict(state or {})
+        self._bad = bad = BadRows(self.name, *place.pop(_COUNTS, ()))
+        self.rows.load_state_dict(place or None)
         with one_line_errors("data", self.name):
-            for row in self.rows:
-                text = _text_of(row, self.text_field, self.name)
-                if text.strip():
+            records = ((f"{self.name}: row {n}", _record(row)) for n, row in enumerate(self.rows))
+            for text in _texts(records, self.text_field):
+                if isinstance(text, DistillabError):
+                    bad.skip(text)
+                else:
+                    bad.good += 1
                     yield text
+            bad.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """最近一次 ``resume`` 读到了哪里，能存成 JSON。"""
-        state: dict[str, Any] = self.rows.state_dict()
-        return state
+        counts = [self._bad.good, self._bad.bad]
+        return {**self.rows.state_dict(), _COUNTS: counts}
 
 
-def _file_rows(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
-    for text in read_files([Path(file) for file in files], text_field):
-        yield {"text": text}
+_COUNTS = "rows_good_and_bad"
 
 
-def first_megabytes(articles: Iterator[str], size_mb: float | None) -> Iterator[str]:
-    """最前面的若干篇，直到再加一篇就超过上限。
-
-    Args:
-        articles: 按来源顺序的正文。
-        size_mb: 上限，10^6 字节 UTF-8；``None`` 不限。
-
-    Yields:
-        取到的文章。
-    """
-    limit = None if size_mb is None else size_mb * 1e6
-    total = 0
-    for text in articles:
-        total += len(text.encode())
-        if limit is not None and total > limit:
-            return
-        yield text
+def _record(row: dict[str, Any]) -> Any:
+    error = row.pop("error", None) if set(row) == {"text", "error"} else None
+    return row if error is None else DistillabError(error)
 
 
-def text_digest(text: str) -> int:
-    """一篇文章的摘要，64 位。"""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-class SpooledTexts:
-    """读出的文章放在一个没有名字的文件里：来源只读一遍，内存里只留每篇的摘要与长度。
-
-    Args:
-        directory: 放在哪里；进程结束，文件就没有了。
-
-    Attributes:
-        digests: 每篇的摘要。
-        sizes: 每篇的 UTF-8 字节数。
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # 与它一起关掉
-        self.digests, self.sizes = array("Q"), array("Q")
-
-    def add(self, text: str) -> None:
-        """放进一篇。"""
-        content = text.encode()
-        self._file.write(content)
-        self.digests.append(text_digest(text))
-        self.sizes.append(len(content))
-
-    def texts(self, chosen: Sequence[bool]) -> Iterator[str]:
-        """依次给出选中的各篇。"""
-        self._file.seek(0)
-        for size, wanted in zip(self.sizes, chosen, strict=True):
-            if wanted:
-                yield self._file.read(size).decode()
-            else:
-                self._file.seek(size, os.SEEK_CUR)
-
-    def __enter__(self) -> SpooledTexts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def _file_rows(files: list[str], text_field: str) -> Iterator[dict[str, str | None]]:
+    """读不出的行也给出来：流记得住读到第几行。"""
+    for text in _texts(_records([Path(file) for file in files], text_field), text_field):
+        bad = isinstance(text, DistillabError)
+        yield {"text": None, "error": str(text)} if bad else {"text": str(text), "error": None}
 
 
 def _text_of(record: Any, text_field: str, where: str) -> str:
+    if isinstance(record, DistillabError):
+        raise record
     if isinstance(record, dict):
         if text_field not in record:
             fields = [str(name) for name in record]
@@ -334,9 +317,16 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
 
 
 def _jsonl(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(_lines(file, "surrogateescape"), start=1):
+        where = f"{file}:{number}"
         if line.strip():
-            yield f"{file}:{number}", parse_json(line.strip(), f"{file}:{number}")
+            try:
+                line.encode()
+                yield where, parse_json(line.strip(), where)
+            except UnicodeEncodeError:
+                yield where, DistillabError(f"{where} is not UTF-8 text; convert it first")
+            except DistillabError as error:
+                yield where, error
 
 
 def _json(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
@@ -376,10 +366,10 @@ def _parquet(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
             yield f"{file}: row {number}", row
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, errors: str = "strict") -> Iterator[str]:
     try:
         # utf-8-sig：Windows 上存的文件常以 BOM 开头，它不是正文。
-        with file.open(encoding="utf-8-sig") as lines:
+        with file.open(encoding="utf-8-sig", errors=errors) as lines:
             yield from lines
     except UnicodeDecodeError as error:
         raise DistillabError(

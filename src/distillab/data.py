@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .articles import (
-    SpooledTexts,
     files_identity,
-    first_megabytes,
     read_files,
     read_hub,
     text_files,
@@ -35,6 +33,7 @@ from .cache import build_once, cache_dir
 from .encoding import ArticleEncoder, cut_chunks, encoded_articles, together
 from .errors import DistillabError
 from .sources import fetch
+from .spool import SpooledTexts, first_megabytes
 from .tokenizer import leading_ids, tokenizer_fingerprint, vocab_limit
 
 if TYPE_CHECKING:

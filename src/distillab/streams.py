@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .articles import ArticleStream, text_digest
+from .articles import ArticleStream
 from .cache import build_once, cache_dir
 from .data import (
     WikiDataset,
@@ -32,6 +32,7 @@ from .data import (
 )
 from .encoding import ArticleEncoder, cut_chunks
 from .errors import DistillabError
+from .spool import text_digest
 from .tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
