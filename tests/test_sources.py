@@ -149,6 +149,15 @@ def test_a_pinned_sha256_is_checked_now_and_later(wheel, empty_cache):
         fetch(NAME, sha256=wrong)
 
 
+def test_cached_files_are_checked_on_every_use(copied, caplog):
+    path = fetch(NAME, sha256=file_sha256(copied))
+    path.write_text("hellp")
+    assert fetch(NAME, sha256=file_sha256(copied)).read_text() == "hello"
+    assert (
+        "tiny-parts-1.0: damaged cache, building it again: tiny_parts/data/words.txt" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("sha256", ["abc", "z" * 64, ""])
 def test_a_malformed_sha256_is_refused(wheel, sha256):
     with pytest.raises(DistillabError, match="64 hexadecimal digits"):
@@ -271,7 +280,7 @@ def test_processes_that_race_both_get_a_complete_directory(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in target.iterdir()) == [".contents.json", "a", "b"]
     assert list(tmp_path.iterdir()) == [target]
 
 

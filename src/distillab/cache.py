@@ -1,8 +1,13 @@
-"""磁盘缓存：放在哪里，以及怎样让「写到一半被杀」与「两个进程同时写」都不留下坏东西。"""
+"""磁盘缓存：放在哪里，以及怎样让「写到一半被杀」与「两个进程同时写」都不留下坏东西。
+
+每个建好的目录带着一份 ``.contents.json``：每个文件的大小与 sha256，每次用之前对一遍，坏了就重建。
+大小总是对，一共不到 256 MB 的摘要也总是对；更大的，上次对过之后被写过（mtime 或 ctime 变了）才再读。
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -10,14 +15,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .errors import DistillabError, foreign
-from .files import settle, sweep, temporary_beside, writing
+from .files import replace_file, settle, sweep, sync, temporary_beside, writing
 
 logger = logging.getLogger("distillab")
 
+_CONTENTS, _CHECKED = ".contents.json", ".checked.json"
+_ALWAYS_READ = 256 << 20
 _LEFTOVER = re.compile(r"\.(?P<target>.{,200})\.[0-9a-f]{12}(\.tmp)?")
 """建到一半的目录的名字，从前没有 ``.tmp``；截短过的长名字对不上锁，不算。"""
 
@@ -57,6 +65,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sound(directory: Path) -> bool:
+    """缓存里的 ``directory`` 在，而且与建好时相同。"""
+    return directory.is_dir() and _damage(directory) is None
+
+
 @contextmanager
 def build_dir(target: Path) -> Iterator[Path]:
     """在 ``target`` 旁边的临时目录里构建，成功后一次 rename 到位。
@@ -81,6 +94,7 @@ def build_dir(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise _not_writable(target, error) from error
         yield temporary
+        _record(temporary)
         settle(temporary)
         try:
             temporary.rename(target)
@@ -88,13 +102,15 @@ def build_dir(target: Path) -> Iterator[Path]:
             if not target.is_dir():
                 raise
             shutil.rmtree(temporary, ignore_errors=True)
+        sync(target.parent)
 
 
 @contextmanager
 def build_once(target: Path) -> Iterator[Path | None]:
     """同 ``build_dir``，但只有一个进程在建，同时要它的别的进程等着用。
 
-    锁由系统持有：建的进程被杀，锁随它而去，等着的进程接手重建，并清掉它留下的临时目录。
+    锁由系统持有：建的进程被杀，锁随它而去，等着的进程接手重建，并清掉它留下的临时目录。``target``
+    坏了时，日志里说一行，重建。
 
     Args:
         target: 最终的目录。
@@ -105,7 +121,7 @@ def build_once(target: Path) -> Iterator[Path | None]:
     Raises:
         DistillabError: 缓存目录不可写。
     """
-    if target.is_dir():
+    if sound(target):
         yield None
         return
     lock = _lock(target)
@@ -119,9 +135,12 @@ def build_once(target: Path) -> Iterator[Path | None]:
     except OSError as error:
         raise _not_writable(target, error) from error
     try:
-        if target.is_dir():
+        if sound(target):
             yield None
             return
+        if target.is_dir():
+            logger.warning("%s: damaged cache, building it again: %s", target, _damage(target))
+            shutil.rmtree(target)
         _sweep(target)
         with build_dir(target) as temporary:
             yield temporary
@@ -144,6 +163,59 @@ def _sweep(target: Path) -> None:
             continue
         with suppress(Timeout, OSError), _lock(target.with_name(name["target"])).acquire(0):
             sweep([left])
+
+
+def _record(directory: Path) -> None:
+    own = (_CONTENTS, _CHECKED)  # 从别的缓存目录整个拷来的也不算
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in own)
+    contents = {
+        path.relative_to(directory).as_posix(): [path.stat().st_size, file_sha256(path)]
+        for path in files
+    }
+    (directory / _CONTENTS).write_text(json.dumps(contents))
+
+
+def _damage(directory: Path) -> str | None:
+    """与建好时不同在哪里，一句英文；相同则为 ``None``。"""
+    try:
+        contents = json.loads((directory / _CONTENTS).read_bytes())
+        expected = {
+            str(name): (int(size), str(sha256)) for name, (size, sha256) in contents.items()
+        }
+    except FileNotFoundError:
+        return f"{_CONTENTS} is missing"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return f"{_CONTENTS} is not readable"
+    stamps = {}
+    for name, (size, _) in expected.items():
+        try:
+            found = (directory / name).lstat()
+        except OSError:
+            return f"{name} is missing"
+        if found.st_size != size:
+            return f"{name} has {found.st_size:,} bytes, expected {size:,}"
+        stamps[name] = [found.st_mtime_ns, found.st_ctime_ns]
+    large = sum(size for size, _ in expected.values()) > _ALWAYS_READ
+    if large and _stamps(directory) == stamps:
+        return None
+    for name, (_, sha256) in expected.items():
+        try:
+            if file_sha256(directory / name) != sha256:
+                return f"{name} is not as it was written"
+        except OSError as error:  # 磁盘读不出这一块
+            return f"{name}: {error.strerror}"
+    if large:
+        with suppress(OSError):  # 只读的缓存：下次再读一遍
+            replace_file(directory / _CHECKED, json.dumps(stamps))
+    return None
+
+
+def _stamps(directory: Path) -> Any:
+    """上次对摘要时各文件的 mtime 与 ctime，纳秒。"""
+    try:
+        return json.loads((directory / _CHECKED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _not_writable(target: Path, error: OSError) -> DistillabError:

