@@ -1,7 +1,9 @@
 """写文件：不跟随符号链接，放不下时说清楚，任何失败都不留下写到一半的东西。"""
 
+import ast
 import errno
 import os
+import re
 import resource
 import stat
 from pathlib import Path
@@ -176,3 +178,40 @@ def test_leftovers_are_known_by_name(tmp_path):
     assert leftovers(tmp_path) == sorted(ours)
     assert leftovers(tmp_path, "one") == ours[:1]
     assert leftovers(tmp_path / "none") == []
+
+
+WRITERS = {"write_text", "write_bytes", "save_to_disk", "save_pretrained", "save_file", "save",
+           "savefig", "copytree", "copy", "copyfile", "extractall", "export_chrome_trace",
+           "save_accelerator_state", "mkstemp", "symlink_to"}  # fmt: skip
+INTO_A_NEW_DIRECTORY = {
+    "cache: _record", "checkpoint: save_checkpoint", "checkpoint: save_best",
+    "checkpoint_files: seal", "convert: export_student", "convert: _write_model",
+    "convert: _write_pretrained", "convert: _write_tokenizer", "convert: _update_json",
+    "data: write_chunks", "pretrained: resolve_gguf_tokenizer", "pretrained: _converted_gguf",
+    "profiling: finish", "qwen_ranks: _write_tokenizer", "sources: _download_and_unpack",
+    "sources: _unzip", "streams: build",
+}  # fmt: skip
+"""它们写进 ``replacing_directory``、``build_once`` 或检查点的、名字随机的新目录。"""
+TO_MEMORY = {"curves: _png"}
+
+
+def writes(node: ast.Call) -> bool:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    words = [word.value for word in given if isinstance(word, ast.Constant)]
+    opens = any(isinstance(word, str) and re.fullmatch(r"[wax]b?\+?|rb?\+", word) for word in words)
+    return (name in WRITERS and ast.unparse(node.func) != "copy.copy") or (name == "open" and opens)
+
+
+def test_nothing_is_written_but_through_this_module_or_into_a_new_directory():
+    found = set()
+    for path in Path(files.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for top in tree.body:
+            for function in top.body if isinstance(top, ast.ClassDef) else [top]:
+                if any(isinstance(node, ast.Call) and writes(node) for node in ast.walk(function)):
+                    found.add(f"{path.stem}: {getattr(function, 'name', 'module')}")
+    assert found - {"console: outlive_terminal"} == (
+        INTO_A_NEW_DIRECTORY | TO_MEMORY
+        | {"files: replace_file", "files: open_to_append", "files: _probe"}
+    )  # fmt: skip
