@@ -181,7 +181,7 @@ def test_leftovers_are_known_by_name(tmp_path):
 
 
 WRITERS = {"write_text", "write_bytes", "save_to_disk", "save_pretrained", "save_file", "save",
-           "savefig", "copytree", "copy", "copyfile", "extractall", "export_chrome_trace",
+           "savefig", "copytree", "copyfile", "extractall", "export_chrome_trace",
            "save_accelerator_state", "mkstemp", "symlink_to"}  # fmt: skip
 INTO_A_NEW_DIRECTORY = {
     "cache: _record", "checkpoint: save_checkpoint", "checkpoint: save_best",
@@ -200,7 +200,8 @@ def writes(node: ast.Call) -> bool:
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
     words = [word.value for word in given if isinstance(word, ast.Constant)]
     opens = any(isinstance(word, str) and re.fullmatch(r"[wax]b?\+?|rb?\+", word) for word in words)
-    return (name in WRITERS and ast.unparse(node.func) != "copy.copy") or (name == "open" and opens)
+    copies = ast.unparse(node.func) == "shutil.copy"
+    return copies or name in WRITERS or (name == "open" and opens)
 
 
 def test_nothing_is_written_but_through_this_module_or_into_a_new_directory():
