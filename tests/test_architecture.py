@@ -17,6 +17,7 @@ ORDER = [
     "files",
     "bootstrap",
     "credentials",
+    "style",
     "data_config",
     "config",
     "shapes",

@@ -20,9 +20,9 @@ from distillab.chat import (
 )
 from distillab.chat_data import ChatDataset
 from distillab.config import DataSection
-from distillab.data_config import Style
 from distillab.errors import DistillabError
 from distillab.paired import load_pairs
+from distillab.style import Style
 
 MARKERS = {
     "qwen2.5": "<|im_end|>\n<|im_start|>assistant\n",

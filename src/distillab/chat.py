@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 
 from .batch import Tokens
 from .control_tokens import shown_text
-from .data_config import USUAL, Style
 from .errors import DistillabError
 from .forms import Message
 from .rendering import Span
+from .style import USUAL, Style
 from .template import Template, render_templates_ahead
 from .turn_end import TurnEnd, find_turn_end
 
@@ -174,6 +174,11 @@ def control_token(
     """内容里的第一个控制 token；没有则为 ``None``。"""
     template = Template(tokenizer, template_options)
     return template.controls.first(template.said(messages))
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """模板会不会写当天的日期。"""
+    return "strftime_now" in Template(tokenizer, {}).source
 
 
 def turn_end(

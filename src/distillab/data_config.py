@@ -6,15 +6,22 @@
 from __future__ import annotations
 
 import re
-from datetime import date
 from pathlib import PureWindowsPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .credentials import WAY_OUT, bare_url, secrets_in
+from .style import Day, Style
 
 JOINED = "{experience}\n\n{message}"
 """经验与消息缺省的拼法。"""
@@ -60,22 +67,6 @@ def _inside_run(name: str) -> str:
 
 InsideRun = Annotated[str, AfterValidator(_inside_run)]
 """运行目录里的一个目录：在外面的，别的运行也许在用。"""
-
-
-class Style(NamedTuple):
-    """怎样渲染对话，除了模板自己的选项。
-
-    Attributes:
-        control_tokens: 内容里的控制 token：``split`` 当作普通文字，``keep`` 当作控制 token，
-            ``refuse`` 不许有。
-        today: 写日期的模板写哪一天；``None`` 为渲染的那一天。
-    """
-
-    control_tokens: Literal["split", "keep", "refuse"] = "split"
-    today: date | None = None
-
-
-USUAL = Style()
 
 
 class SamplingConfig(Section):
@@ -209,7 +200,7 @@ class DataSection(Experience, Records):
         description="Control tokens in what is said, such as <|im_end|>: encoded as plain text, "
         "kept, or refused.",
     )
-    today: date | None = Field(
+    today: Day | None = Field(
         None, description="Date that a chat template writes; default: the day the run starts."
     )
     responses: str | None = Field(

@@ -182,9 +182,9 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
 
 
 def _configured(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
-    """取值不同的配方键；名字与说明不算。"""
+    """取值不同的配方键；名字、说明与开始的日子不算。"""
     return [row for row in differing([run.recipe for run in runs])
-            if row[0] not in ("name", "description")]  # fmt: skip
+            if row[0] not in ("name", "description", "data.today")]  # fmt: skip
 
 
 def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:

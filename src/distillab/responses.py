@@ -117,6 +117,14 @@ class ResponseFile:
             os.truncate(self.path, end)
         return rows
 
+    def recorded(self, section: str, key: str) -> Any:
+        """已有的来历里的一项；没有则为 ``None``。"""
+        if not self.sidecar.exists():
+            return None
+        found = self._read_sidecar()
+        inner = found.get(section) if isinstance(found, dict) else None
+        return inner.get(key) if isinstance(inner, dict) else None
+
     def append(self, rows: Iterable[Row]) -> None:
         """追加一批，并确保它们已经落盘。
 

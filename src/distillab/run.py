@@ -8,22 +8,23 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .build import Parts, build_models, build_teacher
 from .build_training import build_trainer, read_pairs
 from .card import model_card
-from .chat import question_prompt, render_prompt
+from .chat import question_prompt, render_prompt, writes_date
 from .checkpoint import load_student, save_best
 from .checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
 from .checks import Checks, load_tasks, merged, whole_parts
 from .config import Recipe
 from .convert import export_student
 from .curves import plot_run
-from .data_config import USUAL
 from .errors import DistillabError
 from .evaluate import Metrics
 from .files import idle, leftovers, replace_file, sweep
@@ -38,13 +39,18 @@ from .questions import Backend, Task
 from .recipes import dump_recipe
 from .report import MODELS
 from .report_page import write_report
+from .responses import ResponseFile
 from .run_dir import RUNS, RunDirectory, exported_model
 from .server import ServerBackend
+from .style import USUAL, Style
 from .synthesize import SynthesisReport
 from .synthesize import synthesize as ask
 from .tokenizer import load_tokenizer
 from .trainer import DistillationTrainer
 from .trainer_state import TrainerState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("distillab")
 
@@ -74,6 +80,7 @@ def train(
         KeyboardInterrupt: Ctrl-C 或 SIGTERM（``Terminated``）；训练中的检查点已存好。
     """
     with RunDirectory(RUNS / recipe.name) as run:
+        recipe = run.dated(recipe)
         if os.environ.get("RANK", "0") == "0":  # 多进程时只有主进程管理目录
             run.open(recipe, resume)
         if (done := run.summary) is not None:
@@ -149,13 +156,12 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
             "template_options": data.template_options,
         }
+        style = _synthesis_style(recipe, tokenizer, provenance["teacher"])
 
         def prompt(task: Task) -> list[int]:
             tools = {} if task.tools is None else {"tools": task.tools}
             options = {**data.template_options, **tools}
-            return render_prompt(
-                task.messages, tokenizer, template_options=options, style=data.style
-            )
+            return render_prompt(task.messages, tokenizer, template_options=options, style=style)
 
         backend = LocalBackend(
             teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path
@@ -163,6 +169,23 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     return ask(
         tasks, backend, config, Path(config.output), provenance=provenance, seed=recipe.train.seed
     )
+
+
+def _synthesis_style(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: dict[str, Any]
+) -> Style:
+    """怎样渲染教师的 prompt；与缺省不同的记进来历，写日期的模板接着做时写的还是那一天。"""
+    style = recipe.data.style
+    if style.control_tokens != USUAL.control_tokens:
+        teacher["control_tokens"] = style.control_tokens
+    if style.today is None and writes_date(tokenizer):
+        before = ResponseFile(Path(recipe.synthesize.output)).recorded("teacher", "today")
+        with suppress(TypeError, ValueError):  # 还没有来历，或它不是我们写的
+            style = style._replace(today=date.fromisoformat(before))
+        style = style._replace(today=style.today or date.today())
+    if style.today is not None:
+        teacher["today"] = style.today.isoformat()
+    return style
 
 
 def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = False) -> Path:

@@ -9,7 +9,10 @@ import os
 import platform
 import re
 import subprocess
+import time
 import uuid
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +35,9 @@ _OLD_LEFTOVER = re.compile(
     r"\.export\.\d+\.partial"
 )
 """从前写到一半的文件与目录的名字。"""
+_WAIT_SECONDS = 60.0
+"""别的进程等主进程写下配方，至多这么久：各台机器也许没有共享的目录。"""
+
 RUNS = Path("runs")
 """所有运行目录的上级，相对于当前目录。"""
 
@@ -101,6 +107,27 @@ class RunDirectory:
     def checkpoint_dir(self, recipe: Recipe) -> Path:
         """检查点目录；见 ``checkpoint_dir``。"""
         return checkpoint_dir(self.path, recipe.train.checkpoint_dir)
+
+    def dated(self, recipe: Recipe) -> Recipe:
+        """模板写的日期定下来的配方：运行开始的那一天，恢复时是上次的，几个进程都听主进程的。
+
+        写当天日期的模板，明天渲染出的就是另一份数据，检查点接不上。
+        """
+        if recipe.data.format != "chat" or recipe.data.today is not None:
+            return recipe
+        day = self._saved_day()
+        if os.environ.get("RANK", "0") != "0":
+            deadline = time.monotonic() + _WAIT_SECONDS
+            while day is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                day = self._saved_day()
+        day = day or date.today()
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": day})})
+
+    def _saved_day(self) -> date | None:
+        with suppress(DistillabError):
+            return self.recipe.data.today if self.recipe_file.exists() else None
+        return None
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """为训练打开目录：新建，或在 ``resume`` 时接着用；加锁，直到退出 with。
@@ -178,7 +205,8 @@ class RunDirectory:
 
     def _check_same(self, recipe: Recipe) -> None:
         for key, before, now in differences(self.recipe, recipe):
-            if not key.startswith(CHANGEABLE):
+            undated = key == "data.today" and before is None  # 从前的运行没有记下日期
+            if not key.startswith(CHANGEABLE) and not undated:
                 raise DistillabError(
                     f"{self.recipe_file}: {key} was {before!r} and is now {now!r}; a resumed run "
                     f"keeps its recipe: drop the change, or name a new run with --set name=..."

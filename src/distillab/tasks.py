@@ -18,7 +18,6 @@ from .chat import render_prompt, text_ids
 from .choices import Choices, read_choices
 from .config import DataSection, SamplingConfig, TaskConfig
 from .conversations import Conversation
-from .data_config import USUAL, Style
 from .errors import DistillabError
 from .files import replace_file
 from .filters import make_filter, needs_answer
@@ -30,6 +29,7 @@ from .paired import Pair, load_pairs, with_experience
 from .parsing import parse_json
 from .questions import Answer, Question, Task, check_tasks
 from .run_file_shapes import ANSWERS_ROW, check
+from .style import USUAL, Style
 from .tokenizer import vocab_limit
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from .control_tokens import ControlTokens, shown_text
-from .data_config import USUAL, Style
 from .errors import DistillabError, nearest
 from .forms import KEPT, Message
 from .rendering import Rendered, Request, Span, render_ahead, rendered
+from .style import USUAL, Style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

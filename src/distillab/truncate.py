@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .batch import Tokens
 from .chat import generation_prompt_length, render, render_prompt
-from .data_config import USUAL, Style
 from .errors import DistillabError
 from .forms import Message
+from .style import USUAL, Style
 from .tokenizer import leading_count
 
 if TYPE_CHECKING:
