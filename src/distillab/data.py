@@ -30,6 +30,7 @@ from .articles import (
 )
 from .batch import IGNORE_INDEX
 from .cache import build_once, cache_dir
+from .console import make_console
 from .encoding import ArticleEncoder, cut_chunks, encoded_articles, together
 from .errors import DistillabError
 from .sources import fetch
@@ -335,14 +336,13 @@ def write_chunks(
 
 
 def _counted(texts: Iterator[str], count: int, name: str) -> Iterator[str]:
-    from rich.console import Console
     from rich.progress import track
 
     yield from track(
         texts,
         name,
         total=count,
-        console=Console(stderr=True),
+        console=make_console(stderr=True),
         transient=True,
         disable=count < _PROGRESS_FROM,
     )
