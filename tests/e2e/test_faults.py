@@ -99,6 +99,22 @@ def test_a_second_ctrl_c_quits_at_once(run, processes):
 
 
 @pytest.mark.slow
+def test_two_processes_leave_a_damaged_checkpoint_together(run):
+    assert run("term", 2, FAULT_RANK="1").codes == [143, 143]
+    content = bytearray((CHECKPOINTS / "step-00000006/random_states_1.pkl").read_bytes())
+    content[3000] ^= 4
+    (CHECKPOINTS / "step-00000006/random_states_1.pkl").write_bytes(content)
+    resumed = run("none", 2, "--resume")
+    assert resumed.codes == [0, 0], resumed.logs
+    assert "random_states_1.pkl is not as it was saved; moved to" in " ".join(
+        resumed.logs[0].split()
+    )
+    assert "at step 4" in resumed.logs[0]
+    assert [path.name for path in CHECKPOINTS.glob("damaged-*")] == ["damaged-step-00000006"]
+    assert json.loads(Path("runs/recipe/summary.json").read_text())["steps"] == 12
+
+
+@pytest.mark.slow
 def test_torchrun_that_is_terminated_ends_its_processes_in_order(workdir):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
