@@ -1,5 +1,6 @@
 """要评测的序列：哪些 token 算、属于谁、是什么文字。"""
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from distillab.batch import Example, Tokens
 from distillab.data import WikiDataset
 from distillab.errors import DistillabError
 from distillab.sequences import Sequences, examples_of, same_text
+from distillab.tokenizer import document_separator
 
 
 def example(ids, response, teacher=None):
@@ -115,3 +117,16 @@ def test_another_tokenizer_predicts_the_same_text_and_the_same_document_ends(tin
         assert labels.count(other.eos_token_id) == (position == 0)
         assert len(labels) < len(chunk.student.ids)
     assert found.examples[1].student.ids[0] == other.eos_token_id
+
+
+def test_a_separator_that_is_neither_eos_nor_pad_becomes_the_other_separator():
+    tokenizer, other = (families.tokenizer_of(name) for name in ("lfm2", "qwen2.5"))
+    end = document_separator(tokenizer)
+    assert end not in tokenizer.all_special_ids
+    one, two = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Paris is", "a city")
+    )
+    chunk = WikiDataset.item(torch.tensor([*one, end, *two]))
+    data = Sequences("x", examples_of([chunk], None), tokenizer, len(tokenizer))
+    (example,) = same_text(data, tokenizer, other).examples
+    assert example.student.ids.count(document_separator(other)) == 1

@@ -131,7 +131,8 @@ def _translated(
     ends: bool = True,
 ) -> list[int]:
     """``before`` 之后的文字一段段重新分词；文章之间的分隔换成对方的，连同对方的 BOS。"""
-    special = set(ours.tokenizer.all_special_ids)
+    # 分隔不一定是有名字的特殊 token：eos 可以是别的。
+    special = {*ours.tokenizer.all_special_ids, document_separator(ours.tokenizer)}
     found: list[int] = []
     for is_special, part in itertools.groupby(ids, lambda token: token in special):
         tokens = list(part)
