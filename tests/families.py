@@ -374,6 +374,8 @@ def build(name: str, directory: Path, seed: int = 0, **shape: Any) -> Path:
                 parameter.add_(0.2 * noise)  # Gemma 的归一化以 0 为恒等，别家以 1
             else:
                 parameter.copy_(0.2 * noise)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.weight[len(tokenizer) :] = 0  # 否则贪心会选中没有文字的 id
     model.generation_config = GenerationConfig(
         **{**special, "eos_token_id": [ids(stop) for stop in family.stops]}
     )
