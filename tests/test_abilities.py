@@ -170,5 +170,9 @@ def test_rounding_is_not_mistaken_for_a_fault(dtype):
 
 def test_autocast_does_not_hide_a_model_that_can_be_cached():
     model = PretrainedLM(model_of("llama"))
+    for block in model.blocks:  # 采样用的拷贝：层里的线性层已经是半精度的
+        block.self_attn.bfloat16()
+        block.mlp.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert model.new_cache() is not None
+        assert model.pads_left

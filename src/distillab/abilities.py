@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import reason
 from .head_fit import tolerance
+from .kv_cache import autocast_dtype
 
 PROMPT, NEW = 8, 4
 """试的时候 prompt 与其后各几个 token。"""
@@ -45,12 +46,12 @@ def find_abilities(model: Any, new_cache: Callable[[], Any]) -> Abilities:
     size, device = head.weight.shape[0], head.weight.device
     # 两行互不相同，行与行之间串了也看得出来。
     ids = torch.arange(1, 2 * (PROMPT + NEW) + 1, device=device).view(2, -1) % size
-    with torch.autocast(device.type, enabled=False):
-        expected = model(ids)
-        # 逐位相同不可求：半精度里换一种形状就换一种舍入，专家的取舍也可能翻转。
-        allowed = 4 * tolerance(head.weight.dtype)
-        why = _cache_error(model, new_cache, ids, expected, allowed)
-        pads = _pads_left(model, new_cache if not why else None, ids, expected, allowed)
+    expected = model(ids)
+    # 逐位相同不可求：半精度里换一种形状就换一种舍入，专家的取舍也可能翻转。autocast 不能关掉：采样用的
+    # 拷贝里，线性层可能已经是半精度的。
+    allowed = 4 * tolerance(autocast_dtype(device) or head.weight.dtype)
+    why = _cache_error(model, new_cache, ids, expected, allowed)
+    pads = _pads_left(model, new_cache if not why else None, ids, expected, allowed)
     return Abilities(not why, pads, why)
 
 
