@@ -47,8 +47,8 @@ def find_abilities(model: Any, new_cache: Callable[[], Any]) -> Abilities:
     # 两行互不相同，行与行之间串了也看得出来。
     ids = torch.arange(1, 2 * (PROMPT + NEW) + 1, device=device).view(2, -1) % size
     expected = model(ids)
-    # 逐位相同不可求：半精度里换一种形状就换一种舍入，专家的取舍也可能翻转。autocast 不能关掉：采样用的
-    # 拷贝里，线性层可能已经是半精度的。
+    # 逐位相同不可求：半精度里换一种形状就换一种舍入，专家的取舍也可能翻转。
+    # autocast 不能关掉：采样用的拷贝里，线性层可能已经是半精度的。
     allowed = 4 * tolerance(autocast_dtype(device) or head.weight.dtype)
     why = _cache_error(model, new_cache, ids, expected, allowed)
     pads = _pads_left(model, new_cache if not why else None, ids, expected, allowed)
