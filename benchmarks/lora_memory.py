@@ -96,11 +96,12 @@ def worker(options: argparse.Namespace) -> Record:
     from distillab.distillation_module import DistillationModule
     from distillab.engine import make_optimizer
     from distillab.lora import adapter_parameters
+    from distillab.vocabulary import Vocabulary
 
     student, teacher = build(options)
     batch = make_batch(options)
-    vocab = student.vocab_size
-    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), vocab).train()
+    vocabulary = Vocabulary(student.vocab_size)
+    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), vocabulary).train()
     optimizer = make_optimizer(module, TrainingConfig(learning_rate=1e-4))
     losses = []
     seconds = 0.0
@@ -109,7 +110,7 @@ def worker(options: argparse.Namespace) -> Record:
             reset_peak(options.device)
         synchronize(options.device)
         start = time.perf_counter()
-        targets = teacher.targets(batch.teacher, vocab)
+        targets = teacher.targets(batch.teacher, vocabulary)
         total = module(batch, targets).total / len(batch)
         total.backward()
         optimizer.step()

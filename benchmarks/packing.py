@@ -39,6 +39,7 @@ from distillab.language_model import LanguageModel, PretrainedLM
 from distillab.model import StudentModel
 from distillab.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
 from distillab.teachers import LocalTeacher
+from distillab.vocabulary import Vocabulary
 
 IMPLEMENTATIONS = ("random order", "length-grouped", "packed")
 MODELS = ("student", "transformers")
@@ -154,7 +155,8 @@ def measure(model: str, options: argparse.Namespace) -> list[Record]:
     student = make_model(model, options).to(options.device)
     assert keeps_documents_apart(student)
     teacher = LocalTeacher(make_model(model, options).to(options.device))
-    module = DistillationModule(student, LossConfig(alpha=0.5, temperature=1.0), options.vocab)
+    vocabulary = Vocabulary(options.vocab)
+    module = DistillationModule(student, LossConfig(alpha=0.5, temperature=1.0), vocabulary)
     module.train()
     # 与别的工作共用的 CPU 上，墙上的时间说的是别人；一个线程的 CPU 时间说的是自己。
     clock = time.perf_counter if options.device == "cuda" else time.process_time
@@ -168,7 +170,7 @@ def measure(model: str, options: argparse.Namespace) -> list[Record]:
             start = clock()
             losses[name] = 0.0
             for batch in epoch:
-                total = module(batch, teacher.targets(batch.teacher, options.vocab)).total
+                total = module(batch, teacher.targets(batch.teacher, vocabulary)).total
                 total.backward()
                 losses[name] += total.item()
             synchronize(options.device)

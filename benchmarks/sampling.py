@@ -162,12 +162,13 @@ def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
     from distillab.language_model import PretrainedLM
     from distillab.rollout import Rollout
     from distillab.teachers import LocalTeacher
+    from distillab.vocabulary import Vocabulary
 
     student, teacher = (PretrainedLM(copy.deepcopy(hf_model)) for _ in range(2))
     generator = TextGenerator(student, tokenizer)
     rollout = Rollout(generator, SamplingConfig(max_new_tokens=24), teacher.max_seq_len)
-    limit = student.vocab_size
-    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), limit).train()
+    vocabulary = Vocabulary(student.vocab_size)
+    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), vocabulary).train()
     optimizer = make_optimizer(module, TrainingConfig(learning_rate=1e-6, min_learning_rate=0.0))
     short, long = (make_prompts(tokenizer, 8, n, seed=0) for n in (40, 150))
     examples = [
@@ -186,7 +187,7 @@ def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
         sampled, sums = rollout.sample(examples, range(8 * turn, 8 * turn + 8))
         lap()
         batch = collate_examples(sampled, pad_id=0).to(options.device)
-        targets = LocalTeacher(teacher).targets(batch.teacher, limit)
+        targets = LocalTeacher(teacher).targets(batch.teacher, vocabulary)
         lap()
         (module(batch, targets).total / len(batch)).backward()
         optimizer.step()

@@ -45,19 +45,20 @@ def step(batch: int, sequence: int, vocabulary: int) -> Callable[[], None]:
     from distillab.engine import make_optimizer
     from distillab.model import StudentModel
     from distillab.teachers import LocalTeacher
+    from distillab.vocabulary import Vocabulary
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384,
              "vocab_size": vocabulary, "max_seq_len": sequence}  # fmt: skip
     student = StudentModel(ModelConfig(num_layers=4, **sizes))
     teacher = LocalTeacher(StudentModel(ModelConfig(num_layers=8, **sizes)))
-    module = DistillationModule(student, LossConfig(), vocabulary).train()
+    module = DistillationModule(student, LossConfig(), Vocabulary(vocabulary)).train()
     optimizer = make_optimizer(module, TrainingConfig())
     ids = torch.randint(vocabulary, (batch, sequence + 1))
     window = collate_text([{"input_ids": row[:-1], "labels": row[1:]} for row in ids])
 
     def run() -> None:
-        sums = module(window, teacher.targets(window.teacher, vocabulary))
+        sums = module(window, teacher.targets(window.teacher, Vocabulary(vocabulary)))
         (sums.total / len(window)).backward()
         optimizer.step()
         optimizer.zero_grad()

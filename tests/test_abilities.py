@@ -13,6 +13,7 @@ from distillab.kv_cache import dynamic_cache
 from distillab.language_model import PretrainedLM
 from distillab.likelihood import likelihoods
 from distillab.packing import keeps_documents_apart
+from distillab.vocabulary import Vocabulary
 
 CACHED = [
     "llama",
@@ -104,7 +105,7 @@ def test_likelihoods_are_those_of_each_request_alone(name):
     model = PretrainedLM(model_of(name))
     short, _, long, *_ = prompts()
     requests = [(short, [5, 6, 7]), (long, [8]), (long, [9, 10]), (short, [11]), (long[:5], [12])]
-    options = {"vocab_limit": VOCAB}
+    options = {"vocabulary": Vocabulary(VOCAB)}
     together = likelihoods(model, requests, batch_size=4, **options)
     for request, found in zip(requests, together, strict=True):
         (expected,) = likelihoods(model, [request], batch_size=1, **options)

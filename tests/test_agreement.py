@@ -7,6 +7,7 @@ import torch
 from distillab import agreement
 from distillab.agreement import AGREEMENT, by_frequency, by_position, score_rows
 from distillab.targets import Head, HiddenTargets
+from distillab.vocabulary import Vocabulary
 
 VOCAB, ROWS = 40, 23
 
@@ -70,7 +71,7 @@ def test_a_model_agrees_with_itself_entirely(labels):
 def test_a_vocabulary_of_fewer_than_five_tokens_has_a_top_five_too(labels):
     def small(seed):
         part = model(seed)
-        return HiddenTargets(part.hidden, part.head.cut(3))
+        return HiddenTargets(part.hidden, part.head.cut(Vocabulary(3)))
 
     assert (score_rows(small(1), labels % 3, small(2))["top5"] == 1).all()
 
@@ -82,7 +83,9 @@ def test_without_a_teacher_only_nats_are_known(labels):
 def test_heads_of_different_vocabularies_are_refused(labels):
     other = model(2)
     with pytest.raises(ValueError, match="vocabulary"):
-        score_rows(model(1), labels, HiddenTargets(other.hidden, other.head.cut(VOCAB - 1)))
+        score_rows(
+            model(1), labels, HiddenTargets(other.hidden, other.head.cut(Vocabulary(VOCAB - 1)))
+        )
 
 
 def random_rows(count):

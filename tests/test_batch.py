@@ -14,6 +14,7 @@ from distillab.batch import (
     collate_examples,
     collate_text,
 )
+from distillab.vocabulary import Vocabulary
 
 
 def item(ids, labels):
@@ -33,7 +34,7 @@ def test_only_positions_with_a_target_are_kept():
 
 
 def test_targets_outside_the_shared_vocabulary_are_not_trained():
-    batch = collate_text([item([1, 2, 3], [2, 30, IGNORE_INDEX])], vocab_limit=30)
+    batch = collate_text([item([1, 2, 3], [2, 30, IGNORE_INDEX])], vocabulary=Vocabulary(30))
     assert batch.labels.tolist() == [2]
     assert batch.student.index.tolist() == [0]
 
@@ -143,18 +144,26 @@ def an_example(draw):
     return Example(student, teacher)
 
 
+vocabularies = st.builds(
+    lambda limit, ids: Vocabulary(limit, tuple(sorted(i for i in ids if i < limit))),
+    st.integers(1, 41),
+    st.sets(st.integers(0, 40), max_size=4),
+)
+"""词表的上限，与其间的几个空洞。"""
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     examples=st.lists(an_example(), min_size=1, max_size=5),
-    vocab_limit=st.none() | st.integers(0, 41),
+    vocabulary=st.none() | vocabularies,
 )
-def test_each_row_of_both_views_predicts_its_label(examples, vocab_limit):
-    batch = collate_examples(examples, 0, vocab_limit)
+def test_each_row_of_both_views_predicts_its_label(examples, vocabulary):
+    batch = collate_examples(examples, 0, vocabulary)
     expected = [
         label
         for example in examples
         for label in example.student.labels
-        if vocab_limit is None or label < vocab_limit
+        if vocabulary is None or label in vocabulary
     ]
     assert batch.labels.tolist() == expected
     same = all(example.teacher is example.student for example in examples)

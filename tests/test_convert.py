@@ -29,6 +29,7 @@ from distillab.convert import (
 from distillab.errors import DistillabError
 from distillab.language_model import PretrainedLM
 from distillab.model import StudentModel
+from distillab.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -252,7 +253,9 @@ def test_student_with_a_foreign_tokenizer_keeps_its_logits_and_round_trips(
 def test_untrained_vocabulary_rows_are_never_the_most_likely(
     student: StudentModel, tiny_tokenizer: object, tmp_path: Path
 ) -> None:
-    directory = export_student(student, tiny_tokenizer, tmp_path / "out", vocab_limit=380)
+    directory = export_student(
+        student, tiny_tokenizer, tmp_path / "out", vocabulary=Vocabulary(380)
+    )
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     assert torch.equal(model.model.embed_tokens.weight[:380], student.embedding.weight[:380])
     ids = torch.randint(0, 380, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -264,14 +267,13 @@ def test_untrained_vocabulary_rows_are_never_the_most_likely(
 
 def test_export_leaves_the_student_unchanged(student: StudentModel) -> None:
     before = student.embedding.weight.clone()
-    to_hf_state_dict(student, vocab_limit=10)
+    to_hf_state_dict(student, vocabulary=Vocabulary(10))
     assert torch.equal(student.embedding.weight, before)
 
 
-@pytest.mark.parametrize("limit", [0, 401])
-def test_vocab_limit_outside_the_vocabulary_is_refused(student: StudentModel, limit: int) -> None:
-    with pytest.raises(DistillabError, match=f"vocab_limit={limit}, expected 1 to 400"):
-        to_hf_state_dict(student, vocab_limit=limit)
+def test_a_vocabulary_larger_than_the_students_is_refused(student: StudentModel) -> None:
+    with pytest.raises(DistillabError, match="vocabulary limit is 401, expected at most 400"):
+        to_hf_state_dict(student, vocabulary=Vocabulary(401))
 
 
 def test_existing_directory_is_refused_and_kept(
@@ -294,8 +296,8 @@ def test_empty_directory_is_filled(
 def test_failed_export_leaves_nothing_behind(
     student: StudentModel, tiny_tokenizer: object, tmp_path: Path
 ) -> None:
-    with pytest.raises(DistillabError, match="vocab_limit"):
-        export_student(student, tiny_tokenizer, tmp_path / "out", vocab_limit=0)
+    with pytest.raises(DistillabError, match="vocabulary limit is 401"):
+        export_student(student, tiny_tokenizer, tmp_path / "out", vocabulary=Vocabulary(401))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from distillab.fused import default_budget, fused_distillation_loss
 from distillab.losses import LossSums, distillation_loss
 from distillab.products import HeadProducts
 from distillab.targets import DenseTargets, Head, HiddenTargets, SparseTargets
+from distillab.vocabulary import Vocabulary
 
 VOCAB = 500
 
@@ -323,7 +324,7 @@ def test_vocab_limit_leaves_the_padding_rows_without_probability_and_gradient():
     results = []
     for limit, weight, teacher in (
         (400, case.weight, head),
-        (None, case.weight[:400], head.cut(400)),
+        (None, case.weight[:400], head.cut(Vocabulary(400))),
     ):
         weight = weight.clone().requires_grad_()
         targets = HiddenTargets(case.teacher_hidden, teacher)
@@ -336,6 +337,114 @@ def test_vocab_limit_leaves_the_padding_rows_without_probability_and_gradient():
     torch.testing.assert_close(limited, cut)
     torch.testing.assert_close(gradient[:400], expected)
     assert not gradient[400:].any()
+
+
+EXCLUDED = torch.tensor([0, 7, 8, 250, 498])
+SHARED = torch.tensor([index for index in range(VOCAB) if index not in EXCLUDED.tolist()])
+
+
+def gap_cases():
+    """每种 divergence 与每种目标都有，但不是全部组合：一列列地遮掉与 alpha、T 无关。"""
+    for name, parameters in DIVERGENCES.items():
+        yield LossConfig(divergence=name, alpha=0.6, temperature=2.0, **parameters), "hidden"
+        yield LossConfig(divergence=name, alpha=1.0, temperature=1.0, **parameters), "bucket"
+        if name != "reverse_kl":
+            yield (
+                LossConfig(divergence=name, alpha=0.6, temperature=2.0, **parameters),
+                "renormalise",
+            )
+    yield LossConfig(alpha=0.6, temperature=1.0), "sampled"
+    yield LossConfig(alpha=0.0), "hidden"
+    yield LossConfig(alpha=0.6, temperature=2.0, label_smoothing=0.2), "hidden"
+    yield LossConfig(alpha=0.6, temperature=2.0, label_smoothing=0.2), "renormalise"
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [pytest.param(*case, id=f"{short(case[0])} {case[1]}") for case in gap_cases()],
+)
+def test_excluded_ids_are_as_if_their_rows_were_not_there(loss, kind):
+    """参考只用剩下的行，float64；``losses.py`` 的 ``excluded`` 与它、分块的与它都相同。"""
+    case = Case(near=True, seed=3)
+    labels = SHARED[case.labels % len(SHARED)]
+    place = torch.full((VOCAB,), -1).index_copy(0, SHARED, torch.arange(len(SHARED)))
+    teacher = case.logits()[:, SHARED]
+    fewer = DenseTargets(teacher)  # 教师在剩下的各列上归一化
+    if kind == "hidden":
+        head = Head(case.teacher_weight, case.near_bias(), **case.teacher_head)
+        found_targets = HiddenTargets(case.teacher_hidden, head)
+        dense = DenseTargets(case.logits())
+    else:
+        p = teacher.softmax(-1)
+        probs, ids = p.float().topk(12)
+        entropy = -(p * p.log()).sum(-1).float() if kind == "sampled" else None
+        fewer = SparseTargets(ids, probs, kind, entropy)
+        found_targets = dense = SparseTargets(SHARED[ids], probs, kind, entropy)
+
+    def inputs():
+        return [x.double().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+
+    def logits(hidden, weight, bias):
+        capped = case.head["softcap"]
+        return capped * torch.tanh((hidden @ weight.T + bias) * case.head["scale"] / capped)
+
+    exact = inputs()
+    expected = distillation_loss(logits(*exact)[:, SHARED], fewer, place[labels], loss)
+    (2.5 * expected.total).backward()
+    whole = inputs()
+    reference = distillation_loss(logits(*whole), dense, labels, loss, excluded=EXCLUDED)
+    (2.5 * reference.total).backward()
+    for left, right in zip((*reference, *[x.grad for x in whole]),
+                           (*expected, *[x.grad for x in exact]), strict=True):  # fmt: skip
+        torch.testing.assert_close(left, right, equal_nan=True)
+
+    own = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    sums = fused_distillation_loss(
+        own[0], own[1], labels, found_targets, loss,
+        bias=own[2], **case.head, vocab_limit=VOCAB, excluded=EXCLUDED,
+    )  # fmt: skip
+    (2.5 * sums.total).backward()
+    for name, left, right in zip(LossSums._fields, sums, expected, strict=True):
+        error = 1e-6 * (expected.teacher_entropy.item() if kind == "sampled" else 0)
+        assert left.item() == pytest.approx(right.item(), rel=1e-6, abs=error, nan_ok=True), name
+    for part, right in zip(own, exact, strict=True):
+        assert part.grad.isfinite().all()
+        assert relative(part.grad, right.grad) < 1e-5
+    assert not own[1].grad[EXCLUDED].any()
+    assert not own[2].grad[EXCLUDED].any()
+
+
+def test_excluded_ids_in_half_precision_compiled_and_with_both_heads_cut(compiling):
+    case, loss = Case(rows=21, near=True), LossConfig(divergence="jsd", alpha=0.5, temperature=1.0)
+    vocabulary = Vocabulary(400, (0, 7, 250))
+    labels = 1 + case.labels % 6
+    results = []
+    for elements in (0, 2**62):
+        fused.COMPILE_ELEMENTS = elements
+        weight = case.weight.clone().requires_grad_()
+        head = Head(case.teacher_weight, case.near_bias(), **case.teacher_head).cut(vocabulary)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = fused_distillation_loss(
+                case.hidden, weight, labels, HiddenTargets(case.teacher_hidden, head), loss,
+                vocab_limit=400, excluded=vocabulary.excluded(weight.device),
+            ).total  # fmt: skip
+        total.backward()
+        results.append((total.detach(), weight.grad))
+    assert not fused._compilation_failed
+    (compiled, gradient), (eager, expected) = results
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    assert relative(gradient, expected.double()) < 1e-5
+    assert not gradient[[0, 7, 250, *range(400, 500)]].any()
+
+
+def test_a_teacher_head_that_excludes_other_ids_is_refused():
+    case = Case()
+    head = Head(case.teacher_weight).cut(Vocabulary(VOCAB, (3, 4)))
+    with pytest.raises(ValueError, match="teacher head excludes 2 ids, the student 1"):
+        fused_distillation_loss(
+            case.hidden, case.weight, case.labels, HiddenTargets(case.teacher_hidden, head),
+            LossConfig(), excluded=torch.tensor([3]),
+        )  # fmt: skip
 
 
 def test_mean_is_the_sum_over_the_rows_divided_by_their_number():

@@ -8,6 +8,7 @@ from distillab.convert import from_hf
 from distillab.language_model import PretrainedLM
 from distillab.likelihood import likelihoods
 from distillab.model import StudentModel
+from distillab.vocabulary import Vocabulary
 
 CONTEXTS = [[5, 6, 7, 8, 9], [11], [300, 20, 21], list(range(40, 70)), [5, 6, 7, 8, 9, 10]]
 CHOICES = [[1], [2, 3], [4, 5, 6, 7], [2, 3]]
@@ -28,7 +29,9 @@ def by_hand(model, context, continuation, limit=400):
 
 
 def found(model, requests, **options):
-    scored = likelihoods(model, requests, **{"vocab_limit": 400, "batch_size": 6} | options)
+    scored = likelihoods(
+        model, requests, **{"vocabulary": Vocabulary(400), "batch_size": 6} | options
+    )
     return [one.total for one in scored]
 
 
@@ -36,7 +39,7 @@ def found(model, requests, **options):
 def test_likelihoods_are_those_of_transformers(family, request):
     hf = request.getfixturevalue("tiny_llama" if family == "llama" else "tiny_qwen2")
     model = from_hf(hf) if family == "student" else PretrainedLM(hf)
-    scored = likelihoods(model, REQUESTS, vocab_limit=400, batch_size=6)
+    scored = likelihoods(model, REQUESTS, vocabulary=Vocabulary(400), batch_size=6)
     for one, (context, continuation) in zip(scored, REQUESTS, strict=True):
         total, greedy = by_hand(hf, context, continuation)
         assert one.total == pytest.approx(total, rel=1e-4)
@@ -49,7 +52,9 @@ def test_what_greedy_decoding_writes_is_called_greedy(tiny_qwen2):
         pad_token_id=0,
     )[0, 5:].tolist()  # fmt: skip
     requests = [(CONTEXTS[0], ids), (CONTEXTS[0], [*ids[:3], (ids[3] + 1) % 400]), ([3], ids)]
-    scored = likelihoods(PretrainedLM(tiny_qwen2), requests, vocab_limit=400, batch_size=4)
+    scored = likelihoods(
+        PretrainedLM(tiny_qwen2), requests, vocabulary=Vocabulary(400), batch_size=4
+    )
     assert [one.greedy for one in scored] == [True, False, by_hand(tiny_qwen2, [3], ids)[1]]
 
 
@@ -87,7 +92,7 @@ def test_rows_beyond_the_vocabulary_have_no_probability():
     config = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1,
                          intermediate_size=48, vocab_size=50, max_seq_len=16)  # fmt: skip
     model = StudentModel(config).eval()
-    totals = found(model, [([1], [token]) for token in range(40)], vocab_limit=40)
+    totals = found(model, [([1], [token]) for token in range(40)], vocabulary=Vocabulary(40))
     assert sum(torch.tensor(totals, dtype=torch.float64).exp()) == pytest.approx(1, abs=1e-5)
 
 

@@ -33,9 +33,11 @@ from distillab.metrics import read_metrics
 from distillab.run import train
 from distillab.teachers import AdapterOffTeacher, LocalTeacher
 from distillab.trainer import DistillationTrainer
+from distillab.vocabulary import Vocabulary
 
 IDS = torch.arange(24).view(2, 12) * 7 % 400
 RANK_4 = {"rank": 4}
+VOCABULARY = Vocabulary(400)
 VIEW = View(IDS, None, torch.arange(0, 24, 3))
 
 
@@ -250,8 +252,8 @@ def test_its_targets_are_those_of_a_separate_copy(tiny_qwen2, dtype, autocast):
     student = shake(add_lora(PretrainedLM(tiny_qwen2), LoraConfig(rank=4, dropout=0.5)))
     student.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = AdapterOffTeacher(student).targets(VIEW, 390)
-        expected = separate.targets(VIEW, 390)
+        found = AdapterOffTeacher(student).targets(VIEW, Vocabulary(390))
+        expected = separate.targets(VIEW, Vocabulary(390))
     assert torch.equal(found.hidden, expected.hidden)
     assert found.hidden.dtype == dtype
     assert torch.equal(found.head.weight, expected.head.weight)
@@ -280,9 +282,9 @@ def test_it_leaves_the_student_as_it_was(student, fails, monkeypatch):
         inner = teacher.model.model.model.norm
         monkeypatch.setattr(inner, "forward", lambda hidden: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            teacher.targets(VIEW, 400)
+            teacher.targets(VIEW, VOCABULARY)
     else:
-        teacher.targets(VIEW, 400)
+        teacher.targets(VIEW, VOCABULARY)
     assert state() == before
     assert teacher.model is student
 
@@ -312,8 +314,8 @@ def gradients(student, batch, checkpointing=False):
     student.zero_grad()
     if checkpointing:
         student.enable_activation_checkpointing()
-    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), 400).train()
-    targets = AdapterOffTeacher(student).targets(batch.teacher, 400)
+    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), VOCABULARY).train()
+    targets = AdapterOffTeacher(student).targets(batch.teacher, VOCABULARY)
     module(batch, targets).total.backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -337,10 +339,10 @@ def test_gradients_are_those_of_a_separate_teacher(student, tiny_qwen2):
     with adapters_off(student):
         plain = student(batch.teacher.input_ids, batch.teacher.attention_mask)
     base = LocalTeacher(PretrainedLM(merged_base(student)))
-    assert torch.equal(base.targets(batch.teacher, 400).hidden, batch.teacher.rows(plain))
+    assert torch.equal(base.targets(batch.teacher, VOCABULARY).hidden, batch.teacher.rows(plain))
     student.zero_grad()
-    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), 400).train()
-    module(batch, base.targets(batch.teacher, 400)).total.backward()
+    module = DistillationModule(student, LossConfig(alpha=1.0, temperature=1.0), VOCABULARY).train()
+    module(batch, base.targets(batch.teacher, VOCABULARY)).total.backward()
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(found[name], parameter.grad)

@@ -10,6 +10,7 @@ from distillab.config import ModelConfig
 from distillab.errors import DistillabError
 from distillab.language_model import Head, PretrainedLM
 from distillab.model import GQAAttention, RMSNorm, StudentModel, apply_rotary, rotary_tables
+from distillab.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -307,17 +308,17 @@ def test_head_computes_in_float32_under_autocast() -> None:
 
 def test_cut_head_shares_storage_and_keeps_the_other_settings() -> None:
     head = Head(torch.randn(10, 4), torch.randn(10), scale=2.0, softcap=5.0)
-    cut = head.cut(6)
+    cut = head.cut(Vocabulary(6))
     assert cut.weight.data_ptr() == head.weight.data_ptr()
     hidden = torch.randn(3, 4)
     torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :6])
     with pytest.raises(DistillabError, match="expected at least 1"):
-        head.cut(0)
+        Vocabulary(0)
 
 
 def test_padded_rows_get_no_gradient_through_a_cut_head(student: StudentModel) -> None:
     hidden = torch.randn(3, 32)
-    student.head.cut(390).logits(hidden).logsumexp(-1).sum().backward()
+    student.head.cut(Vocabulary(390)).logits(hidden).logsumexp(-1).sum().backward()
     gradient = student.embedding.weight.grad
     assert gradient is not None
     assert gradient[:390].any(dim=1).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import an_example
+from test_batch import an_example, vocabularies
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from distillab.batch import Example, Tokens, collate_examples, collate_packed, collate_text
@@ -19,8 +19,10 @@ from distillab.language_model import PretrainedLM
 from distillab.model import StudentModel
 from distillab.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
 from distillab.teachers import LocalTeacher
+from distillab.vocabulary import Vocabulary
 
 VOCAB = 400
+VOCABULARY = Vocabulary(VOCAB)
 
 
 @st.composite
@@ -58,16 +60,16 @@ def test_realistic_lengths_fill_the_rows():
 @settings(deadline=None, max_examples=200)
 @given(
     rows=st.lists(st.lists(an_example(), min_size=1, max_size=4), min_size=1, max_size=4),
-    vocab_limit=st.none() | st.integers(0, 41),
+    vocabulary=st.none() | vocabularies,
 )
-def test_row_i_of_both_views_predicts_label_i(rows, vocab_limit):
-    batch = collate_packed(rows, 0, vocab_limit)
+def test_row_i_of_both_views_predicts_label_i(rows, vocabulary):
+    batch = collate_packed(rows, 0, vocabulary)
     examples = [example for row in rows for example in row]
     assert batch.labels.tolist() == [
         label
         for example in examples
         for label in example.student.labels
-        if vocab_limit is None or label < vocab_limit
+        if vocabulary is None or label in vocabulary
     ]
     assert batch.examples == tuple(examples)
     assert (batch.teacher is batch.student) == all(e.teacher is e.student for e in examples)
@@ -113,9 +115,9 @@ def examples(privileged: bool) -> list[Example]:
 
 
 def sums_and_gradients(model, batch, teacher, alpha):
-    module = DistillationModule(model, LossConfig(alpha=alpha, temperature=1.0), VOCAB).train()
+    module = DistillationModule(model, LossConfig(alpha=alpha, temperature=1.0), VOCABULARY).train()
     module.zero_grad()
-    targets = teacher.targets(batch.teacher, VOCAB) if alpha else None
+    targets = teacher.targets(batch.teacher, VOCABULARY) if alpha else None
     sums = module(batch, targets)
     sums.total.backward()
     gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}

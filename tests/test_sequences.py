@@ -12,6 +12,7 @@ from distillab.data import WikiDataset
 from distillab.errors import DistillabError
 from distillab.sequences import Sequences, examples_of, same_text
 from distillab.tokenizer import document_separator
+from distillab.vocabulary import Vocabulary
 
 
 def example(ids, response, teacher=None):
@@ -30,7 +31,7 @@ def data(tiny_tokenizer):
             example([1, 68, 390], [1, 2], Tokens([9, 9, 9, 9, 9, 9, 9, 68, 390], [7, 8])),
         ],
         tiny_tokenizer,
-        vocab_limit=300,
+        vocabulary=Vocabulary(300),
     )
 
 
@@ -41,7 +42,7 @@ def test_tokens_outside_the_shared_vocabulary_and_sequences_without_a_token_do_n
     assert data.privileged
     assert (data.longest("student"), data.longest("teacher")) == (4, 9)
     with pytest.raises(DistillabError, match="none: no response token"):
-        Sequences("none", [example([1, 2], [])], None, 300)
+        Sequences("none", [example([1, 2], [])], None, Vocabulary(300))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -62,14 +63,16 @@ def test_values_add_up_by_sequence(data):
 def test_text_of_labels_holds_no_special_token_and_bytes_are_utf8(tiny_tokenizer):
     ids = tiny_tokenizer("知识蒸馏", add_special_tokens=False)["input_ids"]
     whole = [5, *ids, tiny_tokenizer.eos_token_id]
-    data = Sequences("x", [example(whole, list(range(1, len(whole))))], tiny_tokenizer, 400)
+    data = Sequences(
+        "x", [example(whole, list(range(1, len(whole))))], tiny_tokenizer, Vocabulary(400)
+    )
     assert data.texts == ["知识蒸馏"]
     assert data.bytes.tolist() == [12]
 
 
 def test_digest_follows_every_token_and_what_is_predicted(tiny_tokenizer):
     def digest(*examples):
-        return Sequences("x", examples, tiny_tokenizer, 400).sha256
+        return Sequences("x", examples, tiny_tokenizer, Vocabulary(400)).sha256
 
     first = digest(example([1, 2, 3], [1, 2]))
     assert first == digest(example([1, 2, 3], [1, 2]))
@@ -108,7 +111,7 @@ def test_another_tokenizer_predicts_the_same_text_and_the_same_document_ends(tin
     )
     ids = [*one, end, *two]
     chunks = [WikiDataset.item(torch.tensor(part)) for part in (ids, [end, *two])]
-    data = Sequences("x", examples_of(chunks, None), tiny_tokenizer, 400)
+    data = Sequences("x", examples_of(chunks, None), tiny_tokenizer, Vocabulary(400))
     found = same_text(data, tiny_tokenizer, other)
     assert found.texts == data.texts
     assert found.bytes.tolist() == data.bytes.tolist()
@@ -127,6 +130,6 @@ def test_a_separator_that_is_neither_eos_nor_pad_becomes_the_other_separator():
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Paris is", "a city")
     )
     chunk = WikiDataset.item(torch.tensor([*one, end, *two]))
-    data = Sequences("x", examples_of([chunk], None), tokenizer, len(tokenizer))
+    data = Sequences("x", examples_of([chunk], None), tokenizer, Vocabulary(len(tokenizer)))
     (example,) = same_text(data, tokenizer, other).examples
     assert example.student.ids.count(document_separator(other)) == 1

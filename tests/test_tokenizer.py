@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from placed import placed
 from tokenizers import Tokenizer
 
 from distillab.errors import DistillabError
@@ -16,10 +17,12 @@ from distillab.tokenizer import (
     check_tokenizer_fits,
     document_separator,
     load_tokenizer,
-    shared_vocab_size,
+    own_vocabulary,
+    shared_vocabulary,
     tokenizer_fingerprint,
     vocab_limit,
 )
+from distillab.vocabulary import Vocabulary
 
 TEXTS = [
     "知识蒸馏（Knowledge Distillation）由 Hinton 等人于 2015 年提出，用大模型教小模型。",
@@ -229,12 +232,21 @@ def test_the_fingerprint_changes_with_the_rules_and_the_special_tokens(tmp_path,
     assert len(seen) == 4
 
 
-def test_shared_ids_are_the_common_prefix(tiny_tokenizer):
-    assert shared_vocab_size(tiny_tokenizer) == 400
+def test_the_shared_vocabulary_is_what_both_define_whatever_lies_between(tiny_tokenizer):
+    assert own_vocabulary(tiny_tokenizer) == Vocabulary(400)
+    assert shared_vocabulary(tiny_tokenizer, tiny_tokenizer) == Vocabulary(400)
     larger = copy.deepcopy(tiny_tokenizer)
     larger.add_tokens(["<think>", "</think>"])
-    assert shared_vocab_size(tiny_tokenizer, larger) == 400
-    assert shared_vocab_size(larger, tiny_tokenizer) == 400
+    assert shared_vocabulary(tiny_tokenizer, larger) == Vocabulary(400)
+    assert shared_vocabulary(larger, tiny_tokenizer) == Vocabulary(400)
+    apart = placed(tiny_tokenizer, im_end=403)
+    gap = (399, 400, 401, 402)
+    assert own_vocabulary(apart) == Vocabulary(404, gap)
+    assert shared_vocabulary(apart, apart) == Vocabulary(404, gap)
+    assert shared_vocabulary(apart, placed(apart, think=401, other=404)) == Vocabulary(404, gap)
+    assert shared_vocabulary(apart, tiny_tokenizer) == Vocabulary(399)
+    moved = placed(tiny_tokenizer, im_start=410, im_end=411)
+    assert shared_vocabulary(apart, moved) == Vocabulary(398)
 
 
 def test_tokenizers_that_disagree_on_an_id_are_refused(tiny_tokenizer):
@@ -244,7 +256,7 @@ def test_tokenizers_that_disagree_on_an_id_are_refused(tiny_tokenizer):
     with pytest.raises(
         DistillabError, match=r"2 shared ids: id 400 is '<a>' .* '<b>' for the teacher"
     ):
-        shared_vocab_size(student, teacher)
+        shared_vocabulary(student, teacher)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_tokenizer):

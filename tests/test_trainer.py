@@ -31,6 +31,7 @@ from distillab.metrics import read_metrics
 from distillab.model import StudentModel
 from distillab.teachers import LocalTeacher
 from distillab.trainer import DistillationTrainer
+from distillab.vocabulary import Vocabulary
 
 
 class Chunks(Dataset):
@@ -67,7 +68,7 @@ def make(tmp_path, teacher):
     """造一个训练循环；学生的初始权重总是相同。"""
 
     def make(name="run", *, student=None, dropout=0.0, use_teacher=True, data=None, loss=None,
-             vocab_limit=None, **config):  # fmt: skip
+             vocabulary=None, **config):  # fmt: skip
         torch.manual_seed(0)
         return DistillationTrainer(
             student or StudentModel(ModelConfig(**SMALL, dropout=dropout)),
@@ -78,7 +79,7 @@ def make(tmp_path, teacher):
             tmp_path / name,
             loss=loss,
             evaluate=EvaluateConfig(batch_size=4),
-            vocab_limit=vocab_limit,
+            vocabulary=vocabulary,
         )
 
     return make
@@ -214,7 +215,7 @@ def test_validation_uses_sequences_spread_over_the_whole_set(make):
 
 
 def test_padding_rows_of_the_vocabulary_are_never_trained(make):
-    trainer = make(vocab_limit=390, weight_decay=0.0)
+    trainer = make(vocabulary=Vocabulary(390), weight_decay=0.0)
     before = trainer.student.embedding.weight[390:].clone()
     used = set(Chunks().ids.flatten().tolist()) & set(range(390, 400))
     trainer.train()
@@ -534,8 +535,8 @@ class Poisoned(LocalTeacher):
         self.teacher, self.calls, self.count = teacher, set(calls), 0
         self.model = teacher.model
 
-    def targets(self, view, vocab_limit):
-        targets = self.teacher.targets(view, vocab_limit)
+    def targets(self, view, vocabulary):
+        targets = self.teacher.targets(view, vocabulary)
         if torch.is_grad_enabled():  # 只数训练中的调用
             self.count += 1
             if self.count in self.calls:

@@ -64,6 +64,8 @@ def score_rows(
         if teacher is not None:
             p = _logits(teacher, rows)
             log_p = log_softmax(p)
+            if (excluded := student.head.excluded) is not None:  # 两边都是 -inf，不能相减
+                log_q, log_p = (part.index_fill(1, excluded, 0) for part in (log_q, log_p))
             values["forward_kl"] = forward_kl(log_p, log_q)
             values["reverse_kl"] = reverse_kl(log_p, log_q)
             values["top1"] = p.argmax(-1) == q.argmax(-1)

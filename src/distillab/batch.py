@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .vocabulary import Vocabulary
+
 IGNORE_INDEX = -100
 """标签里「不训练」的位置，与 ``torch.nn.functional.cross_entropy`` 的约定相同。"""
 
@@ -171,7 +173,7 @@ class Batch:
 
 def collate_text(
     items: Sequence[Mapping[str, Tensor]],
-    vocab_limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
     separator: int | None = None,
 ) -> Batch:
     """把等长的文本块拼成 ``Batch``，两个模型看同一个视角。
@@ -179,7 +181,7 @@ def collate_text(
     Args:
         items: 每项有 ``input_ids [T]`` 与 ``labels [T]``，``labels[t]`` 是位置 t 的目标，
             ``IGNORE_INDEX`` 的位置不训练。
-        vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的目标不训练。
+        vocabulary: 两个 tokenizer 共有的 token；共有词表之外的目标不训练。
         separator: 文章之后的分隔 token；给出它，块里的文章便互相看不见，也不由分隔 token 去猜
             下一篇的开头。
 
@@ -188,8 +190,8 @@ def collate_text(
     """
     labels = torch.stack([item["labels"] for item in items]).flatten()
     trained = labels != IGNORE_INDEX
-    if vocab_limit is not None:
-        trained &= labels < vocab_limit
+    if vocabulary is not None:
+        trained &= vocabulary.mask(labels)
     ids = torch.stack([item["input_ids"] for item in items])
     positions = None
     if separator is not None:
@@ -207,7 +209,7 @@ def collate_text(
 def collate_examples(
     examples: Sequence[Example],
     pad_id: int,
-    vocab_limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Batch:
     """把 ``Example`` 拼成 ``Batch``，两个视角各自在右边 padding。
 
@@ -216,12 +218,12 @@ def collate_examples(
     Args:
         examples: 至少一条。
         pad_id: 填充用的 id；它从不被训练，也不被注意到。
-        vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的 response token 不训练。
+        vocabulary: 两个 tokenizer 共有的 token；共有词表之外的 response token 不训练。
 
     Returns:
         ``Batch``；没有一条带特权信息时，两个视角是同一个对象。
     """
-    keep = _kept(examples, vocab_limit)
+    keep = _kept(examples, vocabulary)
 
     def view(sequences: Sequence[Tokens]) -> View:
         length = max(len(tokens.ids) for tokens in sequences)
@@ -247,7 +249,7 @@ def collate_examples(
 
 
 def collate_packed(
-    rows: Sequence[Sequence[Example]], pad_id: int, vocab_limit: int | None = None
+    rows: Sequence[Sequence[Example]], pad_id: int, vocabulary: Vocabulary | None = None
 ) -> Batch:
     """每行首尾相接地放几条 ``Example``，两个视角以同样的次序；它们互相看不见。
 
@@ -256,13 +258,13 @@ def collate_packed(
     Args:
         rows: 每行至少一条。
         pad_id: 填充用的 id。
-        vocab_limit: 见 ``collate_examples``。
+        vocabulary: 见 ``collate_examples``。
 
     Returns:
         ``Batch``；``position_ids`` 逐条从 0 数起，``attention_mask`` 为 ``None``。
     """
     examples = [example for row in rows for example in row]
-    keep = _kept(examples, vocab_limit)
+    keep = _kept(examples, vocabulary)
 
     def view(side: Callable[[Example], Tokens]) -> View:
         length = max(sum(len(side(example).ids) for example in row) for row in rows)
@@ -291,11 +293,11 @@ def collate_packed(
     return Batch(student, teacher, _labels(examples, keep), tuple(examples))
 
 
-def _kept(examples: Sequence[Example], vocab_limit: int | None) -> list[list[bool]]:
-    return [
-        [vocab_limit is None or label < vocab_limit for label in example.student.labels]
-        for example in examples
-    ]
+def _kept(examples: Sequence[Example], vocabulary: Vocabulary | None) -> list[list[bool]]:
+    labels = [example.student.labels for example in examples]
+    if vocabulary is None:
+        return [[True] * len(part) for part in labels]
+    return [vocabulary.kept(part) for part in labels]
 
 
 def _labels(examples: Sequence[Example], keep: list[list[bool]]) -> Tensor:

@@ -17,11 +17,19 @@ from .convert import student_from_teacher
 from .engine import DTYPES, resolve_precision
 from .errors import DistillabError
 from .language_model import PretrainedLM
+from .left_out import check_left_out
 from .lora import adapter_parameters, adapters_off, add_lora, base_parameters
 from .model import StudentModel
 from .pretrained import load_pretrained, resolve_model
+from .stops import stop_ids
 from .teachers import AdapterOffTeacher, LocalTeacher, ShardedTeacher
-from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
+from .tokenizer import (
+    check_tokenizer_fits,
+    load_tokenizer,
+    own_vocabulary,
+    shared_vocabulary,
+)
+from .vocabulary import Vocabulary
 
 logger = logging.getLogger("distillab")
 
@@ -34,14 +42,14 @@ class Parts:
         tokenizer: 学生的 tokenizer。
         teacher: 教师，或 ``None``；关掉 adapter 的学生就是教师时，它就是 ``student`` 那个对象。
         student: 尚未训练的学生；训练的参数是 float32。
-        vocab_limit: 教师与学生的 tokenizer 定义相同的 token 数。
+        vocabulary: 教师与学生的 tokenizer 定义相同的 token。
         shard_teacher: 训练时教师的权重分到各进程。
     """
 
     tokenizer: PreTrainedTokenizerBase
     teacher: PretrainedLM | None
     student: StudentModel | PretrainedLM
-    vocab_limit: int
+    vocabulary: Vocabulary
     shard_teacher: bool = False
 
     @property
@@ -84,9 +92,10 @@ def build_models(recipe: Recipe) -> Parts:
     teacher_tokenizer = _teacher_tokenizer(recipe)
     tokenizer = _student_tokenizer(recipe) or teacher_tokenizer
     assert tokenizer is not None  # Recipe 已查过：没有教师时必有学生自己的
-    vocab_limit = shared_vocab_size(
-        tokenizer, None if tokenizer is teacher_tokenizer else teacher_tokenizer
-    )
+    if teacher_tokenizer is None or tokenizer is teacher_tokenizer:
+        vocabulary = own_vocabulary(tokenizer)
+    else:
+        vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer)
     shared = _teacher_is_base_of_student(recipe)
     teacher = None if shared else _teacher(recipe)
     if teacher is not None:
@@ -95,7 +104,7 @@ def build_models(recipe: Recipe) -> Parts:
     check_tokenizer_fits(tokenizer, student.vocab_size, "student")
     if teacher is not None and isinstance(student, StudentModel):
         # 从零开始的学生没有自己的配置：停在哪里也跟教师学。
-        student.eos_token_ids = frozenset(i for i in teacher.eos_token_ids if i < vocab_limit)
+        student.eos_token_ids = frozenset(i for i in teacher.eos_token_ids if i in vocabulary)
     if teacher is not None and recipe.teacher is not None:
         teacher.to(frozen_dtype(recipe.teacher, recipe))
     if shared:
@@ -107,8 +116,16 @@ def build_models(recipe: Recipe) -> Parts:
             "the teacher is the student without its adapters: no second copy, %s bytes saved",
             f"{saved:,}",
         )
+    if teacher is not None and teacher_tokenizer is not None:
+        check_left_out(
+            vocabulary,
+            [
+                ("student", tokenizer, stop_ids(tokenizer, student)),
+                ("teacher", teacher_tokenizer, stop_ids(teacher_tokenizer, teacher)),
+            ],
+        )
     shard = recipe.teacher is not None and recipe.teacher.shard
-    return Parts(tokenizer, teacher, student, vocab_limit, shard)
+    return Parts(tokenizer, teacher, student, vocabulary, shard)
 
 
 def frozen_dtype(source: ModelSource | LoraConfig, recipe: Recipe) -> torch.dtype:

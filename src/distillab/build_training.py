@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from .batch import Batch, collate_text
+from .batch import Batch, Example, collate_text
 from .build import Parts
 from .chat import turn_end
 from .chat_data import ChatDataset, LengthGroupedSampler
@@ -21,6 +22,7 @@ from .config import Recipe, TextConfig
 from .data import WikiDataset
 from .errors import DistillabError
 from .generate import TextGenerator
+from .left_out import LeftOut, count_left_out
 from .loaders import evenly
 from .on_policy import OnPolicy
 from .packing import PackedDataset, collate_rows, keeps_documents_apart
@@ -76,8 +78,25 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
         pairs: ``read_pairs`` 的返回值。
 
     Raises:
-        DistillabError: 数据读不了，或序列长度超过模型的上限。
+        DistillabError: 数据读不了，序列长度超过模型的上限，或有教师读不了的 token。
     """
+    data = _data(recipe, parts, pairs)
+    left = LeftOut.of("student", parts.tokenizer, parts.vocabulary)
+    rows = None if parts.teacher is None else parts.teacher.vocab_size
+    for name, part in (("training data", data.train), ("validation data", data.validation)):
+        if left.tokens:
+            items = None if isinstance(part, TextStream) else _items(part)
+            count_left_out(name, items, left, rows)
+    return data
+
+
+def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
+    for i in range(len(data)):  # type: ignore[arg-type]
+        item = data[i]
+        yield from item if isinstance(item, tuple) else (item,)
+
+
+def _data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
     data = recipe.data
     models = {"student": parts.student, "teacher": parts.teacher}
     longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
@@ -93,7 +112,7 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
         recipe, parts.tokenizer, data.max_seq_len or parts.student.max_seq_len
     )
     separator = document_separator(parts.tokenizer) if _packs(recipe, parts) else None
-    collate = partial(collate_text, vocab_limit=parts.vocab_limit, separator=separator)
+    collate = partial(collate_text, vocabulary=parts.vocabulary, separator=separator)
     return Data(train, validation, collate)
 
 
@@ -155,7 +174,7 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     collate = partial(
         collate_rows,
         pad_id=generator.pad_id,
-        vocab_limit=parts.vocab_limit,
+        vocabulary=parts.vocabulary,
     )
     if _packs(recipe, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)
@@ -226,7 +245,7 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
     logger.info("the teacher answers the %d validation prompts that have no response", missing)
     size, length = recipe.synthesize.batch_size, recipe.sampling.max_new_tokens
     with parts.as_teacher() as teacher:
-        generator = TextGenerator(teacher, parts.tokenizer)
+        generator = TextGenerator(teacher, parts.tokenizer, parts.vocabulary)
         return [  # type: ignore[return-value]  # 列表也是 map-style 的数据集
             example
             for start in range(0, len(examples), size)
@@ -259,7 +278,7 @@ def build_trainer(
     data = build_data(recipe, parts, pairs)
     on_policy = None
     if recipe.responses.on_policy:
-        generator = TextGenerator(parts.student, parts.tokenizer)
+        generator = TextGenerator(parts.student, parts.tokenizer, parts.vocabulary)
         limit = None if parts.teacher is None else parts.teacher.max_seq_len
         on_policy = OnPolicy(
             Rollout(generator, recipe.sampling, limit),
@@ -276,7 +295,7 @@ def build_trainer(
         run_dir,
         loss=recipe.loss,
         evaluate=recipe.evaluate,
-        vocab_limit=parts.vocab_limit,
+        vocabulary=parts.vocabulary,
         collate=data.collate,
         train_sampler=data.sampler,
         on_policy=on_policy,

@@ -60,7 +60,7 @@ class Checks:
             if parts.teacher is not None:
                 task.check_fits(parts.teacher, parts.tokenizer, "teacher")
             task.check_fits(parts.student, parts.tokenizer, "student")
-        collate = partial(collate_text, vocab_limit=parts.vocab_limit)
+        collate = partial(collate_text, vocabulary=parts.vocabulary)
         self.texts = {
             name: trainer.evaluation_loader(
                 build_text(config, parts), collate, config.max_sequences

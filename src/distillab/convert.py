@@ -25,6 +25,7 @@ from .lora import has_lora, merged_copy
 from .model import StudentModel
 from .pretrained import one_line_errors, quiet_transformers
 from .stops import generation_ids
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,31 +195,36 @@ def _load(
 # ---------------------------------------------------------------- 导出
 
 
-def to_hf_state_dict(student: StudentModel, vocab_limit: int | None = None) -> dict[str, Tensor]:
+def to_hf_state_dict(
+    student: StudentModel, vocabulary: Vocabulary | None = None
+) -> dict[str, Tensor]:
     """学生的权重，按 Qwen2 命名；绑定的 ``lm_head.weight`` 不重复存。
 
     Args:
         student: 学生。
-        vocab_limit: 训练时参与的词表大小；第 ``vocab_limit`` 行起换成真实行的均值。
+        vocabulary: 训练时参与的 token；其余的行换成它们的均值。
 
     Returns:
         名字 → float32 张量（CPU，连续）。
 
     Raises:
-        DistillabError: ``vocab_limit`` 不在 ``[1, vocab_size]`` 之内。
+        DistillabError: ``vocabulary`` 比学生的词表大。
     """
     layers = range(student.config.num_layers)
     state = {
         hf_name(name, layers): parameter.detach().to("cpu", torch.float32).contiguous()
         for name, parameter in student.named_parameters()
     }
-    if vocab_limit is not None and vocab_limit != student.vocab_size:
-        if not 1 <= vocab_limit < student.vocab_size:
-            raise DistillabError(f"vocab_limit={vocab_limit}, expected 1 to {student.vocab_size}")
+    if vocabulary is not None and len(vocabulary) != student.vocab_size:
+        if vocabulary.limit > student.vocab_size:
+            raise DistillabError(
+                f"vocabulary limit is {vocabulary.limit}, expected at most {student.vocab_size}"
+            )
         # 填充行从未训练，logit 停在 0 附近，而真实 token 的 logit 可以整体低于 0：别处的采样器
         # 不会裁词表，就会采到没有文字的 id。均值行的 logit 是全体的平均，永远不会最大。
         embedding = state["model.embed_tokens.weight"].clone()
-        embedding[vocab_limit:] = embedding[:vocab_limit].mean(0)
+        trained = vocabulary.mask(torch.arange(len(embedding)))
+        embedding[~trained] = embedding[trained].mean(0)
         state["model.embed_tokens.weight"] = embedding
     return state
 
@@ -228,7 +234,7 @@ def export_student(
     tokenizer: Any,
     directory: str | Path,
     *,
-    vocab_limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
     card: str | None = None,
 ) -> Path:
     """写出 ``AutoModelForCausalLM`` 与 ``AutoTokenizer`` 能直接加载的目录。
@@ -239,14 +245,14 @@ def export_student(
         model: 学生；``PretrainedLM`` 用它自己的 ``save_pretrained``，LoRA 先并进一份 float32 拷贝。
         tokenizer: Hugging Face tokenizer，连同 chat template 一起写出。
         directory: 目标目录，必须不存在或为空。
-        vocab_limit: 见 ``to_hf_state_dict``，只用于 ``StudentModel``。
+        vocabulary: 见 ``to_hf_state_dict``，只用于 ``StudentModel``。
         card: 写进 ``README.md`` 的模型卡。
 
     Returns:
         目标目录。
 
     Raises:
-        DistillabError: 目标已有内容，或 ``vocab_limit`` 越界。
+        DistillabError: 目标已有内容，或 ``vocabulary`` 越界。
     """
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -256,7 +262,7 @@ def export_student(
             whole = merged_copy(model) if has_lora(model) else model.model
             _write_pretrained(whole, generation_ids(tokenizer, model), partial)
         else:
-            _write_model(model, tokenizer, partial, vocab_limit)
+            _write_model(model, tokenizer, partial, vocabulary)
         _write_tokenizer(tokenizer, partial)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -269,12 +275,12 @@ def _bytes(model: torch.nn.Module) -> int:
 
 
 def _write_model(
-    student: StudentModel, tokenizer: Any, directory: Path, vocab_limit: int | None
+    student: StudentModel, tokenizer: Any, directory: Path, vocabulary: Vocabulary | None
 ) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig, Qwen2Config
 
-    config, state = student.config, to_hf_state_dict(student, vocab_limit)
+    config, state = student.config, to_hf_state_dict(student, vocabulary)
     special = generation_ids(tokenizer, student)
     values: dict[str, Any] = {
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()},

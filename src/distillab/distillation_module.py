@@ -13,6 +13,7 @@ from .losses import LossSums
 from .profiling import timed
 from .targets import Targets
 from .teachers import AdapterOffTeacher
+from .vocabulary import Vocabulary
 
 
 class DistillationModule(nn.Module):
@@ -21,7 +22,7 @@ class DistillationModule(nn.Module):
     Args:
         student: 学生。
         loss: 目标函数。
-        vocab_limit: head 只看前若干个 token；其余是填充行，没有概率也没有梯度。
+        vocabulary: head 只看这些 token；其余的没有概率也没有梯度。
         label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
             熵与教师的 log 概率的估计。
     """
@@ -30,13 +31,13 @@ class DistillationModule(nn.Module):
         self,
         student: LanguageModel,
         loss: LossConfig,
-        vocab_limit: int,
+        vocabulary: Vocabulary,
         label_metrics: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
-        self.vocab_limit = vocab_limit
+        self.vocabulary = vocabulary
         self.label_metrics = label_metrics
         self._no_split_modules = student.block_names  # FSDP2 凭它找到各层
 
@@ -47,7 +48,7 @@ class DistillationModule(nn.Module):
         """
         view = batch.student
         if isinstance(targets, AdapterOffTeacher):
-            targets = timed("teacher forward", targets.targets, batch.teacher, self.vocab_limit)
+            targets = timed("teacher forward", targets.targets, batch.teacher, self.vocabulary)
         hidden = timed(
             "student forward", self.student,
             view.input_ids, view.attention_mask, position_ids=view.position_ids,
@@ -67,6 +68,7 @@ class DistillationModule(nn.Module):
             bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,
-            vocab_limit=self.vocab_limit,
+            vocab_limit=self.vocabulary.limit,
+            excluded=self.vocabulary.excluded(hidden.device),
             label_metrics=self.label_metrics,
         )

@@ -56,6 +56,7 @@ from .subjects import (
     run_subjects,
 )
 from .tasks import TaskSet, accuracy
+from .tokenizer import own_vocabulary
 
 logger = logging.getLogger("distillab")
 
@@ -172,13 +173,13 @@ def _prepare(recipe: Recipe) -> _Bench:
     validation = examples_of(
         build_data(recipe, parts, pairs).validation, recipe.evaluate.max_sequences
     )
-    texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocab_limit)}
+    texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():
         try:
             examples = examples_of(build_text(config, parts), config.max_sequences)
         except DistillabError as error:
             raise DistillabError(f"evaluate.texts.{name}: {error}") from error
-        texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocab_limit)
+        texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocabulary)
     chosen = [validation[i] for i in evenly(len(validation), PROMPTS)]
     prompts = chosen if recipe.data.format == "chat" else [_beginning(one) for one in chosen]
     return _Bench(recipe, parts, pairs, tasks, texts, prompts)
@@ -265,7 +266,7 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
     ]
     own = None
     if any(example.student.response for example in examples):  # 否则是教师答的，数据里没有
-        own = Sequences(data.name, examples, subject.tokenizer, subject.model.vocab_size)
+        own = Sequences(data.name, examples, subject.tokenizer, own_vocabulary(subject.tokenizer))
     if own is None or own.texts != data.texts:
         raise DistillabError(
             f"--model {subject.name}: it has another tokenizer, and with its chat template the "
@@ -286,12 +287,14 @@ def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
         )
     with subject.active() as model:
         rollout = Rollout(
-            TextGenerator(model, subject.tokenizer), sampling, teacher.model.max_seq_len
+            TextGenerator(model, subject.tokenizer, bench.parts.vocabulary),
+            sampling,
+            teacher.model.max_seq_len,
         )
         seeds = row_seeds(recipe.train.seed, len(bench.prompts))
         examples, _ = rollout.sample(bench.prompts, seeds)
     data = Sequences(
-        f"samples of {subject.label}", examples, bench.parts.tokenizer, bench.parts.vocab_limit
+        f"samples of {subject.label}", examples, bench.parts.tokenizer, bench.parts.vocabulary
     )
     return score(data, teacher, [subject], recipe.evaluate.batch_size)[subject.name]
 

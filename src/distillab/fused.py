@@ -51,6 +51,7 @@ def fused_distillation_loss(
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_limit: int | None = None,
+    excluded: Tensor | None = None,
     memory_budget: int | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     label_metrics: bool = False,
@@ -71,6 +72,8 @@ def fused_distillation_loss(
         scale: 学生 logits 的倍数；教师的在它的 ``Head`` 里。
         softcap: 学生 logits 的 ``c * tanh(logits / c)``。
         vocab_limit: 两个 head 都只看前若干行；其余没有概率，梯度为 0。
+        excluded: ``[E]``，int64，其中同样没有概率、梯度为 0 的行，互不相同；标签与
+            ``SparseTargets`` 的 ids 不得在其中。
         memory_budget: 块缓冲区的字节数；缺省为空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的。
         reduction: ``sum``，或除以 P 的 ``mean``。
         label_metrics: ``alpha`` 为 1 时也给出两个交叉熵（不带梯度）；缺省不看标签。
@@ -101,10 +104,13 @@ def fused_distillation_loss(
     elif targets is None:
         raise ValueError(f"loss.alpha={objective.alpha:g} needs teacher targets")
     else:
-        check_targets(targets, objective, len(student_hidden), vocab, vocab_limit is not None)
-    spec = RowSpec.of(objective, vocab)._replace(scale=scale, softcap=softcap)
+        cut = vocab_limit is not None
+        check_targets(targets, objective, len(student_hidden), vocab, cut, excluded)
+    spec = RowSpec.of(objective, vocab)._replace(
+        scale=scale, softcap=softcap, excluded=0 if excluded is None else len(excluded)
+    )
     sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        student_hidden, student_weight, bias, labels, targets, spec, memory_budget
+        student_hidden, student_weight, bias, labels, targets, excluded, spec, memory_budget
     )
     if reduction == "mean":
         sums = [value / max(len(student_hidden), 1) for value in sums]
@@ -120,6 +126,7 @@ class _FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor | None,
         targets: Targets | None,
+        excluded: Tensor | None,
         spec: RowSpec,
         memory_budget: int | None,
     ) -> tuple[Tensor, ...]:
@@ -128,7 +135,7 @@ class _FusedLoss(torch.autograd.Function):
         with head_products(hidden.device.type, compute_dtype(hidden)) as products:
             chunks = Chunks(hidden, products, targets, spec, memory_budget)
             sums, ctx.gradients = _run(
-                chunks, products, hidden, weight, bias, labels, targets, needs
+                chunks, products, hidden, weight, bias, labels, targets, excluded, needs
             )
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         divergence, cross_entropy = sums[:2]
@@ -151,7 +158,7 @@ class _FusedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(upstream).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _run(
@@ -162,6 +169,7 @@ def _run(
     bias: Tensor | None,
     labels: Tensor | None,
     targets: Targets | None,
+    excluded: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """逐块计算；返回 ``RowValues`` 的总和 ``[5]`` 与三个梯度。"""
@@ -190,9 +198,14 @@ def _run(
             products.logits(teacher_rows, teacher_weight, out=chunks.teacher[:count])
         elif isinstance(targets, DenseTargets):
             chunks.teacher[:count] = targets.logits[rows, :vocab]
+        if excluded is not None:
+            student.index_fill_(1, excluded, -torch.inf)
+            chunks.teacher[:count].index_fill_(1, excluded, -torch.inf)
         sums += chunks.row_values(rows, student_bias, labels, targets)
         if not any(needs):
             continue
+        if excluded is not None:
+            student.index_fill_(1, excluded, 0)
         if d_bias is not None:
             d_bias[:vocab] += student.sum(0)
         d_logits = products.d_logits(student)

@@ -18,7 +18,8 @@ from .language_model import LanguageModel, evaluating
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .sampling_weights import sampling_weights
 from .stops import stop_ids
-from .tokenizer import continuation_text
+from .tokenizer import continuation_text, own_vocabulary
+from .vocabulary import Vocabulary
 
 __all__ = ["TextGenerator", "left_pad", "padded", "until_stop"]
 
@@ -72,15 +73,20 @@ class TextGenerator:
     Args:
         model: ``StudentModel`` 或 ``PretrainedLM``。
         tokenizer: Hugging Face tokenizer。
+        vocabulary: 能采到的 token；缺省为 tokenizer 定义了的。
 
     Attributes:
+        vocabulary: 同上。
         stop_ids: 生成到其中任何一个就停，见 :func:`distillab.stops.stop_ids`。
         pad_id: 已经停下的行用它补齐。
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Any) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: Any, vocabulary: Vocabulary | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary or own_vocabulary(tokenizer)
         self.stop_ids = stop_ids(tokenizer, model)
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(self.stop_ids), 0)
         self.pad_id: int = next(index for index in candidates if index is not None)
@@ -215,8 +221,8 @@ class TextGenerator:
         if mask is not None:
             mask = F.pad(mask, (0, limit), value=1)
         with evaluating(self.model), sampling_weights(self.model, batch, limit):
-            # 词表末尾的填充行没有对应的文字，不能采到。
-            head = self.model.head.cut(len(self.tokenizer))
+            # 填充行与空洞没有对应的文字，不能采到。
+            head = self.model.head.cut(self.vocabulary)
             for step in range(limit):
                 seen = None if mask is None else mask[:, : width + step]
                 hidden = self.model(step_ids, seen, cache)

@@ -23,7 +23,7 @@ from .generate import TextGenerator, left_pad
 from .language_model import LanguageModel
 from .likelihood import likelihoods
 from .sampling import row_seeds, sampling_options
-from .tokenizer import vocab_limit
+from .tokenizer import own_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self.model,
             # 放不下就从左边截断上文；最后一个 token 只被预测，不占位置。
             [(context[-(limit + 1 - len(text)) :], text) for _, context, text in requests],
-            vocab_limit=vocab_limit(self.tokenizer),
+            vocabulary=own_vocabulary(self.tokenizer),
             batch_size=self.batch_size,
         )
         return [(one.total, one.greedy) for one in found]

@@ -18,6 +18,7 @@ from .kv_cache import LayerCache
 from .language_model import LanguageModel, evaluating
 from .losses import log_softmax
 from .targets import Head
+from .vocabulary import Vocabulary
 
 __all__ = ["Likelihood", "likelihoods"]
 
@@ -62,7 +63,7 @@ Requests = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 @torch.no_grad()
 def likelihoods(
-    model: LanguageModel, requests: Requests, *, vocab_limit: int, batch_size: int
+    model: LanguageModel, requests: Requests, *, vocabulary: Vocabulary, batch_size: int
 ) -> list[Likelihood]:
     """算出每段后文在它的上文之后的似然。
 
@@ -70,7 +71,7 @@ def likelihoods(
         model: 语言模型。
         requests: 各 ``(上文, 后文)`` 的 token，都不为空；合起来除最后一个 token 外不超过
             ``model.max_seq_len``。
-        vocab_limit: 只有前这么多个 token 有概率。
+        vocabulary: 只有这些 token 有概率。
         batch_size: 一起算的后文数。
 
     Returns:
@@ -89,7 +90,7 @@ def likelihoods(
     totals = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.ones(len(requests), dtype=torch.bool)
     with evaluating(model):
-        head = model.head.cut(vocab_limit)
+        head = model.head.cut(vocabulary)
         alone, shared = _pieces(requests, batch_size, _can_share(model))
         for pieces, forward in ((shared, _after_shared), (alone, _whole)):
             for batch in _batches(pieces, batch_size, model.max_seq_len):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ def distillation_loss(
     targets: DenseTargets | SparseTargets | None,
     labels: Tensor | None,
     loss: LossConfig,
+    excluded: Tensor | None = None,
 ) -> LossSums:
     """``Σ_tokens α T² D(p_T, q_T) + (1-α) CE(label, q_1)``，稠密参考实现。
 
@@ -111,6 +113,7 @@ def distillation_loss(
         targets: 教师的 logits 或稀疏概率；``alpha`` 为 0 时不看，可以是 ``None``。
         labels: ``[P]``，int64；``alpha`` 为 1 时不看，可以是 ``None``。
         loss: 目标函数。
+        excluded: ``[E]``，int64，两边都没有概率的 id；标签与稀疏的 ids 不得在其中。
 
     Returns:
         ``LossSums``，六个标量。
@@ -123,6 +126,8 @@ def distillation_loss(
     sums = dict.fromkeys(LossSums._fields, zero)
     if loss.alpha < 1 and labels is None:
         raise ValueError(f"loss.alpha={loss.alpha:g} needs labels")
+    if excluded is not None:
+        logits, targets, labels = _without(excluded, logits, targets, labels)
     if loss.alpha > 0:
         if targets is None:
             raise ValueError(f"loss.alpha={loss.alpha:g} needs teacher targets")
@@ -152,6 +157,23 @@ def distillation_loss(
         sums["total"] = sums["total"] + (1 - loss.alpha) * sums["cross_entropy"]
     total = sums.pop("total")
     return LossSums(total, **{name: value.detach() for name, value in sums.items()})
+
+
+def _without(
+    excluded: Tensor,
+    logits: Tensor,
+    targets: DenseTargets | SparseTargets | None,
+    labels: Tensor | None,
+) -> tuple[Tensor, DenseTargets | SparseTargets | None, Tensor | None]:
+    """去掉没有概率的列；标签与稀疏的 ids 换成剩下的各列里的编号。"""
+    kept = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    kept[excluded] = False
+    place = kept.cumsum(0) - 1
+    if isinstance(targets, DenseTargets):
+        targets = DenseTargets(targets.logits[:, kept])
+    elif targets is not None:
+        targets = replace(targets, ids=place[targets.ids])
+    return logits[:, kept], targets, None if labels is None else place[labels]
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -190,7 +212,12 @@ def sparse_divergence(
 
 
 def check_targets(
-    targets: Targets, loss: LossConfig, rows: int, vocab: int, cut: bool = False
+    targets: Targets,
+    loss: LossConfig,
+    rows: int,
+    vocab: int,
+    cut: bool = False,
+    excluded: Tensor | None = None,
 ) -> None:
     """教师目标与学生、与目标函数是否相合。
 
@@ -200,6 +227,7 @@ def check_targets(
         rows: 学生的行数 P。
         vocab: 学生用到的词表大小。
         cut: 词表已按 ``vocab_limit`` 截过：教师的可以更大。
+        excluded: 其中没有概率的 id。
 
     Raises:
         ValueError: 行数、词表不合，教师需要梯度，或 ``tail`` 不支持这种 divergence 或温度。
@@ -215,6 +243,7 @@ def check_targets(
         head = targets.head
         count, tensors = len(targets.hidden), (targets.hidden, head.weight, head.bias)
         _check_vocabulary("head", len(head.weight), "rows", vocab, cut)
+        _check_excluded(head.excluded, excluded)
     if count != rows:
         raise ValueError(f"the teacher has {count} rows, the student {rows}")
     if torch.is_grad_enabled() and any(
@@ -230,6 +259,15 @@ def _check_vocabulary(what: str, size: int, unit: str, vocab: int, cut: bool) ->
     if size != vocab and not (cut and size > vocab):
         raise ValueError(
             f"teacher {what} has {size} {unit}, the student's vocabulary is {vocab}; "
+            f"cut both to the shared vocabulary"
+        )
+
+
+def _check_excluded(teacher: Tensor | None, student: Tensor | None) -> None:
+    theirs, ours = (0 if part is None else len(part) for part in (teacher, student))
+    if theirs not in (0, ours):
+        raise ValueError(
+            f"the teacher head excludes {theirs} ids, the student {ours}; "
             f"cut both to the shared vocabulary"
         )
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from .batch import Batch, Example, collate_examples, collate_packed
 from .chat_data import ChatDataset
 from .language_model import LanguageModel, evaluating
+from .vocabulary import Vocabulary
 
 SORTED_TOGETHER = 2000
 """一次由长到短排列这么多条；全体一起排，同一行里就总是长短同样的搭配。"""
@@ -98,20 +99,20 @@ class PackedDataset(Dataset[tuple[Example, ...]]):
 def collate_rows(
     items: Sequence[Example] | Sequence[tuple[Example, ...]],
     pad_id: int,
-    vocab_limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Batch:
     """``PackedDataset`` 的各行，或（验证时）没有装在一起的各条，拼成 ``Batch``。
 
     Args:
         items: 全是行，或全是 ``Example``。
         pad_id: 填充用的 id。
-        vocab_limit: 见 ``collate_examples``。
+        vocabulary: 见 ``collate_examples``。
     """
     rows = [item for item in items if isinstance(item, tuple)]
     if rows:
-        return collate_packed(rows, pad_id, vocab_limit)
+        return collate_packed(rows, pad_id, vocabulary)
     examples = [item for item in items if isinstance(item, Example)]
-    return collate_examples(examples, pad_id, vocab_limit)
+    return collate_examples(examples, pad_id, vocabulary)
 
 
 @torch.no_grad()

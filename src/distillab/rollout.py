@@ -61,7 +61,8 @@ class Rollout:
         """同样的采样，换一个模型：分片的学生要先收齐成一份拷贝。"""
         if model is self.generator.model:
             return self
-        generator = TextGenerator(model, self.generator.tokenizer)
+        own = self.generator
+        generator = TextGenerator(model, own.tokenizer, own.vocabulary)
         return Rollout(generator, self.sampling, self.teacher_max_seq_len)
 
     def sample(

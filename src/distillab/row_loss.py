@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .config import LossConfig
 
+NO_PROBABILITY = -1e30
+"""没有概率的列的 log 概率：真实的 logits 到不了这里，而 exp 正好是 0。"""
+
 
 class RowSpec(NamedTuple):
     """编译时就定下来的数：目标函数，两个 head 的逐元素部分，要不要梯度。"""
@@ -32,6 +35,7 @@ class RowSpec(NamedTuple):
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
     gradient: bool = True
+    excluded: int = 0  # V 列里有几列是 -inf：没有概率，也不分 label smoothing
 
     @classmethod
     def of(cls, loss: LossConfig, vocab: int) -> RowSpec:
@@ -44,6 +48,11 @@ class RowSpec(NamedTuple):
             loss.label_smoothing,
             vocab,
         )
+
+    @property
+    def smoothed(self) -> float:
+        """Label smoothing 分给每个 token 的份额 ``ε/V``。"""
+        return self.smoothing / (self.vocab - self.excluded)
 
 
 class RowValues(NamedTuple):
@@ -67,9 +76,14 @@ class Logits(NamedTuple):
         """归一化项 ``log Σ exp(shifted / T)``，``[R, 1]``。"""
         return total((self.shifted * (1 / temperature)).exp()).log()
 
-    def log_softmax(self, temperature: float) -> Tensor:
-        """温度 T 下的 log 概率 ``[R, V]``。"""
-        return self.shifted * (1 / temperature) - self.log_sum(temperature)
+    def log_softmax(self, spec: RowSpec) -> Tensor:
+        """温度 T 下的 log 概率 ``[R, V]``；没有概率的列是有限的数，两份相减才不是 NaN。"""
+        log_q = self.shifted * (1 / spec.temperature) - self.log_sum(spec.temperature)
+        return log_q.clamp(min=NO_PROBABILITY) if spec.excluded else log_q
+
+    def finite(self) -> Tensor:
+        """``shifted``，没有概率的列换成 0。"""
+        return torch.where(self.shifted == -math.inf, 0, self.shifted)
 
 
 def total(values: Tensor) -> Tensor:
@@ -154,7 +168,8 @@ def dense_rows(
 ) -> tuple[RowValues, Tensor]:
     """两份 ``[R, V]`` 的矩阵乘结果 → 每行的值；``student`` 就地变成梯度。
 
-    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值。
+    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值。``spec.excluded`` 的列须
+    已填成 ``-inf``；它们的梯度没有意义，由调用者填成 0。
 
     Args:
         student: ``[R, V]``，``hidden @ weight.T``；``spec.gradient`` 时被覆盖。
@@ -174,7 +189,7 @@ def dense_rows(
     gradient: Any = 0.0
     if teacher is not None:
         other = shifted(teacher, teacher_bias, spec.teacher_scale, spec.teacher_softcap)
-        log_q, log_p = logits.log_softmax(spec.temperature), other.log_softmax(spec.temperature)
+        log_q, log_p = logits.log_softmax(spec), other.log_softmax(spec)
         # elementwise 之外再算一次 exp：编译之后，共用的 p、q 要写进内存，带标签时慢约 5%
         f, h = elementwise(log_p, log_q, spec)
         same = ((logits.shifted == 0) & (other.shifted == 0)).any(-1)
@@ -190,7 +205,9 @@ def dense_rows(
     label_gradient = zero
     if labels is not None and label_product is not None:
         log_sum = logits.log_sum(1.0)
-        shifted_sum = total(logits.shifted)[:, 0] if spec.smoothing else zero
+        shifted_sum = zero
+        if spec.smoothing:
+            shifted_sum = total(logits.finite() if spec.excluded else logits.shifted)[:, 0]
         cross_entropy, label_gradient = label_rows(
             logits, log_sum, shifted_sum, label_product, labels, bias, spec
         )
@@ -230,7 +247,7 @@ def label_rows(
     normaliser = log_sum[:, 0]
     cross_entropy = normaliser - (logit - logits.top[:, 0])
     if spec.smoothing:
-        average = normaliser - shifted_sum / spec.vocab
+        average = normaliser - shifted_sum / (spec.vocab - spec.excluded)
         cross_entropy = (1 - spec.smoothing) * cross_entropy + spec.smoothing * average
     share = (1 - spec.alpha) * (1 - spec.smoothing)
     return cross_entropy, slope * (logit * 0 - share)
@@ -242,6 +259,6 @@ def uniform_rows(shifted: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
     Args:
         shifted: ``[R, N]``。
         log_sum: ``[R, 1]``。
-        spec: 定下来的数；V 取自 ``spec.vocab``。
+        spec: 定下来的数。
     """
-    return (1 - spec.alpha) * ((shifted - log_sum).exp() - spec.smoothing / spec.vocab)
+    return (1 - spec.alpha) * ((shifted - log_sum).exp() - spec.smoothed)

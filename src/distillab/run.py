@@ -345,7 +345,7 @@ def _export(
         tokens=tokens,
         metrics=metrics,
     )
-    export_student(parts.student, parts.tokenizer, target, vocab_limit=parts.vocab_limit, card=card)
+    export_student(parts.student, parts.tokenizer, target, vocabulary=parts.vocabulary, card=card)
     logger.info("exported to %s", target)
 
 

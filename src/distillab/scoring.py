@@ -23,6 +23,7 @@ from .progress import track
 from .sequences import Sequences
 from .subjects import Subject
 from .targets import HiddenTargets
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,7 +126,7 @@ def _score_batch(
     found: dict[str, Scores],
 ) -> None:
     started = time.perf_counter()
-    target = None if teacher is None else _read(teacher, batch, data.vocab_limit)
+    target = None if teacher is None else _read(teacher, batch, data.vocabulary)
     teacher_seconds = time.perf_counter() - started
     for subject in subjects:
         scores = found[subject.name]
@@ -134,16 +135,16 @@ def _score_batch(
             scores.seconds += teacher_seconds
             values = score_rows(target, batch.labels)
         else:
-            values = score_rows(_read(subject, batch, data.vocab_limit), batch.labels, target)
+            values = score_rows(_read(subject, batch, data.vocabulary), batch.labels, target)
         scores.seconds += time.perf_counter() - started
         for name, value in values.items():
             scores.rows.setdefault(name, np.empty(len(data.labels)))[rows] = value
 
 
-def _read(subject: Subject, batch: Batch, vocab_limit: int) -> HiddenTargets:
+def _read(subject: Subject, batch: Batch, vocabulary: Vocabulary) -> HiddenTargets:
     view: View = getattr(batch, subject.side)
     with subject.active() as model:
         hidden = view.rows(model(view.input_ids, view.attention_mask))
         if hidden.is_cuda:
             torch.cuda.synchronize()  # 各个模型的用时才分得开
-        return HiddenTargets(hidden, model.head.cut(vocab_limit))
+        return HiddenTargets(hidden, model.head.cut(vocabulary))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,13 +14,16 @@ from .batch import IGNORE_INDEX, Batch, Example, Tokens, collate_examples
 from .encoding import ArticleEncoder
 from .errors import DistillabError
 from .loaders import evenly
-from .tokenizer import continuation_text, document_separator
-from .tokenizer import vocab_limit as number_of_ids
+from .tokenizer import continuation_text, document_separator, own_vocabulary
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger("distillab")
 
 
 class Sequences:
@@ -29,7 +33,7 @@ class Sequences:
         name: 名字，用于进度条与错误信息。
         examples: 全部序列。
         tokenizer: 它们的 tokenizer。
-        vocab_limit: 两个 tokenizer 共有的 token 数；共有词表之外的 response token 不算。
+        vocabulary: 两个 tokenizer 共有的 token；共有词表之外的 response token 不算，数目写进日志。
 
     Attributes:
         examples: 留下的序列。
@@ -50,10 +54,18 @@ class Sequences:
         name: str,
         examples: Sequence[Example],
         tokenizer: PreTrainedTokenizerBase,
-        vocab_limit: int,
+        vocabulary: Vocabulary,
     ) -> None:
-        self.name, self.vocab_limit = name, vocab_limit
-        kept = [_within(example, vocab_limit) for example in examples]
+        self.name, self.vocabulary = name, vocabulary
+        kept = [_within(example, vocabulary) for example in examples]
+        before, after = (
+            sum(len(one.student.response) for one in part) for part in (examples, kept)
+        )
+        if after < before:
+            logger.warning(
+                "%s: %s of %s response tokens are not measured: student and teacher do not share "
+                "them", name, f"{before - after:,}", f"{before:,}",
+            )  # fmt: skip
         self.examples = [example for example in kept if example.student.response]
         if not self.examples:
             raise DistillabError(f"{name}: no response token to evaluate on")
@@ -120,7 +132,7 @@ def same_text(
         learned = range(len(context), len(whole))
         view = Tokens(whole, [i for i in learned if whole[i] not in theirs.unlearned])
         examples.append(Example(view, view))
-    return Sequences(data.name, examples, other, number_of_ids(other))
+    return Sequences(data.name, examples, other, own_vocabulary(other))
 
 
 def _translated(
@@ -154,11 +166,12 @@ def _chunk(item: dict[str, Any]) -> Example:
     return Example(view, view)
 
 
-def _within(example: Example, vocab_limit: int) -> Example:
+def _within(example: Example, vocabulary: Vocabulary) -> Example:
     """去掉共有词表之外的 response token，两个视角去掉的相同。"""
 
     def view(tokens: Tokens) -> Tokens:
-        return Tokens(tokens.ids, [i for i in tokens.response if tokens.ids[i] < vocab_limit])
+        kept = vocabulary.kept(tokens.labels)
+        return Tokens(tokens.ids, list(itertools.compress(tokens.response, kept)))
 
     student = view(example.student)
     return Example(

@@ -103,8 +103,7 @@ def sparse_rows(
         log_sum, _ = normaliser(1.0)
         shifted_sum = zero
         if spec.smoothing:
-            finite = torch.where(logits.shifted == -math.inf, 0, logits.shifted)
-            shifted_sum = total(finite)[:, 0] + (id_logits.sum(-1) if masked else 0)
+            shifted_sum = total(logits.finite())[:, 0] + (id_logits.sum(-1) if masked else 0)
         cross_entropy, label_gradient = label_rows(
             logits, log_sum, shifted_sum, label_product, labels, bias, spec
         )

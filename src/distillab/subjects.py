@@ -19,7 +19,7 @@ from .language_model import LanguageModel, PretrainedLM, evaluating
 from .lora import adapters_off, base_parameters, has_lora
 from .pretrained import load_pretrained, resolve_model
 from .run_dir import exported_model
-from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocab_size
+from .tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,7 +165,7 @@ def other_subject(name: str, source: str, parts: Parts, device: torch.device) ->
     model = PretrainedLM(load_pretrained(source, dtype=torch.float32)).to(device)
     check_tokenizer_fits(tokenizer, model.vocab_size, name)
     try:
-        same = shared_vocab_size(parts.tokenizer, tokenizer) >= parts.vocab_limit
+        same = shared_vocabulary(parts.tokenizer, tokenizer).covers(parts.vocabulary)
     except DistillabError:
         same = False
     return Subject(name, name, source, model, tokenizer, same_tokens=same)

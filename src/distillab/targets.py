@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import DistillabError
+from .vocabulary import Vocabulary
 
 Tail = Literal["renormalise", "bucket", "sampled"]
 
@@ -22,12 +22,14 @@ class Head:
         bias: ``[V]`` 或 ``None``。
         scale: logits 的倍数（Cohere 的 ``logit_scale``，Granite 的 ``1 / logits_scaling``）。
         softcap: ``c * tanh(logits / c)`` 的 c（Gemma 2），``None`` 为不限。
+        excluded: ``[E]``，int64，logit 为 ``-inf`` 的 id；``None`` 为没有。
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    excluded: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [..., H]`` 到 ``[..., V]`` 的 float32 logits，不受 autocast 影响。"""
@@ -35,24 +37,23 @@ class Head:
             return self.finish(hidden.float() @ self.weight.float().T)
 
     def finish(self, product: Tensor) -> Tensor:
-        """矩阵乘之后的逐元素部分：bias、scale、softcap。"""
+        """矩阵乘之后的逐元素部分：bias、scale、softcap，不用的 id 为 ``-inf``。"""
         logits = product if self.bias is None else product + self.bias.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.excluded is not None:
+            logits = logits.index_fill(-1, self.excluded, -torch.inf)
         return logits
 
-    def cut(self, limit: int) -> Head:
-        """只留词表的前 ``limit`` 行（视图，不复制）：填充行没有概率，也没有梯度。
-
-        Raises:
-            DistillabError: ``limit`` 小于 1。
-        """
-        if limit < 1:
-            raise DistillabError(f"vocabulary limit is {limit}, expected at least 1")
+    def cut(self, vocabulary: Vocabulary) -> Head:
+        """只留 ``vocabulary`` 的行（视图，不复制）：其余的没有概率，也没有梯度。"""
+        vocabulary = vocabulary.within(len(self.weight))
+        limit = vocabulary.limit
         bias = None if self.bias is None else self.bias[:limit]
-        return Head(self.weight[:limit], bias, self.scale, self.softcap)
+        excluded = vocabulary.excluded(self.weight.device)
+        return Head(self.weight[:limit], bias, self.scale, self.softcap, excluded)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .parsing import parse_json
 from .questions import Answer, Question, Task, check_tasks
 from .run_file_shapes import ANSWERS_ROW, check
 from .style import USUAL, Style
-from .tokenizer import vocab_limit
+from .tokenizer import own_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -311,7 +311,7 @@ class ChoiceTask(TaskSet):
                     for prompt, choices in zip(self.prompts(tokenizer, view), texts, strict=True)
                     for choice in choices
                 ],
-                vocab_limit=vocab_limit(tokenizer),
+                vocabulary=own_vocabulary(tokenizer),
                 batch_size=BATCH_SIZE,
             )
         )

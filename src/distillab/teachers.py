@@ -16,6 +16,7 @@ from .language_model import LanguageModel, evaluating
 from .lora import adapters_off
 from .sharding import WholeCopy, reshard
 from .targets import HiddenTargets
+from .vocabulary import Vocabulary
 
 
 class LocalTeacher:
@@ -41,14 +42,14 @@ class LocalTeacher:
         yield self.model
 
     @torch.no_grad()
-    def targets(self, view: View, vocab_limit: int) -> HiddenTargets:
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
         """教师在 ``view`` 上的目标。
 
         教师以自己的 dtype 计算，不受学生的 autocast 影响。
 
         Args:
             view: 教师的视角，``P`` 个 response token。
-            vocab_limit: 词表只看前若干个 token（两个 tokenizer 定义相同的部分）。
+            vocabulary: 两个 tokenizer 定义相同的 token；其余的没有概率。
 
         Returns:
             ``HiddenTargets``，``hidden [P, H_t]``。
@@ -56,7 +57,7 @@ class LocalTeacher:
         with torch.autocast(view.input_ids.device.type, enabled=False):
             hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
             hidden = view.rows(hidden)
-        return HiddenTargets(hidden, self.model.head.cut(vocab_limit))
+        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
 
 
 class ShardedTeacher(LocalTeacher):
@@ -82,13 +83,13 @@ class ShardedTeacher(LocalTeacher):
         fully_shard(reader)  # 其余的：embedding、最后的 norm 与 head
 
     @torch.no_grad()
-    def targets(self, view: View, vocab_limit: int) -> HiddenTargets:
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
         """见 ``LocalTeacher.targets``；head 到 ``release`` 为止有效。所有进程都要调用。"""
         if self._reader is None:
-            return super().targets(view, vocab_limit)
+            return super().targets(view, vocabulary)
         with torch.autocast(view.input_ids.device.type, enabled=False):
             hidden = self._reader(view)
-        return HiddenTargets(hidden, self.model.head.cut(vocab_limit))
+        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
 
     def release(self) -> None:
         """放掉收齐的 head。"""
@@ -132,7 +133,7 @@ class AdapterOffTeacher(LocalTeacher):
     def place(self, device: torch.device) -> None:
         """学生由引擎来放。"""
 
-    def targets(self, view: View, vocab_limit: int) -> HiddenTargets:
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
         """基座在 ``view`` 上的目标；见 ``LocalTeacher.targets``。"""
         with evaluating(self.model), adapters_off(self.model):
-            return super().targets(view, vocab_limit)
+            return super().targets(view, vocabulary)

@@ -17,6 +17,7 @@ from .pretrained import (
 )
 from .qwen_ranks import qwen_tokenizer_dir
 from .sources import fetch
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,24 +162,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def shared_vocab_size(
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> int:
-    """两个分词器定义相同的 id 有多少个；头只算这么宽。
+def own_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """一个分词器定义了的 id；没有定义的采不得，也没有概率。"""
+    return Vocabulary.of(tokenizer.get_vocab().values())
+
+
+def shared_vocabulary(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> Vocabulary:
+    """两个分词器定义相同的 id；别的没有概率，也不训练。
 
     Args:
         student_tokenizer: 学生的分词器。
-        teacher_tokenizer: 教师的；``None`` 表示与学生共用。
+        teacher_tokenizer: 教师的。
 
     Returns:
-        n，id ``0..n-1`` 在两边都有定义且是同一个 token。
+        在两边都有定义、而且是同一个 token 的 id。
 
     Raises:
-        DistillabError: 同一个 id 在两边是不同的 token。
+        DistillabError: 同一个 id 在两边是不同的 token，或没有一个 id 在两边都有。
     """
-    student = _token_of(student_tokenizer)
-    teacher = student if teacher_tokenizer is None else _token_of(teacher_tokenizer)
+    student, teacher = _token_of(student_tokenizer), _token_of(teacher_tokenizer)
     common = student.keys() & teacher.keys()
     differing = [index for index in common if student[index] != teacher[index]]
     if differing:
@@ -188,7 +192,11 @@ def shared_vocab_size(
             f"is {student[first]!r} for the student and {teacher[first]!r} for the teacher; "
             f"expected one vocabulary"
         )
-    return next(index for index in range(len(common) + 1) if index not in common)
+    if not common:
+        raise DistillabError(
+            "student and teacher tokenizers have no id in common; expected one vocabulary"
+        )
+    return Vocabulary.of(common)
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:

@@ -44,6 +44,7 @@ from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .targets import Targets
 from .teachers import AdapterOffTeacher, LocalTeacher
 from .trainer_state import TrainerState
+from .vocabulary import Vocabulary
 from .watch import Watch
 
 logger = logging.getLogger("distillab")
@@ -61,7 +62,7 @@ class DistillationTrainer:
         run_dir: 运行目录；检查点在 ``run_dir/config.checkpoint_dir``，指标在 ``metrics.jsonl``。
         loss: 目标函数；缺省为 ``forward_kl``，``alpha`` 与 ``temperature`` 取自 ``config``。
         evaluate: 验证的批大小与条数。
-        vocab_limit: 两个 tokenizer 定义相同的 token 数；缺省为整个词表。
+        vocabulary: 两个 tokenizer 定义相同的 token；缺省为整个词表。
         collate: 把数据项拼成 ``Batch``；缺省用于文本块。
         train_sampler: 训练数据的次序（如按长度分组）；有 ``set_epoch`` 就每轮调用。缺省为随机打乱。
         on_policy: 从学生采样 response；缺省只用数据里的。
@@ -81,7 +82,7 @@ class DistillationTrainer:
         *,
         loss: LossConfig | None = None,
         evaluate: EvaluateConfig | None = None,
-        vocab_limit: int | None = None,
+        vocabulary: Vocabulary | None = None,
         collate: Callable[[Sequence[Any]], Batch] | None = None,
         train_sampler: Sampler[int] | None = None,
         on_policy: OnPolicy | None = None,
@@ -107,8 +108,8 @@ class DistillationTrainer:
         if teacher is not None:
             teacher.place(device)
 
-        self.vocab_limit = vocab_limit or student.vocab_size
-        self.collate = collate or partial(collate_text, vocab_limit=self.vocab_limit)
+        self.vocabulary = vocabulary or Vocabulary(student.vocab_size)
+        self.collate = collate or partial(collate_text, vocabulary=self.vocabulary)
         self.on_policy = on_policy
         self.train_loader = train_loader(
             train_data, self.accelerator, self.collate, config.batch_size, train_sampler
@@ -119,7 +120,7 @@ class DistillationTrainer:
         prepare_bodies(student, None if teacher is None else teacher.model, config)
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
-        module = DistillationModule(student, self.loss, self.vocab_limit, on_policy is not None)
+        module = DistillationModule(student, self.loss, self.vocabulary, on_policy is not None)
         self.module, self.optimizer, self.scheduler = prepare(
             self.accelerator, module, config, self.total_steps
         )
@@ -288,7 +289,7 @@ class DistillationTrainer:
     def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
             return self.teacher  # 后者在学生的 forward 里取目标
-        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocab_limit)
+        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocabulary)
 
     def _skipped(self, loss: float, batches: int) -> None:
         state, scaler = self.state, self.accelerator.scaler
