@@ -236,7 +236,7 @@ def test_memory_of_tokenising_is_bounded(tmp_path):
         check=True,
         env=os.environ | {"DISTILLAB_CACHE": str(tmp_path / "cache")},
     )
-    assert int(found.stdout) * 1024 < 260e6  # 整篇一次要 540e6
+    assert int(found.stdout) * 1024 < 260e6
 
 
 # ---------------------------------------------------------------------- 续写的文字

@@ -152,3 +152,9 @@ def test_every_reader_takes_the_split(tmp_path, caplog, monkeypatch):
     assert list(stream) == ["validation"]
     with pytest.raises(DistillabError, match="split 'test' does not apply to the file"):
         list(read_conversations(str(root / "train.jsonl"), split="test"))
+
+
+def test_a_dataset_saved_to_disk_says_what_to_write_instead(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DistillabError, match=r"was written by save_to_disk, .* with to_parquet"):
+        text_files(tmp_path / "saved")

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import families
 import pytest
 from placed import placed
 from tokenizers import Tokenizer
@@ -195,6 +196,12 @@ def test_the_separator_is_eos_where_there_is_no_endoftext(tmp_path, tiny_tokeniz
         tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>"
     )
     assert document_separator(other) == 399
+
+
+def test_articles_end_as_in_pretraining_even_where_eos_ends_a_turn():
+    tokenizer = families.tokenizer_of("llama3")
+    tokenizer.eos_token = "<|eot_id|>"  # Llama 3 Instruct
+    assert document_separator(tokenizer) == tokenizer.convert_tokens_to_ids("<|end_of_text|>")
 
 
 def test_the_fingerprint_ignores_what_was_tokenised_before(tiny_tokenizer):

@@ -53,6 +53,11 @@ def text_files(path: Path, subset: str | None = None, split: str = "train") -> l
                 f"cannot read text from {str(path)!r}; expected {', '.join(TEXT_SUFFIXES)}"
             )
         return [path]
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        raise DistillabError(
+            f"{str(path)!r} was written by save_to_disk, whose .arrow files are not read; write "
+            f"the dataset with to_parquet"
+        )
     found = split_files(path, subset, TEXT_SUFFIXES)
     if split not in found:
         raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-_END_OF_TEXT = "<|endoftext|>"
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _SAMPLE = "Tokens 词 1"
 
 
@@ -70,16 +70,18 @@ def load_tokenizer(
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     """文章之间的分隔 token。
 
-    聊天模型的 eos 往往是 ``<|im_end|>``，而预训练时隔开文章的是 ``<|endoftext|>``。
+    聊天模型的 eos 往往是 ``<|im_end|>`` 或 ``<|eot_id|>``，而预训练时隔开文章的是
+    ``<|endoftext|>`` 或 ``<|end_of_text|>``。
 
     Args:
         tokenizer: 任意分词器。
 
     Returns:
-        词表里有 ``<|endoftext|>`` 就是它的 id，否则是 eos 的 id。
+        词表里有这两个之一就是它的 id，否则是 eos 的 id。
     """
     vocab = tokenizer.get_vocab()
-    return int(vocab.get(_END_OF_TEXT, tokenizer.eos_token_id))
+    found = (vocab[token] for token in _END_OF_TEXT if token in vocab)
+    return int(next(found, tokenizer.eos_token_id))
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
