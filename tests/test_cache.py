@@ -197,12 +197,12 @@ TOKENISE = """
 import sys, time
 import distillab.data as data
 from distillab.tokenizer import load_tokenizer
-joined = data.joined_ids
+written = data.write_chunks
 def counted(*arguments):
     print("tokenising", flush=True)
     time.sleep(1)
-    return joined(*arguments)
-data.joined_ids = counted
+    return written(*arguments)
+data.write_chunks = counted
 train, _ = data.WikiDataset.build(sys.argv[1], load_tokenizer(sys.argv[2]), max_seq_len=16)
 print(train.fingerprint, len(train), flush=True)
 """

@@ -52,7 +52,9 @@ def make_run(place, method="seqkd", seed=0, after=0.75, before=0.25):
     words = command_of(method, seed).split()
     sets = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
     (run / "recipe.yaml").write_text(dump_recipe(load_recipe(words[2], sets)))
-    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 4}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 4, "tokens": 40}) + "\n"
+    )
     (run / "environment.json").write_text(json.dumps({
         "python": "3.11", "distillab": "0.1.0", "packages": {"torch": "2.13", "transformers": "5"},
         "device": "cpu", "devices": 0, "cpu_threads": 1, "git": "abc", "git_dirty": False,
@@ -113,7 +115,9 @@ def test_a_run_that_is_not_complete_is_refused_and_nothing_is_written(project, p
 
 def test_metrics_that_end_early_are_refused(project):
     run = make_run(project)
-    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 3}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 3, "tokens": 30}) + "\n"
+    )
     code, _, err = record(project, run, command_of("seqkd", 0))
     assert code == 2
     assert err.endswith("metrics.jsonl ends at step 3, expected 4\n")

@@ -23,7 +23,7 @@ from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 from .language_model import PretrainedLM, declared_eos
 from .lora import has_lora, merged_copy
 from .model import StudentModel
-from .pretrained import one_line_errors, quiet_transformers
+from .pretrained import check_config, one_line_errors, quiet_transformers
 from .stops import generation_ids
 from .vocabulary import Vocabulary
 
@@ -154,6 +154,7 @@ def _read_directory(directory: Path) -> tuple[Any, Any, dict[str, Tensor]]:
             f"{directory}: expected a directory with config.json and *.safetensors files"
         )
     state: dict[str, Tensor] = {}
+    check_config(directory / "config.json")
     with one_line_errors("model", str(directory)):
         for file in files:
             state.update(load_file(file))

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from .cache import build_once, cache_dir, file_sha256, sound
 from .errors import DistillabError, foreign
+from .parsing import parse_json
 from .sources import fetch
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distillab")
 
+MOST_LAYERS = 100_000
+"""层与专家再多也没有这么多；transformers 会一层一层地建下去。"""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -283,6 +286,7 @@ def _check_model_dir(path: Path) -> None:
     if any(name.endswith(".safetensors") for name in names):
         if "config.json" not in names:
             raise DistillabError(f"{str(path)!r} has safetensors but no config.json")
+        check_config(path / "config.json")
         return
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
@@ -290,6 +294,22 @@ def _check_model_dir(path: Path) -> None:
     ggufs = [name for name in names if name.endswith(".gguf")]
     hint = f"; did you mean {str(path / ggufs[0])!r}?" if ggufs else ""
     raise DistillabError(f"{str(path)!r} holds no model.safetensors{hint}")
+
+
+def check_config(path: Path) -> None:
+    """``config.json`` 写着建不完的层数时，在建之前就拒绝。
+
+    Raises:
+        DistillabError: 不是 JSON 对象，或层数、专家数多得不像话。
+    """
+    config = parse_json(path.read_bytes(), str(path))
+    if not isinstance(config, dict):
+        raise DistillabError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for key, value in (item for section in sections for item in section.items()):
+        counts = "layer" in key or "expert" in key
+        if counts and isinstance(value, int) and value > MOST_LAYERS:
+            raise DistillabError(f"{path}: {key}={value}, expected at most {MOST_LAYERS:,}")
 
 
 def _pickled(directory: Path, names: list[str]) -> DistillabError:

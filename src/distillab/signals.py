@@ -17,6 +17,8 @@ logger = logging.getLogger("distillab")
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 """后面的更要紧：几种都收到时，算后面的。"""
+SPEAKING_SECONDS = 2.0
+"""收尾时至多等那句「要停了」这么久：终端可能已经没有人读。"""
 
 
 class StopRequest:
@@ -35,6 +37,7 @@ class StopRequest:
         self.agreed: signal.Signals | None = None
         self._warned = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._speaking = _thread.allocate_lock()
 
     @property
     def requested(self) -> bool:
@@ -83,6 +86,8 @@ class StopRequest:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}
+        if self._speaking.acquire(timeout=SPEAKING_SECONDS):  # 先说要停，再说停在哪里
+            self._speaking.release()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.received = self.received, self.received or signal.Signals(signum)
@@ -90,14 +95,20 @@ class StopRequest:
             hint = " (press again to quit at once)" if signum == signal.SIGINT else _limit_hint()
             name = "Ctrl-C" if signum == signal.SIGINT else self.received.name
             # 在另一个线程里说：主线程也许正写到一半，不能再进去一次；说不成也与它无关。
-            text = "%s: saving after this step%s"
-            _thread.start_new_thread(logger.warning, (text, name, hint))
+            self._speaking.acquire(blocking=False)
+            _thread.start_new_thread(self._say, ("%s: saving after this step%s", name, hint))
         elif signum == signal.SIGINT or (
             (first, signum) == (signal.SIGINT, signal.SIGTERM) and grace_seconds() is not None
         ):
             # torchrun 的第二次 Ctrl-C 到这里是 SIGTERM。接连的 SIGTERM 与 SIGHUP 不算：
             # 作业管理器或终端会同时发给 torchrun 与它的子进程，后者再由 torchrun 转来一次。
             raise KeyboardInterrupt
+
+    def _say(self, *words: str) -> None:
+        try:
+            logger.warning(*words)
+        finally:
+            self._speaking.release()
 
 
 def grace_seconds() -> float | None:

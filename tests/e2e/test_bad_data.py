@@ -194,7 +194,7 @@ CASES = {
     "chat: broken JSON": (ALONE, line(PLAIN, 5, '{"id": "t4", "messages": ['),
         "plain.jsonl:5: not valid JSON: Expecting value (column 27)"),
     "chat: not UTF-8": (ALONE, line(PLAIN, 2, b'{"id": "\xff\xfe"}'),
-        "'plain.jsonl' is not UTF-8 text (invalid start byte); convert it first"),
+        "plain.jsonl:2 is not UTF-8 text; convert it first"),
     "chat: a list for an object": (ALONE, line(PLAIN, 2, "[1, 2]"),
         "plain.jsonl:2: expected an object holding a conversation, found list"),
     "chat: running text": (ALONE, line(PLAIN, 1, '{"text": "hello"}'),
