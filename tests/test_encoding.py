@@ -24,6 +24,7 @@ from distillab.sequences import Sequences, examples_of, same_text
 from distillab.streams import StreamState, TextStream
 from distillab.tokenizer import continuation_text, leading_ids
 from distillab.truncate import fit
+from distillab.vocabulary import Vocabulary
 
 NAMES = [*FAMILIES, *MORE]
 WITH_BOS = [name for name in FAMILIES if FAMILIES[name].adds_bos]
@@ -86,7 +87,7 @@ def test_perplexity_on_text_is_that_of_transformers_with_its_own_bos(name, corpu
     tokenizer = tokenizer_of(name)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     _, data = WikiDataset.build(corpus, tokenizer, max_seq_len=48)
-    sequences = Sequences("x", examples_of(data, None), tokenizer, len(tokenizer))
+    sequences = Sequences("x", examples_of(data, None), tokenizer, Vocabulary(len(tokenizer)))
     total, count = 0.0, 0
     for chunk in rows(data):
         (bos,) = leading_ids(tokenizer)
@@ -139,7 +140,7 @@ def test_chunks_cut_in_parts_are_the_chunks_cut_at_once():
 def test_another_tokenizer_reads_the_same_text_with_its_own_bos(name, other, corpus):
     tokenizer, theirs = tokenizer_of(name), tokenizer_of(other)
     _, data = WikiDataset.build(corpus, tokenizer, max_seq_len=64)
-    sequences = Sequences("x", examples_of(data, None), tokenizer, len(tokenizer))
+    sequences = Sequences("x", examples_of(data, None), tokenizer, Vocabulary(len(tokenizer)))
     found = same_text(sequences, tokenizer, theirs)
     leading = leading_ids(theirs)
     for example in found.examples:

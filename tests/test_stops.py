@@ -23,6 +23,7 @@ from distillab.questions import Question, Task
 from distillab.stops import stop_ids
 from distillab.tasks import TaskSet, accuracy
 from distillab.tokenizer import document_separator, load_tokenizer
+from distillab.vocabulary import Vocabulary
 
 STOPS = {
     "qwen2.5": {"<|im_end|>", "<|endoftext|>"},
@@ -240,7 +241,7 @@ def test_training_says_what_was_added_and_when_the_student_cannot_learn_to_stop(
         directory, {"format": "chat", "source": str(path), "max_seq_len": 128, "packing": False}
     )
     student = PretrainedLM(AutoModelForCausalLM.from_pretrained(directory))
-    parts = Parts(tokenizer, None, student, len(tokenizer))
+    parts = Parts(tokenizer, None, student, Vocabulary(len(tokenizer)))
     with caplog.at_level("INFO", "distillab"):
         build_data(config, parts, read_pairs(config))
     stops = [line for line in caplog.messages if "stop" in line]
