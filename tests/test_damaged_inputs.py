@@ -135,6 +135,7 @@ def test_a_config_that_is_no_object_is_one_line(model_dir, content):
         (["model", "type"], "no such"),
         (["pre_tokenizer"], {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}),
         (["added_tokens", 0, "id"], 10**9),
+        (["model", "vocab"], {}),
         (["model"], None),
     ],
 )

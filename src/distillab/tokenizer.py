@@ -55,8 +55,11 @@ def load_tokenizer(
             local_files_only=isinstance(where, str) and not hub_is_reachable(),
         )
         # 有的毛病要用起来才看得见。
-        tokenizer.decode(tokenizer(_SAMPLE)["input_ids"])
+        sample = tokenizer(_SAMPLE)["input_ids"]
+        tokenizer.decode(sample)
         tokenizer.get_vocab()
+    if not sample:
+        raise DistillabError(f"tokenizer {text!r} gives no token for {_SAMPLE!r}: it is damaged")
     if tokenizer.eos_token_id is None:
         raise DistillabError(
             f"tokenizer {text!r} has no eos token: generation could not stop and documents could "
