@@ -136,6 +136,7 @@ def test_a_config_that_is_no_object_is_one_line(model_dir, content):
         (["pre_tokenizer"], {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}),
         (["added_tokens", 0, "id"], 10**9),
         (["model", "vocab"], {}),
+        (["model", "vocab", "a"], 10**9),
         (["model"], None),
     ],
 )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _SAMPLE = "Tokens 词 1"
+MOST_IDS = 10_000_000
+"""词表再大也没有这么大；tokenizers 写出自己时会从 0 数到最大的 id。"""
 
 
 def load_tokenizer(
@@ -57,9 +59,13 @@ def load_tokenizer(
         # 有的毛病要用起来才看得见。
         sample = tokenizer(_SAMPLE)["input_ids"]
         tokenizer.decode(sample)
-        tokenizer.get_vocab()
+        ids = tokenizer.get_vocab().values()
     if not sample:
         raise DistillabError(f"tokenizer {text!r} gives no token for {_SAMPLE!r}: it is damaged")
+    if (largest := max(ids, default=0)) >= MOST_IDS:
+        raise DistillabError(
+            f"tokenizer {text!r} has a token of id {largest:,}, expected below {MOST_IDS:,}"
+        )
     if tokenizer.eos_token_id is None:
         raise DistillabError(
             f"tokenizer {text!r} has no eos token: generation could not stop and documents could "
