@@ -121,6 +121,9 @@ DAMAGE = {
     "a missing record": lambda d: (d / ".contents.json").unlink(),
     "a flipped record": lambda d: flip(d / ".contents.json"),
     "a record that is no object": lambda d: (d / ".contents.json").write_text("[1]"),
+    "a record of an endless size": lambda d: (d / ".contents.json").write_text(
+        '{"info.json": [Infinity, "0"]}'
+    ),
     "a record of another shape": lambda d: (d / ".contents.json").write_text('{"info.json": 1}'),
 }
 

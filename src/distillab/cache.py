@@ -178,14 +178,14 @@ def _record(directory: Path) -> None:
 def _damage(directory: Path) -> str | None:
     """与建好时不同在哪里，一句英文；相同则为 ``None``。"""
     try:
-        contents = json.loads((directory / _CONTENTS).read_bytes())
-        expected = {
-            str(name): (int(size), str(sha256)) for name, (size, sha256) in contents.items()
-        }
-    except FileNotFoundError:
-        return f"{_CONTENTS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return f"{_CONTENTS} is not readable"
+        with foreign(_CONTENTS):
+            contents = json.loads((directory / _CONTENTS).read_bytes())
+            expected = {
+                str(name): (int(size), str(sha256)) for name, (size, sha256) in contents.items()
+            }
+    except DistillabError as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return f"{_CONTENTS} is {'missing' if missing else 'not readable'}"
     stamps = {}
     for name, (size, _) in expected.items():
         try:
