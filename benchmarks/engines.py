@@ -15,7 +15,7 @@ from pathlib import Path
 from measuring import Record, environment, save, version_of
 from safetensors.torch import load_file
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 BASELINE = "single"
 KD_VARIANTS = ("resumed", "shard")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from distillab.errors import DistillabError
-from distillab.metrics import read_metrics
 from distillab.recipes import differences, load_recipe
+from distillab.run_file_shapes import read_metrics
 
 RESULTS = Path(__file__).parent
 REQUIRED = ("recipe.yaml", "metrics.jsonl", "summary.json", "environment.json")

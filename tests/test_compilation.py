@@ -37,7 +37,7 @@ def counter(monkeypatch):
 
 
 def grad_norms(trainer):
-    from distillab.metrics import read_metrics
+    from distillab.run_file_shapes import read_metrics
 
     rows = read_metrics(trainer.run_dir / "metrics.jsonl")
     return [row["grad_norm"] for row in rows if row["kind"] == "train"]

@@ -73,7 +73,7 @@ def test_a_run_and_a_model_may_be_named_like_markup(tmp_path):
 def test_log_lines_are_shown_as_they_are(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
-        "distillab.progress.console", make_console(file=screen, width=400, force_terminal=False)
+        "distillab.bars.console", make_console(file=screen, width=400, force_terminal=False)
     )
     logger = logging.getLogger("distillab")
     before = logger.handlers, logger.propagate, logger.level

@@ -9,7 +9,8 @@ from distillab.config import SamplingConfig
 from distillab.errors import DistillabError
 from distillab.language_model import PretrainedLM
 from distillab.local import LocalBackend
-from distillab.questions import TOO_LONG, Question, Task
+from distillab.paired import Task
+from distillab.questions import TOO_LONG, Question
 from distillab.sampling import filter_top_k, filter_top_p, sample_tokens
 from distillab.synthesize import question_seed
 

@@ -29,8 +29,8 @@ from distillab.lora import (
     has_lora,
     merged_copy,
 )
-from distillab.metrics import read_metrics
 from distillab.run import train
+from distillab.run_file_shapes import read_metrics
 from distillab.teachers import AdapterOffTeacher, LocalTeacher
 from distillab.trainer import DistillationTrainer
 from distillab.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = ["main", "experience"]

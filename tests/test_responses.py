@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept_rows import kept_rows
 
-from distillab import responses
+from distillab import response_file
 from distillab.errors import DistillabError
-from distillab.responses import ResponseFile, read_rows
+from distillab.response_file import ResponseFile
+from distillab.responses import read_rows
 
 SOURCE = {"created": "then", "sampling": {"temperature": 0.0, "top_p": None}, "filter": None}
 
@@ -143,7 +144,7 @@ def test_two_writers_cannot_share_a_file(tmp_path):
 def test_filter_change_interrupted_anywhere_is_seen_again(tmp_path, monkeypatch, survived):
     path = tmp_path / "r.jsonl"
     write(path, [row(0)], SOURCE | {"filter": "old"})
-    replace, calls = responses.replace_file, []
+    replace, calls = response_file.replace_file, []
 
     def dying(target, content):
         if len(calls) == survived:
@@ -154,12 +155,12 @@ def test_filter_change_interrupted_anywhere_is_seen_again(tmp_path, monkeypatch,
     with ResponseFile(path) as file:
         file.resume(SOURCE | {"filter": "new"})
         assert file.filter_changed
-        monkeypatch.setattr(responses, "replace_file", dying)
+        monkeypatch.setattr(response_file, "replace_file", dying)
         try:
             file.rewrite([row(0, kept=False)])
         except KeyboardInterrupt:
             assert survived < 3
-        monkeypatch.setattr(responses, "replace_file", replace)
+        monkeypatch.setattr(response_file, "replace_file", replace)
     for name in ("old", "new"):
         with ResponseFile(path) as file:
             file.resume(SOURCE | {"filter": name})
@@ -176,7 +177,7 @@ def test_disk_error_names_the_file_and_keeps_what_was_written(tmp_path, monkeypa
     with ResponseFile(path) as file:
         file.resume(SOURCE)
         file.append([row(0)])
-        monkeypatch.setattr(responses.os, "fsync", full)
+        monkeypatch.setattr(response_file.os, "fsync", full)
         with pytest.raises(OSError, match=r"No space left on device: .*r\.jsonl"):
             file.append([row(1)])
     assert kept_rows(path)[0] == row(0)

@@ -19,10 +19,10 @@ from distillab.config import (
 from distillab.errors import DistillabError
 from distillab.generate import TextGenerator
 from distillab.language_model import PretrainedLM
-from distillab.metrics import read_metrics
 from distillab.model import StudentModel
 from distillab.on_policy import OnPolicy, RolloutGuard
 from distillab.rollout import Rollout, RolloutSums, repetition, student_fraction
+from distillab.run_file_shapes import read_metrics
 from distillab.teachers import LocalTeacher
 from distillab.trainer import DistillationTrainer
 

@@ -13,7 +13,7 @@ from distillab.cache import build_once
 from distillab.config import Recipe
 from distillab.errors import DistillabError
 from distillab.files import IDLE_MINUTES, idle
-from distillab.responses import ResponseFile
+from distillab.response_file import ResponseFile
 from distillab.run_dir import RunDirectory
 
 RANDOM = "0123456789ab.tmp"

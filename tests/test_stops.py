@@ -19,7 +19,8 @@ from distillab.language_model import PretrainedLM, declared_eos
 from distillab.local import LocalBackend
 from distillab.lora import add_lora
 from distillab.model import StudentModel
-from distillab.questions import Question, Task
+from distillab.paired import Task
+from distillab.questions import Question
 from distillab.stops import stop_ids
 from distillab.tasks import TaskSet, accuracy
 from distillab.tokenizer import document_separator, load_tokenizer

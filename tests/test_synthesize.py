@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from distillab import progress
+from distillab import bars
 from distillab.config import FilterConfig, SamplingConfig, SynthesizeConfig
 from distillab.errors import DistillabError
-from distillab.questions import TOO_LONG, Answer, Task, Unanswered
+from distillab.paired import Task
+from distillab.questions import TOO_LONG, Answer, Unanswered
 from distillab.responses import read_rows
 from distillab.synthesize import question_seed, synthesize
 
@@ -280,8 +281,8 @@ def test_nothing_is_drawn_without_a_terminal_and_the_bar_tells_the_rate_on_one(
 
     with (output.parent / "screen").open("w+") as screen:
         console = Console(file=screen, force_terminal=True, width=100)
-        monkeypatch.setattr(progress, "console", console)
-        monkeypatch.setattr(progress.Progress, "stop", lambda bar: (bar.refresh(), bar.live.stop()))
+        monkeypatch.setattr(bars, "console", console)
+        monkeypatch.setattr(bars.Progress, "stop", lambda bar: (bar.refresh(), bar.live.stop()))
         run(output.with_name("other.jsonl"), filter=FilterConfig(regex="4"))
         screen.seek(0)
         drawn = screen.read()

@@ -27,8 +27,8 @@ from distillab.engine import (
 )
 from distillab.errors import DistillabError, Terminated
 from distillab.language_model import PretrainedLM
-from distillab.metrics import read_metrics
 from distillab.model import StudentModel
+from distillab.run_file_shapes import read_metrics
 from distillab.teachers import LocalTeacher
 from distillab.trainer import DistillationTrainer
 from distillab.vocabulary import Vocabulary

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from distillab.errors import DistillabError
-from distillab.usable_responses import usable_responses
+from distillab.responses import usable_responses
 
 KEYS = ["a", "b", "c"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import replace_file
-from .metrics import read_metrics
+from .run_file_shapes import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

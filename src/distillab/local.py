@@ -19,7 +19,8 @@ from .config import SamplingConfig
 from .errors import DistillabError
 from .generate import TextGenerator, left_pad, until_stop
 from .language_model import LanguageModel
-from .questions import TOO_LONG, Answer, Outcome, Question, Task
+from .paired import Task
+from .questions import TOO_LONG, Answer, Outcome, Question
 from .sampling import sampling_options
 
 __all__ = ["LocalBackend"]

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import DistillabError
 from .files import append, open_to_append, replace_file
-from .parsing import parse_json
-from .run_file_shapes import METRICS_ROW, NUMBER, TEXT, Shape, check
+from .run_file_shapes import metrics_row
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,15 +21,6 @@ logger = logging.getLogger("distillab")
 
 Mark = tuple[int, str]
 """文件到某一行为止的大小与 sha256。"""
-
-
-_NEEDED: dict[str, Shape] = {
-    "train": {"tokens!": NUMBER},
-    "loss": {"tokens!": NUMBER, "divergence?": NUMBER, "cross_entropy?": NUMBER},
-    "validation": {"tokens!": NUMBER, "perplexity?": NUMBER},
-    "reference": {"model!": TEXT, "perplexity?": NUMBER},
-}
-"""各种行少不了的键；跳过的一步没有损失。"""
 
 
 class MetricsLog:
@@ -67,7 +56,7 @@ class MetricsLog:
         content = self.path.read_bytes() if self.path.exists() else b""
         kept = content[: mark[0]] if mark else b""
         if mark is None or (len(kept), hashlib.sha256(kept).hexdigest()) != mark:
-            read = [(line, _row(line)) for line in content.splitlines()]
+            read = [(line, metrics_row(line)) for line in content.splitlines()]
             kept = b"".join(line + b"\n" for line, row in read if row and row["step"] <= step)
             lost = sum(row is None for _, row in read)
             lost -= bool(read) and read[-1][1] is None and not content.endswith(b"\n")
@@ -118,30 +107,10 @@ class MetricsLog:
             self.accelerator.log(numbers, step=row["step"])
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """读回 ``metrics.jsonl``；没有文件则为空，写到一半的、读不懂的行被忽略。
-
-    Returns:
-        各行；都有 ``kind`` 与整数的 ``step``，别的值是数或 ``None``，``model`` 是文字。
-    """
-    content = path.read_bytes() if path.exists() else b""
-    return [row for line in content.splitlines() if (row := _row(line)) is not None]
-
-
 def write_first(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """把 ``rows`` 放在文件的最前面；原来的一个字节也不动，坏了的留给恢复时去说。"""
     before = path.read_bytes() if path.exists() else b""
     replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode() + before)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = parse_json(line, "metrics")
-        check(row, METRICS_ROW, "metrics")
-        check(row, _NEEDED.get("loss" if "loss" in row else row["kind"], {}), "metrics")
-    except DistillabError:
-        return None
-    return row if type(row["step"]) is int else None
 
 
 def _not_finite(value: Any) -> bool:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .cache import expanded
 from .config import DataSection
@@ -19,9 +19,27 @@ from .data_config import Experience
 from .errors import DistillabError, shown, some
 from .forms import Message
 from .leaks import added_lines, leaks, squeezed
-from .questions import Task
+from .responses import usable_responses
 from .sources import SHIPPED, fetch, require_file
-from .usable_responses import usable_responses
+
+
+@dataclass(frozen=True)
+class Task:
+    """一个任务。
+
+    Attributes:
+        id: 在全部任务里唯一。
+        messages: 教师读到的消息，经验已在其中，不含回答。
+        answer: 标准答案；没有则为 ``None``。
+        record: 原始记录，交给使用者的过滤函数。
+        tools: 教师可以调用的工具；没有则为 ``None``。
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    answer: str | None
+    record: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

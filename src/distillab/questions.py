@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .errors import DistillabError
+from .paired import Task
 
 __all__ = [
     "TOO_LONG",
@@ -15,32 +16,12 @@ __all__ = [
     "Backend",
     "Outcome",
     "Question",
-    "Task",
     "Unanswered",
     "check_tasks",
 ]
 
 TOO_LONG = "prompt_too_long"
 """提示放不进教师的上下文时的 ``finish_reason``：记下来，不再问。"""
-
-
-@dataclass(frozen=True)
-class Task:
-    """一个任务。
-
-    Attributes:
-        id: 在全部任务里唯一。
-        messages: 教师读到的消息，经验已在其中，不含回答。
-        answer: 标准答案；没有则为 ``None``。
-        record: 原始记录，交给使用者的过滤函数。
-        tools: 教师可以调用的工具；没有则为 ``None``。
-    """
-
-    id: str
-    messages: list[dict[str, Any]]
-    answer: str | None
-    record: dict[str, Any]
-    tools: list[dict[str, Any]] | None = None
 
 
 def check_tasks(tasks: Sequence[Task], compares: str | None) -> None:

@@ -14,9 +14,8 @@ import yaml
 from . import run_file_shapes as shapes
 from .credentials import without_secrets
 from .errors import DistillabError, foreign
-from .metrics import read_metrics
 from .parsing import parse_json, parse_yaml
-from .run_file_shapes import check
+from .run_file_shapes import check, read_metrics
 
 FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
          "evaluation.json", "checks/*.json", "checks/*.jsonl")  # fmt: skip

@@ -1,31 +1,19 @@
-"""``responses.jsonl``：教师的回答，一行一个；随时被杀都不坏、不丢、不重复。
-
-旁边的 ``responses.jsonl.provenance.json`` 说这些回答是怎么来的；接着做时它必须对得上，
-一个文件里才不会混进两种来历的回答。
-"""
+"""教师写好的 response：逐行读出；每个任务有哪几条可以训练，其余的为什么略过。"""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from filelock import FileLock, Timeout
-
-from .credentials import without_secrets
-from .errors import DistillabError
-from .files import append, leftovers, open_to_append, refuse_link, replace_file, sweep
-
-__all__ = ["ResponseFile", "read_rows"]
+from .cache import expanded
+from .errors import DistillabError, some
+from .forms import Message
+from .sources import fetch, parse_source, require_file
 
 Row = dict[str, Any]
-
-_RECORDED_ONLY = ("created", "versions", "recipe", "backend.base_url", "filter")
-"""只作记录、不必对得上的键：同一个模型可以换台机器接着服务；``filter`` 变了会重新过滤。"""
-_ROW_KEYS = {"id", "sample", "response", "kept"}
 
 
 def read_rows(path: Path, keys: Collection[str] = ("id", "response")) -> list[Row]:
@@ -43,7 +31,7 @@ def read_rows(path: Path, keys: Collection[str] = ("id", "response")) -> list[Ro
     """
     if not path.is_file():
         raise DistillabError(f"{path}: no such file; write it with: distillab synthesize RECIPE")
-    rows, end, _ = _read(path, keys)
+    rows, end, _ = whole_rows(path, keys)
     with suppress(ValueError):  # 手写的文件，最后一行可以没有换行
         last = json.loads(path.read_bytes()[end:])
         if isinstance(last, dict) and last.keys() >= set(keys):
@@ -51,128 +39,7 @@ def read_rows(path: Path, keys: Collection[str] = ("id", "response")) -> list[Ro
     return rows
 
 
-class ResponseFile:
-    """打开着的回答文件；期间加锁，两个进程不会写进同一个文件。
-
-    用法：``with`` 打开，``resume`` 取得已有的行，然后一批一批 ``append``。
-
-    Args:
-        path: 回答文件，可以还不存在。
-
-    Attributes:
-        sidecar: 来历文件。
-        filter_changed: ``resume`` 之后：已有的行是用另一种过滤留下的。
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sidecar = path.with_name(f"{path.name}.provenance.json")
-        self.filter_changed = False
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        self._provenance: Mapping[str, Any] = {}
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> ResponseFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_link(self.path)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise DistillabError(f"{self.path} is in use by another process") from None
-        for file in (self.path, self.sidecar):
-            sweep(leftovers(file.parent, file.name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._lock.release()
-
-    def resume(self, provenance: Mapping[str, Any]) -> list[Row]:
-        """查对来历，丢掉写到一半的行；还没有任何行时写下来历。
-
-        Args:
-            provenance: 这一次的来历，能写成 JSON。
-
-        Returns:
-            已有的行，含没有留下的。
-
-        Raises:
-            DistillabError: 文件不是 ``synthesize`` 写的，或来历对不上。
-        """
-        self._provenance = json.loads(json.dumps(provenance, default=str))
-        rows, end, size = _read(self.path, _ROW_KEYS) if self.path.exists() else ([], 0, 0)
-        if size and not self.sidecar.exists():
-            raise DistillabError(
-                f"{self.path} exists without {self.sidecar.name}, so distillab synthesize did not "
-                f"write it; name another file with synthesize.output"
-            )
-        if rows:
-            before = self._read_sidecar()
-            self._check_same(before)
-            self.filter_changed = before.get("filter") != self._provenance.get("filter")
-        else:
-            replace_file(self.sidecar, json.dumps(self._provenance, indent=1, ensure_ascii=False))
-        if size > end:
-            os.truncate(self.path, end)
-        return rows
-
-    def recorded(self, section: str, key: str) -> Any:
-        """已有的来历里的一项；没有则为 ``None``。"""
-        if not self.sidecar.exists():
-            return None
-        found = self._read_sidecar()
-        inner = found.get(section) if isinstance(found, dict) else None
-        return inner.get(key) if isinstance(inner, dict) else None
-
-    def append(self, rows: Iterable[Row]) -> None:
-        """追加一批，并确保它们已经落盘。
-
-        Raises:
-            OSError: 写不下去；已写下的整行都还在。
-        """
-        data = b"".join(_line(row) for row in rows)
-        if not data:
-            return
-        if self._file is None:
-            self._file = open_to_append(self.path)
-        append(self._file, data)
-
-    def rewrite(self, rows: Iterable[Row]) -> None:
-        """换掉已有的全部行（重新过滤之后），来历随之更新；要在 ``append`` 之前。"""
-        # 先在来历里记下「正在换」：换到一半被杀，下次对不上任何过滤，会再过滤一遍。
-        unfinished = {**self._read_sidecar(), "filter": "being changed"}
-        replace_file(self.sidecar, json.dumps(unfinished, indent=1, ensure_ascii=False))
-        replace_file(self.path, b"".join(_line(row) for row in rows))
-        final = {**unfinished, "filter": self._provenance.get("filter")}
-        replace_file(self.sidecar, json.dumps(final, indent=1, ensure_ascii=False))
-        self.filter_changed = False
-
-    def _read_sidecar(self) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(self.sidecar.read_bytes())
-        except ValueError as error:
-            raise DistillabError(f"{self.sidecar} is not JSON: {error}") from error
-        # 从前的来历里也许有密钥：既不写进报错，也不再写回去。
-        cleaned: dict[str, Any] = without_secrets(content)
-        return cleaned
-
-    def _check_same(self, before: Mapping[str, Any]) -> None:
-        old, new = _flat(before), _flat(self._provenance)
-        differing = [
-            f"{key} (was {_short(old.get(key))}, is now {_short(new.get(key))})"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in _RECORDED_ONLY)
-        ]
-        if differing:
-            raise DistillabError(
-                f"{self.path} was begun with other settings: {', '.join(differing)}; "
-                f"restore them, or name another file with synthesize.output"
-            )
-
-
-def _read(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
+def whole_rows(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
     """``(整行, 最后一个整行的结尾, 文件长度)``，后两个以字节计。"""
     # 按字节切：str.splitlines 会把回答里的 U+2028 也当作换行。
     content = path.read_bytes()
@@ -192,24 +59,74 @@ def _read(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
     return rows, end, len(content)
 
 
-def _line(row: Row) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # 落单的 surrogate：UTF-8 写不出，JSON 的转义写得出
-        return json.dumps(row).encode() + b"\n"
+def usable_responses(
+    source: str, keys: Collection[str]
+) -> tuple[dict[str, list[str | Message]], list[str]]:
+    """读出各个任务的 response；没有通过过滤的、没说完的、空白的都略过。
+
+    Args:
+        source: ``distillab synthesize`` 写的 jsonl，或别的每行有 ``id`` 与 ``response`` 的。
+        keys: 全部任务的键，即 ``id``。
+
+    Returns:
+        ``(键 -> 它的各条 response, 说明)``：带着 ``reasoning`` 的 response 是一条消息，其余是文字；
+        说明是英文的日志行，讲略过了什么。
+
+    Raises:
+        DistillabError: 没有这个文件，有一行不是 response，或一个任务也没有回答。
+    """
+    answered: dict[str, list[str | Message]] = {}
+    unknown: list[str] = []
+    rejected = unfinished = blank = 0
+    for number, row in enumerate(_rows(source), start=1):
+        key, response = str(row["id"]), row["response"]
+        for name, text in (("response", response), ("reasoning", row.get("reasoning") or "")):
+            if not isinstance(text, str):
+                raise DistillabError(
+                    f"{source} line {number}: expected text in {name}, found {type(text).__name__}"
+                )
+        if row.get("kept", True) is not True:
+            rejected += 1
+        elif row.get("finish_reason") == "length":
+            unfinished += 1  # 模板会在没说完的话后面加上「说完了」
+        elif not response.strip():
+            blank += 1
+        elif key not in keys:
+            unknown.append(key)
+        else:
+            answered.setdefault(key, []).append(_message(row))
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (rejected, "rows that the filter rejected"),
+            (unfinished, "responses that were cut off while being generated"),
+            (blank, "empty responses"),
+            (len(unknown), f"responses to unknown ids: {some(unknown)}"),
+        )
+        if count
+    ]
+    if not answered:
+        reasons = "; ".join(left_out) or "it is empty"
+        raise DistillabError(
+            f"{source} answers none of the {len(keys)} tasks, such as {some(keys)}; found {reasons}"
+        )
+    if missing := [key for key in keys if key not in answered]:
+        left_out.append(f"{len(missing)} tasks that it does not answer: {some(missing)}")
+    return answered, [f"{source}: left out {what}" for what in left_out]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """嵌套的字典摊平成 ``{"sampling.top_p": 0.9}``。"""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, inner in value.items()
-        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+def _message(row: Row) -> str | Message:
+    if not row.get("reasoning"):
+        return str(row["response"])
+    return {"role": "assistant", "content": row["response"], "reasoning_content": row["reasoning"]}
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _rows(source: str) -> list[Row]:
+    path = fetch(source) if parse_source(source).kind != "path" else expanded(source)
+    if isinstance(path, str):
+        raise DistillabError(f"data.responses: {source!r} is a hub id; expected a .jsonl file")
+    if not path.exists():
+        raise DistillabError(
+            f"data.responses: {source!r} does not exist; write it with: distillab synthesize RECIPE"
+        )
+    return read_rows(require_file(path, "a .jsonl file of responses"))

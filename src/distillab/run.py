@@ -31,16 +31,17 @@ from .files import idle, leftovers, replace_file, sweep
 from .generate import TextGenerator
 from .language_model import PretrainedLM
 from .local import LocalBackend
-from .metrics import read_metrics, write_first
-from .paired import load_pairs
+from .metrics import write_first
+from .paired import Task, load_pairs
 from .pretrained import load_pretrained
 from .profiling import peak_memory_bytes, profiling
-from .questions import Backend, Task
+from .questions import Backend
 from .recipes import dump_recipe
 from .report import MODELS
 from .report_page import write_report
-from .responses import ResponseFile
+from .response_file import ResponseFile
 from .run_dir import RUNS, RunDirectory, exported_model
+from .run_file_shapes import read_metrics
 from .server import ServerBackend
 from .style import USUAL, Style
 from .synthesize import SynthesisReport

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .errors import DistillabError, shown
+from .parsing import parse_json
 
 NUMBER, TEXT, FLAG = "a number", "text", "true or false"
 _TYPES: dict[str, tuple[type, ...]] = {NUMBER: (int, float), TEXT: (str,), FLAG: (bool,)}
@@ -114,3 +116,33 @@ def check(value: Any, shape: Shape, where: str) -> None:
 
 def _wrong(value: Any, expected: str, where: str) -> DistillabError:
     return DistillabError(f"{where}: found {shown(str(value))}, expected {expected}")
+
+
+_KINDS: dict[str, Shape] = {
+    "train": {"tokens!": NUMBER},
+    "loss": {"tokens!": NUMBER, "divergence?": NUMBER, "cross_entropy?": NUMBER},
+    "validation": {"tokens!": NUMBER, "perplexity?": NUMBER},
+    "reference": {"model!": TEXT, "perplexity?": NUMBER},
+}
+"""各种行少不了的键；跳过的一步没有损失。"""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """读回 ``metrics.jsonl``；没有文件则为空，写到一半的、读不懂的行被忽略。
+
+    Returns:
+        各行；都有 ``kind`` 与整数的 ``step``，别的值是数或 ``None``，``model`` 是文字。
+    """
+    content = path.read_bytes() if path.exists() else b""
+    return [row for line in content.splitlines() if (row := metrics_row(line)) is not None]
+
+
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """``metrics.jsonl`` 的一行；读不懂则为 ``None``。"""
+    try:
+        row: dict[str, Any] = parse_json(line, "metrics")
+        check(row, METRICS_ROW, "metrics")
+        check(row, _KINDS.get("loss" if "loss" in row else row["kind"], {}), "metrics")
+    except DistillabError:
+        return None
+    return row if type(row["step"]) is int else None

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from .agreement import AGREEMENT, Rows, score_rows
+from .bars import track
 from .batch import Batch, View
 from .bootstrap import Figure, ratio_figure
 from .errors import DistillabError
 from .evaluate import perplexity
-from .progress import track
 from .sequences import Sequences
 from .subjects import Subject
 from .targets import HiddenTargets

@@ -19,12 +19,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from .bars import make_bar
 from .config import SynthesizeConfig
 from .errors import DistillabError
 from .filters import Filter, make_filter, needs_answer
-from .progress import make_bar
-from .questions import TOO_LONG, Answer, Backend, Question, Task, Unanswered, check_tasks
-from .responses import ResponseFile
+from .paired import Task
+from .questions import TOO_LONG, Answer, Backend, Question, Unanswered, check_tasks
+from .response_file import ResponseFile
 from .signals import StopRequest
 
 __all__ = ["Backend", "SynthesisReport", "Task", "synthesize"]

@@ -25,9 +25,9 @@ from .generated import Score, generated
 from .language_model import LanguageModel
 from .likelihood import likelihoods
 from .local import LocalBackend
-from .paired import Pair, load_pairs, with_experience
+from .paired import Pair, Task, load_pairs, with_experience
 from .parsing import parse_json
-from .questions import Answer, Question, Task, check_tasks
+from .questions import Answer, Question, check_tasks
 from .run_file_shapes import ANSWERS_ROW, check
 from .style import USUAL, Style
 from .tokenizer import own_vocabulary

@@ -80,7 +80,7 @@ def quiet_libraries() -> None:
     import transformers
     from rich.logging import RichHandler
 
-    from .progress import console
+    from .bars import console
 
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
                           highlighter=None, log_time_format="%H:%M:%S")  # fmt: skip

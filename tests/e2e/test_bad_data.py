@@ -13,7 +13,7 @@ import torch
 from stub_server import completion
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 TASKS = 12
 EXPERIENCE = "all items here are red"

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.build import build_models
-from distillab.metrics import read_metrics
 from distillab.recipes import load_recipe, shipped_recipes
 from distillab.run import train
+from distillab.run_file_shapes import read_metrics
 
 
 def losses(run="runs/recipe"):

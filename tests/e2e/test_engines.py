@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 STEPS = 10

@@ -16,8 +16,8 @@ from distillab.chat_data import ChatDataset
 from distillab.config import DataSection
 from distillab.conversations import parse_conversation
 from distillab.language_model import PretrainedLM
-from distillab.metrics import read_metrics
 from distillab.paired import Pair
+from distillab.run_file_shapes import read_metrics
 
 COLOURS = ["red", "green", "blue", "black"]
 

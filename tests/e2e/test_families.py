@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.data import WikiDataset
-from distillab.metrics import read_metrics
 from distillab.run import load_generator
+from distillab.run_file_shapes import read_metrics
 from distillab.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow

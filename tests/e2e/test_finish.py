@@ -12,10 +12,10 @@ import distillab.run as runs
 from distillab import checkpoint_files
 from distillab.checks import Checks
 from distillab.errors import DistillabError
-from distillab.metrics import read_metrics
 from distillab.recipes import load_recipe
 from distillab.report_page import write_report
 from distillab.run_dir import RunDirectory
+from distillab.run_file_shapes import read_metrics
 from distillab.terminal import print_samples
 
 STEPS = [(runs, "_load_best"), (Checks, "measure"), (runs, "_samples"), (runs.shutil, "rmtree"),

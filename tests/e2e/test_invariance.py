@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from distillab.chat_data import LengthGroupedSampler
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 COLOURS = ["red", "green", "blue", "black", "white"]
 TASKS = 36

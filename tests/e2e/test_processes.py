@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distillab.launch import engine_config
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 
 def train(*arguments: str, **changed: str) -> str:

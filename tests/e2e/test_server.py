@@ -25,7 +25,8 @@ from stub_server import completion
 
 from distillab.config import FilterConfig, SamplingConfig, ServerConfig, SynthesizeConfig
 from distillab.errors import DistillabError
-from distillab.questions import TOO_LONG, Task
+from distillab.paired import Task
+from distillab.questions import TOO_LONG
 from distillab.server import ServerBackend
 from distillab.synthesize import synthesize
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 STREAM = ["data.streaming=true", "data.shuffle_buffer=20", "train.eval_interval=100"]
 

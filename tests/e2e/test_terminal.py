@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distillab.checkpoint_files import checkpoints
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 pytestmark = pytest.mark.slow
 

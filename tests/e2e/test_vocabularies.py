@@ -8,7 +8,7 @@ import torch
 from placed import placed
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from distillab.metrics import read_metrics
+from distillab.run_file_shapes import read_metrics
 
 RECIPE = (
     "description: tiny\n"

@@ -35,8 +35,9 @@ from distillab.data import WikiDataset
 from distillab.language_model import PretrainedLM
 from distillab.model import StudentModel
 from distillab.model_shapes import find_shape
+from distillab.paired import Task
 from distillab.pretrained import load_pretrained
-from distillab.questions import Question, Task
+from distillab.questions import Question
 from distillab.recipes import differences, dump_recipe, load_recipe, shipped_recipes
 from distillab.report import runs_table
 from distillab.report_data import read_run

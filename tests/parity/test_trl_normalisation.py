@@ -15,9 +15,9 @@ from distillab.chat import render
 from distillab.config import LossConfig, ResponsesConfig, SamplingConfig, TrainingConfig
 from distillab.generate import TextGenerator
 from distillab.language_model import PretrainedLM
-from distillab.metrics import read_metrics
 from distillab.on_policy import OnPolicy
 from distillab.rollout import Rollout
+from distillab.run_file_shapes import read_metrics
 from distillab.teachers import LocalTeacher
 from distillab.trainer import DistillationTrainer
 
