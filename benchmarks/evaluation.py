@@ -44,8 +44,8 @@ Answers = Callable[[], list[str]]
 
 def make_task(case: str, items: int, new: int) -> Any:
     """问题长短不一，最长的约为最短的三倍。"""
-    from distillab.config import TaskConfig
-    from distillab.tasks import TaskSet
+    from distillab.config.schema import TaskConfig
+    from distillab.evaluate.tasks import TaskSet
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "items.jsonl")
@@ -64,7 +64,7 @@ def make_task(case: str, items: int, new: int) -> Any:
 
 def batched(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespace) -> Answers:
     """``TaskSet.ask``；每次都重新分词。"""
-    from distillab.language_model import PretrainedLM
+    from distillab.models.interface import PretrainedLM
 
     model = PretrainedLM(hf_model)
 
@@ -77,8 +77,8 @@ def batched(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespac
 
 def looped(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespace) -> Answers:
     """逐题、逐项，只用 ``transformers``。"""
-    from distillab.generate import TextGenerator
-    from distillab.language_model import PretrainedLM
+    from distillab.generate.generator import TextGenerator
+    from distillab.models.interface import PretrainedLM
 
     stops = sorted(TextGenerator(PretrainedLM(hf_model), tokenizer).stop_ids)
 

@@ -44,10 +44,10 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     """学生与它的教师，在 ``options.device`` 上。"""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from distillab.config import LoraConfig
-    from distillab.language_model import PretrainedLM
-    from distillab.lora import add_lora
-    from distillab.teachers import AdapterOffTeacher, LocalTeacher
+    from distillab.config.schema import LoraConfig
+    from distillab.models.interface import PretrainedLM
+    from distillab.models.lora import add_lora
+    from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher
 
     torch.manual_seed(options.seed)
     config = Qwen2Config(
@@ -92,10 +92,10 @@ def make_batch(options: argparse.Namespace) -> Any:
 
 def worker(options: argparse.Namespace) -> Record:
     """训练几步，量最后一步：optimizer 的状态已经在，编译与缓存已经过去。"""
-    from distillab.config import LossConfig, TrainingConfig
-    from distillab.distillation_module import DistillationModule
-    from distillab.engine import make_optimizer
-    from distillab.lora import adapter_parameters
+    from distillab.config.schema import LossConfig, TrainingConfig
+    from distillab.distributed.engine import make_optimizer
+    from distillab.models.lora import adapter_parameters
+    from distillab.train.module import DistillationModule
     from distillab.vocabulary import Vocabulary
 
     student, teacher = build(options)

@@ -107,9 +107,9 @@ def make_inputs(cell: Cell) -> Inputs:
 
 
 def distillab_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
-    """``distillab.fused``：按行分块，前向里就把梯度算完。"""
-    from distillab.config import LossConfig
-    from distillab.fused import fused_distillation_loss
+    """``distillab.loss.fused``：按行分块，前向里就把梯度算完。"""
+    from distillab.config.schema import LossConfig
+    from distillab.loss.fused import fused_distillation_loss
     from distillab.targets import Head, HiddenTargets
 
     objective: Any = cell.objective
@@ -121,8 +121,8 @@ def distillab_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
 
 def dense_loss(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
     """两份 ``[P, V]`` 都在：logits 是输入的 dtype，与模型的 ``lm_head`` 一样，之后转 float32。"""
-    from distillab.config import LossConfig
-    from distillab.losses import distillation_loss
+    from distillab.config.schema import LossConfig
+    from distillab.loss.losses import distillation_loss
     from distillab.targets import DenseTargets
 
     objective: Any = cell.objective

@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from distillab.batch import Batch, Example, Tokens
-from distillab.chat_data import ChatDataset, LengthGroupedSampler
-from distillab.config import LossConfig, ModelConfig
-from distillab.distillation_module import DistillationModule
-from distillab.language_model import LanguageModel, PretrainedLM
-from distillab.model import StudentModel
-from distillab.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
-from distillab.teachers import LocalTeacher
+from distillab.config.schema import LossConfig, ModelConfig
+from distillab.data.chat_dataset import ChatDataset, LengthGroupedSampler
+from distillab.data.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
+from distillab.models.interface import LanguageModel, PretrainedLM
+from distillab.models.student import StudentModel
+from distillab.teachers.in_process import LocalTeacher
+from distillab.train.module import DistillationModule
 from distillab.vocabulary import Vocabulary
 
 IMPLEMENTATIONS = ("random order", "length-grouped", "packed")

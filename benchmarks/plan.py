@@ -95,9 +95,9 @@ class FakeTokenizer:
 
 def make_plan(case: str, device: str) -> Any:
     """这种情形的打算。"""
-    from distillab.hardware import find_device
-    from distillab.plan import plan
-    from distillab.recipes import load_recipe
+    from distillab.config.recipes import load_recipe
+    from distillab.plan.hardware import find_device
+    from distillab.plan.plan import plan
 
     recipe, overrides = CASES[case]
     return plan(load_recipe(recipe, overrides), find_device("cpu" if device == "cpu" else None))
@@ -105,8 +105,8 @@ def make_plan(case: str, device: str) -> Any:
 
 def make_models(found: Any) -> tuple[Any, Any]:
     """学生与给出目标的教师，随机权重；教师可以没有。"""
-    from distillab.lora import add_lora
-    from distillab.teachers import AdapterOffTeacher, LocalTeacher
+    from distillab.models.lora import add_lora
+    from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher
 
     step, section = found.step, found.recipe.student
     if section.path is not None:
@@ -133,8 +133,8 @@ def pretrained(shape: Any, precision: str) -> Any:
         Qwen3ForCausalLM,
     )
 
-    from distillab.engine import DTYPES
-    from distillab.language_model import PretrainedLM
+    from distillab.distributed.engine import DTYPES
+    from distillab.models.interface import PretrainedLM
 
     kinds: Any = (LlamaConfig, LlamaForCausalLM)
     if shape.qkv_bias:
@@ -161,8 +161,8 @@ def pretrained(shape: Any, precision: str) -> Any:
 
 def scratch(shape: Any) -> Any:
     """同样形状的 ``StudentModel``。"""
-    from distillab.config import ModelConfig
-    from distillab.model import StudentModel
+    from distillab.config.schema import ModelConfig
+    from distillab.models.student import StudentModel
 
     return StudentModel(
         ModelConfig(
@@ -213,8 +213,8 @@ def warm_up(found: Any, device: str) -> None:
     """导入训练要用的一切，并以同样的行数与词表算一次很窄的损失：编译器的内存归在开销里。"""
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
-    import distillab.trainer
-    from distillab.fused import fused_distillation_loss
+    import distillab.train.trainer
+    from distillab.loss.fused import fused_distillation_loss
     from distillab.targets import Head, HiddenTargets
 
     step = found.step
@@ -234,10 +234,10 @@ def worker(case: str, device: str) -> Record:
     found = make_plan(case, device)
     warm_up(found, device)
     baseline = reset_peak(device) or 0
-    from distillab.generate import TextGenerator
-    from distillab.on_policy import OnPolicy
-    from distillab.rollout import Rollout
-    from distillab.trainer import DistillationTrainer
+    from distillab.generate.generator import TextGenerator
+    from distillab.train.on_policy import OnPolicy
+    from distillab.train.rollout import Rollout
+    from distillab.train.trainer import DistillationTrainer
 
     torch.manual_seed(0)
     student, teacher = make_models(found)

@@ -40,8 +40,8 @@ Sample = Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor]
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """SmolLM2-135M 与它的 tokenizer。"""
-    from distillab.pretrained import load_pretrained
-    from distillab.tokenizer import load_tokenizer
+    from distillab.models.pretrained import load_pretrained
+    from distillab.models.tokenizer import load_tokenizer
 
     dtype = getattr(torch, options.dtype)
     model = load_pretrained(SOURCE, dtype=dtype, sha256=SHA256, device=options.device)
@@ -50,10 +50,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def make_model(name: str, hf_model: Any) -> tuple[Any, Any]:
     """``(distillab 采样的模型, transformers 采样的模型)``，权重相同。"""
-    from distillab.config import LoraConfig
-    from distillab.convert import from_hf
-    from distillab.language_model import PretrainedLM
-    from distillab.lora import adapter_parameters, add_lora
+    from distillab.config.schema import LoraConfig
+    from distillab.export.convert import from_hf
+    from distillab.models.interface import PretrainedLM
+    from distillab.models.lora import adapter_parameters, add_lora
 
     if name == "student":
         return from_hf(hf_model).to(hf_model.device).eval(), hf_model
@@ -85,8 +85,8 @@ def make_prompts(tokenizer: Any, count: int, longest: int, seed: int) -> list[li
 
 def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: int) -> Sample:
     """``(input_ids, attention_mask, seed) -> new_ids``，温度 1，不过滤。"""
-    from distillab.generate import TextGenerator
-    from distillab.sampling import row_seeds
+    from distillab.generate.generator import TextGenerator
+    from distillab.generate.sampling import row_seeds
 
     model, hf_model = models
     generator = TextGenerator(model, tokenizer)
@@ -121,7 +121,7 @@ def measure(
     name: str, models: tuple[Any, Any], tokenizer: Any, cell: tuple[int, int, int], options: Any
 ) -> list[Record]:
     """一格：各实现逐轮交替。"""
-    from distillab.generate import TextGenerator, left_pad, until_stop
+    from distillab.generate.generator import TextGenerator, left_pad, until_stop
 
     batch, longest, new = cell
     stops = TextGenerator(models[0], tokenizer).stop_ids
@@ -155,13 +155,13 @@ def measure(
 def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
     """On-policy 的一步：8 个提示，教师多读约 110 个 token 的经验，各采 24 个 token。"""
     from distillab.batch import Example, Tokens, collate_examples
-    from distillab.config import LossConfig, SamplingConfig, TrainingConfig
-    from distillab.distillation_module import DistillationModule
-    from distillab.engine import make_optimizer
-    from distillab.generate import TextGenerator
-    from distillab.language_model import PretrainedLM
-    from distillab.rollout import Rollout
-    from distillab.teachers import LocalTeacher
+    from distillab.config.schema import LossConfig, SamplingConfig, TrainingConfig
+    from distillab.distributed.engine import make_optimizer
+    from distillab.generate.generator import TextGenerator
+    from distillab.models.interface import PretrainedLM
+    from distillab.teachers.in_process import LocalTeacher
+    from distillab.train.module import DistillationModule
+    from distillab.train.rollout import Rollout
     from distillab.vocabulary import Vocabulary
 
     student, teacher = (PretrainedLM(copy.deepcopy(hf_model)) for _ in range(2))

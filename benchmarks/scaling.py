@@ -40,11 +40,11 @@ BASE = {"batch": 4, "sequence": 128, "vocabulary": 8192}
 def step(batch: int, sequence: int, vocabulary: int) -> Callable[[], None]:
     """一个小模型的一步：教师、学生、损失、反向、AdamW。"""
     from distillab.batch import collate_text
-    from distillab.config import LossConfig, ModelConfig, TrainingConfig
-    from distillab.distillation_module import DistillationModule
-    from distillab.engine import make_optimizer
-    from distillab.model import StudentModel
-    from distillab.teachers import LocalTeacher
+    from distillab.config.schema import LossConfig, ModelConfig, TrainingConfig
+    from distillab.distributed.engine import make_optimizer
+    from distillab.models.student import StudentModel
+    from distillab.teachers.in_process import LocalTeacher
+    from distillab.train.module import DistillationModule
     from distillab.vocabulary import Vocabulary
 
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def loading(articles: int) -> Callable[[], None]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from distillab.data import WikiDataset
+    from distillab.data.chunks import WikiDataset
 
     words = [f"word{number}" for number in range(1000)]
     vocabulary = {word: number for number, word in enumerate(["<eos>", *words])}

@@ -19,7 +19,7 @@ from torch import Tensor
 from train_step_clock import Clock
 
 if TYPE_CHECKING:
-    from distillab.model import StudentModel
+    from distillab.models.student import StudentModel
 
 LEARNING_RATE = 5e-5
 GRADIENT_CLIP = 1.0
@@ -134,9 +134,9 @@ def make_teacher(cell: Cell) -> Any:
 
 def make_models(cell: Cell) -> tuple[Any, StudentModel]:
     """教师与学生，都在 CPU 上；``bf16`` 时教师转成 bfloat16，学生总是 float32。"""
-    from distillab.config import ModelConfig
-    from distillab.convert import student_from_teacher
-    from distillab.model import StudentModel
+    from distillab.config.schema import ModelConfig
+    from distillab.export.convert import student_from_teacher
+    from distillab.models.student import StudentModel
 
     teacher = make_teacher(cell)
     shape = SHAPES[cell.case, cell.scale]["student"]
@@ -152,7 +152,7 @@ def make_peer_models(cell: Cell) -> tuple[Any, Any]:
     """同 ``make_models``，学生是 logits 相同的 ``Qwen2ForCausalLM``，float32。"""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from distillab.convert import to_hf_state_dict
+    from distillab.export.convert import to_hf_state_dict
 
     teacher, own = make_models(cell)
     ours = own.config
@@ -186,11 +186,11 @@ def distillab_loop(cell: Cell, clock: Clock, compiled: bool = False) -> None:
     每步就是 ``_step``，连同它自己的等待与记账。
     """
     from distillab.batch import collate_text
-    from distillab.config import LossConfig, TrainingConfig
-    from distillab.language_model import PretrainedLM
-    from distillab.on_policy import Prepared
-    from distillab.teachers import LocalTeacher
-    from distillab.trainer import DistillationTrainer
+    from distillab.config.schema import LossConfig, TrainingConfig
+    from distillab.models.interface import PretrainedLM
+    from distillab.teachers.in_process import LocalTeacher
+    from distillab.train.on_policy import Prepared
+    from distillab.train.trainer import DistillationTrainer
 
     teacher, student = make_models(cell)
     ids = make_tokens(cell)

@@ -28,7 +28,7 @@ def public_objects(package: Path = PACKAGE) -> Iterator[tuple[str, bool]]:
     Yields:
         ``(带点的名字, 有没有中文 docstring)``。
     """
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         if path.stem != "__main__":
             module = path.stem.replace("__init__", package.name)
             yield from _documented(module, ast.parse(path.read_text(encoding="utf-8")))

@@ -38,7 +38,7 @@ def raised(package: Path = PACKAGE) -> dict[str, str]:
         报错的文字 -> 出处 ``模块:行号``；整段都是算出来的不算。
     """
     found: dict[str, str] = {}
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for text, line in _foreign(tree):
             found.setdefault(text, f"{path.stem}:{line}")
@@ -55,7 +55,7 @@ def raised(package: Path = PACKAGE) -> dict[str, str]:
 
 def strings(package: Path = PACKAGE) -> list[str]:
     """源码里的全部字符串：引用的可以是一条报错的一部分，也可以是一条日志。"""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.glob("*.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))]
     found = [
         _text(node)
         for tree in trees

@@ -1,4 +1,4 @@
-"""「显存与时间」页的表：由 ``distillab.memory`` 算出，旁边是 ``benchmarks/results`` 里测到的。"""
+"""「显存与时间」的表：由 ``distillab.plan.memory`` 算出，旁边是 ``benchmarks`` 里的记录。"""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from markdown_table import markdown_table
 
-from distillab.config import ModelConfig
-from distillab.hardware import GPUS
-from distillab.memory import Step
-from distillab.plan import plan
-from distillab.recipes import load_recipe
-from distillab.shapes import SHAPES, Shape
+from distillab.config.recipes import load_recipe
+from distillab.config.schema import ModelConfig
+from distillab.plan.hardware import GPUS
+from distillab.plan.memory import Step
+from distillab.plan.plan import plan
+from distillab.plan.shapes import SHAPES, Shape
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "results"
 GIB = 2**30

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from distillab.config import Recipe
+from distillab.config.schema import Recipe
 
 _HEADER = """# 配方参考
 

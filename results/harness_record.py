@@ -11,11 +11,11 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from distillab.bootstrap import ratio_figure
-from distillab.config import LmEvalConfig
+from distillab.config.run_dir import environment
+from distillab.config.schema import LmEvalConfig
 from distillab.errors import DistillabError
-from distillab.harness import evaluate_with_harness
-from distillab.run_dir import environment
+from distillab.evaluate.bootstrap import ratio_figure
+from distillab.evaluate.harness import evaluate_with_harness
 
 HERE = Path(__file__).parent / "harness"
 

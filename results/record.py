@@ -17,8 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from distillab.config.recipes import differences, load_recipe
 from distillab.errors import DistillabError
-from distillab.recipes import differences, load_recipe
 from distillab.run_file_shapes import read_metrics
 
 RESULTS = Path(__file__).parent

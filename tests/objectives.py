@@ -2,7 +2,7 @@
 
 import itertools
 
-from distillab.config import LossConfig
+from distillab.config.schema import LossConfig
 
 DIVERGENCES = {
     "forward_kl": {},

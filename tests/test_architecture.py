@@ -1,182 +1,114 @@
-"""导入只朝一个方向，重的库不进轻的模块，文件保持一题一个。"""
+"""房间在一道楼梯上：导入只往下走，重的库不进轻的房间，一个文件一题。"""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "distillab"
+TOP = "run"
+"""``run``、``terminal`` 与 ``cli``：楼梯的最上面。"""
 
-ORDER = [
-    "errors",
-    "console",
-    "bars",
-    "parsing",
-    "signals",
-    "run_file_shapes",
-    "files",
-    "bootstrap",
-    "credentials",
-    "style",
-    "data_config",
-    "config",
-    "shapes",
-    "memory",
-    "filters",
-    "cache",
-    "vocabulary",
-    "targets",
-    "batch",
-    "sources",
-    "recipes",
-    "trust",
-    "losses",
-    "products",
-    "row_loss",
-    "sparse_rows",
-    "agreement",
-    "fused",
-    "kv_cache",
-    "head_fit",
-    "abilities",
-    "language_model",
-    "model",
-    "pretrained",
-    "model_shapes",
-    "hardware",
-    "qwen_ranks",
-    "tokenizer",
-    "local_splits",
-    "bad_rows",
-    "spool",
-    "articles",
-    "encoding",
-    "data",
-    "streams",
-    "forms",
-    "rendering",
-    "control_tokens",
-    "template",
-    "conversations",
-    "turn_end",
-    "chat",
-    "stops",
-    "truncate",
-    "responses",
-    "leaks",
-    "paired",
-    "questions",
-    "response_file",
-    "plan",
-    "plan_table",
-    "chat_data",
-    "packing",
-    "lora",
-    "hf_layout",
-    "convert",
-    "card",
-    "sharding",
-    "optimizer_state",
-    "teachers",
-    "sampling",
-    "sampling_weights",
-    "generate",
-    "likelihood",
-    "rollout",
-    "on_policy",
-    "evaluate",
-    "profiling",
-    "compilation",
-    "distillation_module",
-    "metrics",
-    "report_data",
-    "report_measures",
-    "report_tables",
-    "report_charts",
-    "report_page",
-    "report",
-    "evaluation_tables",
-    "curves",
-    "run_dir",
-    "engine",
-    "trainer_state",
-    "layout",
-    "checkpoint_files",
-    "checkpoint",
-    "progress",
-    "synthesize",
-    "local",
-    "replies",
-    "server",
-    "generated",
-    "choices",
-    "tasks",
-    "harness_lm",
-    "harness",
-    "skips",
-    "loaders",
-    "watch",
-    "trainer",
-    "left_out",
-    "build",
-    "build_training",
-    "checks",
-    "sequences",
-    "subjects",
-    "scoring",
-    "figures",
-    "evaluation",
-    "run",
-    "launch",
-    "terminal",
-    "cli",
-]
-"""每个模块只能导入排在它前面的。"""
+STAIR = ("base", "config", "models", "loss", "data", "generate", "export", "distributed",
+         "teachers", "synthesize", "train", "assembly", "evaluate")  # fmt: skip
+"""每个房间可以导入它前面的。"""
+
+NARROWER = {
+    "loss": {"base", "config"},
+    "plan": {"base", "config", "models", "loss", "data"},
+    "report": {"base"},
+    TOP: {*STAIR, "plan", "report"},
+}
+"""只可以导入这些的房间。"""
+
+MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+ROOMS = {*STAIR, *NARROWER}
 
 
-def imported(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    names = {(node.module or name.name) for node in nodes for name in node.names}
-    return names - {"__version__"}
+def room(module: str) -> str:
+    outer, dot, _ = module.partition(".")
+    if dot:
+        return outer
+    return TOP if outer in ("run", "terminal", "cli", "__main__") else "base"
 
 
-def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(ORDER)
+def imports(module: str) -> list[tuple[str, str]]:
+    """``(模块, 名字)``；函数里的导入也算。"""
+    package = module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) + 1 - node.level]
+            origin = ".".join([*start, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}".strip(".")
+                found.append((inner, "") if inner in MODULES else (origin, alias.name))
+    return [(origin, name) for origin, name in found if name != "__version__"]
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_one_way(module):
-    assert imported(module) <= set(ORDER[: ORDER.index(module)])
+def test_every_room_is_on_the_stair_and_says_what_it_holds():
+    rooms = {path.parent.name for path in PACKAGE.rglob("*.py")} - {PACKAGE.name}
+    assert rooms == ROOMS - {"base", TOP}
+    assert all(
+        ast.get_docstring(ast.parse((PACKAGE / r / "__init__.py").read_text())) for r in rooms
+    )
 
 
-@pytest.mark.parametrize("module", ["losses", "row_loss", "sparse_rows", "fused"])
-def test_objectives_take_tensors_and_know_no_model(module):
-    assert not imported(module) & {"language_model", "model", "pretrained", "teachers"}
+def test_stems_are_unique():
+    stems = [m.rpartition(".")[2] for m in MODULES if not m.endswith("__")]
+    assert sorted(set(stems)) == sorted(stems)
+
+
+@pytest.mark.parametrize("where", sorted(ROOMS))
+def test_imports_point_down_the_stair(where):
+    allowed = NARROWER.get(where) or {*STAIR[: STAIR.index(where)]}
+    modules = [module for module in MODULES if room(module) == where]
+    assert modules
+    upward = [
+        (module, origin)
+        for module in modules
+        for origin, _ in imports(module)
+        if room(origin) not in allowed | {where}
+    ]
+    assert upward == []
+
+
+def test_no_circles():
+    """房间之间有楼梯，房间里面也没有。"""
+    graph = {module: {origin for origin, _ in imports(module)} for module in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_no_private_name_crosses_modules():
+    crossing = [
+        (module, origin, name)
+        for module in MODULES
+        for origin, name in imports(module)
+        if name.startswith("_")
+    ]
+    assert crossing == []
 
 
 def test_recipe_files_are_read_by_the_run_directory_and_the_commands_alone():
-    users = {module for module in ORDER if "recipes" in imported(module)}
-    assert users == {"run_dir", "run", "cli"}
+    users = {m for m in MODULES if any(origin == "config.recipes" for origin, _ in imports(m))}
+    assert users == {"config.run_dir", "run", "cli"}
 
 
-def test_help_needs_none_of_the_heavy_libraries():
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("cli", "torch transformers pydantic matplotlib plotly jinja2 rich"),
+        ("report.page, distillab.report.terminal_tables",
+         "torch transformers pydantic matplotlib plotly"),
+        ("config.recipes, distillab.config.run_dir", "torch transformers"),
+    ],
+)  # fmt: skip
+def test_light_rooms_need_none_of_the_heavy_libraries(modules, heavy):
     code = (
-        "import sys, distillab.cli; "
-        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'plotly', 'jinja2', 'rich'} & set(sys.modules); "
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_report_reads_files_alone():
-    code = (
-        "import sys, distillab.report_page, distillab.report; "
-        "heavy = {'torch', 'transformers', 'pydantic', 'matplotlib', 'plotly'} & set(sys.modules); "
+        f"import sys, distillab.{modules}; heavy = set('{heavy}'.split()) & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,9 +10,9 @@ import pytest
 
 from distillab import cache
 from distillab.cache import build_once
-from distillab.data import WikiDataset
+from distillab.data.chunks import WikiDataset
 from distillab.errors import DistillabError
-from distillab.pretrained import resolve_model
+from distillab.models.pretrained import resolve_model
 
 BUILD = """
 import logging, sys, time
@@ -189,7 +189,7 @@ def test_a_damaged_conversion_of_a_gguf_is_not_used(tmp_path, empty_cache, monke
     build(model)
     gguf = tmp_path / "model.gguf"
     gguf.touch()
-    monkeypatch.setattr("distillab.pretrained._gguf_dir", lambda path: model)
+    monkeypatch.setattr("distillab.models.pretrained._gguf_dir", lambda path: model)
     assert resolve_model(str(gguf)) == model
     flip(model / "train" / "data.arrow")
     with pytest.raises(DistillabError, match="is not a GGUF file"):  # 要重新转换
@@ -198,8 +198,8 @@ def test_a_damaged_conversion_of_a_gguf_is_not_used(tmp_path, empty_cache, monke
 
 TOKENISE = """
 import sys, time
-import distillab.data as data
-from distillab.tokenizer import load_tokenizer
+import distillab.data.chunks as data
+from distillab.models.tokenizer import load_tokenizer
 written = data.write_chunks
 def counted(*arguments):
     print("tokenising", flush=True)

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from distillab import cli, console, terminal
 from distillab.console import SafeFormatter, make_console, safe, say
-from distillab.evaluation_tables import evaluation_tables
-from distillab.report import runs_table
-from distillab.report_data import read_run
+from distillab.report.evaluation_tables import evaluation_tables
+from distillab.report.run_data import read_run
+from distillab.report.terminal_tables import runs_table
 
 PACKAGE = Path(cli.__file__).parent
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202egpj.exe\u2066[/][bold red]x[/bold]\udc80"
@@ -103,7 +103,7 @@ def test_errors_and_samples_are_shown_as_they_are(tmp_path, capsys, monkeypatch)
 
 def test_nothing_is_printed_but_through_the_console():
     found = []
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

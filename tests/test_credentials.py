@@ -4,7 +4,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from distillab.config import Recipe, ServerConfig
+from distillab.config.recipes import dump_recipe, load_recipe, recipe_schema, shipped_recipes
+from distillab.config.schema import Recipe, ServerConfig
 from distillab.credentials import (
     bare_url,
     is_secret_name,
@@ -13,7 +14,6 @@ from distillab.credentials import (
     without_secrets,
 )
 from distillab.errors import DistillabError
-from distillab.recipes import dump_recipe, load_recipe, recipe_schema, shipped_recipes
 
 HEX = "0123456789abcdef0123456789abcdef"
 KEY = f"sk-{HEX}"

@@ -12,15 +12,15 @@ import pytest
 import torch
 from report_runs import write_run
 
-from distillab.articles import read_files
-from distillab.convert import from_hf
+from distillab.data.articles import read_files
 from distillab.errors import DistillabError, foreign
-from distillab.language_model import PretrainedLM
-from distillab.model_shapes import find_shape
-from distillab.pretrained import load_pretrained
-from distillab.report_data import read_run
-from distillab.report_page import write_report
-from distillab.tokenizer import load_tokenizer
+from distillab.export.convert import from_hf
+from distillab.models.interface import PretrainedLM
+from distillab.models.pretrained import load_pretrained
+from distillab.models.tokenizer import load_tokenizer
+from distillab.plan.model_shapes import find_shape
+from distillab.report.page import write_report
+from distillab.report.run_data import read_run
 
 
 def changed(path: Path, *keys_and_value) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillab.config import DataSection
-from distillab.paired import load_pairs
+from distillab.config.schema import DataSection
+from distillab.data.pairs import load_pairs
 
 DEMO = Path(__file__).parents[1] / "recipes" / "experience" / "demo"
 

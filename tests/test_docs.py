@@ -79,7 +79,7 @@ def test_every_entry_of_the_error_page_says_what_to_do():
 def test_the_recipe_reference_has_every_key_and_explains_it():
     import recipe_reference
 
-    from distillab.recipes import load_recipe, shipped_recipes
+    from distillab.config.recipes import load_recipe, shipped_recipes
 
     keys = set(recipe_reference.keys())
     assert {"name", "train.seed", "student.init.from", "evaluate.tasks.NAME.match.exact"} <= keys

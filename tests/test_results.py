@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distillab.recipes import dump_recipe, load_recipe
+from distillab.config.recipes import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("seqkd", "skd", "gkd")

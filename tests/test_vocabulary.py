@@ -8,14 +8,14 @@ from placed import placed
 from torch import nn
 
 from distillab.batch import Example, Tokens
-from distillab.convert import export_student, to_hf_state_dict
+from distillab.data.left_out import LeftOut, check_left_out, count_left_out
 from distillab.errors import DistillabError
-from distillab.generate import TextGenerator
-from distillab.left_out import LeftOut, check_left_out, count_left_out
-from distillab.likelihood import likelihoods
-from distillab.model import StudentModel
+from distillab.export.convert import export_student, to_hf_state_dict
+from distillab.generate.generator import TextGenerator
+from distillab.generate.likelihood import likelihoods
+from distillab.models.student import StudentModel
+from distillab.models.tokenizer import own_vocabulary, shared_vocabulary
 from distillab.targets import Head
-from distillab.tokenizer import own_vocabulary, shared_vocabulary
 from distillab.vocabulary import Vocabulary
 
 

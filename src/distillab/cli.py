@@ -81,7 +81,7 @@ def train(
       distillab train quickstart --set loss.alpha=0 --set name=quickstart-ce
       distillab train my-recipe.yaml --set train.learning_rate=1e-4 --resume
     """  # noqa: D301 - click 靠 \b 字符知道这一段不要重排
-    from .recipes import load_recipe
+    from .config.recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -127,8 +127,8 @@ def launch(
       distillab launch qwen3-chat --processes 8 --engine fsdp2
       accelerate launch --config_file recipes/accelerate/zero3.yaml -m distillab train qwen3-chat
     """  # noqa: D301
-    from .launch import launch as start
-    from .recipes import load_recipe
+    from .config.recipes import load_recipe
+    from .distributed.launch import launch as start
 
     load_recipe(recipe, overrides or [])  # 写错的配方由这里说一遍，不由每个进程各说一遍
     arguments = ["train", recipe, *(part for key in overrides or [] for part in ("--set", key))]
@@ -158,11 +158,11 @@ def plan(
       distillab plan wiki-zh --device t4
       distillab plan experience/skd --device h100 --processes 8 --engine fsdp2
     """  # noqa: D301
-    from .hardware import find_device
-    from .plan import plan as make_plan
-    from .plan import suggestions
-    from .plan_table import change_table, memory_table, summary
-    from .recipes import load_recipe
+    from .config.recipes import load_recipe
+    from .plan.hardware import find_device
+    from .plan.plan import plan as make_plan
+    from .plan.plan import suggestions
+    from .plan.table import change_table, memory_table, summary
 
     found = make_plan(load_recipe(recipe, overrides or []), find_device(device), processes, engine)
     terminal = make_console(highlight=False)
@@ -202,8 +202,8 @@ def evaluate(
       distillab evaluate quickstart --checkpoint last --model quickstart-ce
     """  # noqa: D301
     quiet_libraries()
-    from .evaluation import evaluate as measure
-    from .evaluation_tables import evaluation_tables
+    from .evaluate.evaluate import evaluate as measure
+    from .report.evaluation_tables import evaluation_tables
 
     found, path = measure(run, checkpoint, model or [], output, trust=trust)
     terminal = make_console()
@@ -227,7 +227,7 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
       distillab synthesize my-recipe.yaml --set synthesize.samples=4 \\
           --set synthesize.sampling.temperature=0.8
     """  # noqa: D301
-    from .recipes import load_recipe
+    from .config.recipes import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -327,8 +327,8 @@ def report(
       distillab report quickstart quickstart-ce --output compare.html
       distillab report quickstart --watch
     """  # noqa: D301
-    from .report_page import watch_report, write_report
-    from .run_dir import RunDirectory
+    from .config.run_dir import RunDirectory
+    from .report.page import watch_report, write_report
 
     paths = [RunDirectory.find(run).path for run in runs]
     if watch:
@@ -340,9 +340,9 @@ def report(
 @app.command(name="runs")
 def list_runs() -> None:
     """List the runs under runs/, newest first."""
-    from .report import runs_table
-    from .report_data import read_run
-    from .run_dir import RUNS
+    from .config.run_dir import RUNS
+    from .report.run_data import read_run
+    from .report.terminal_tables import runs_table
 
     found = [read_run(file.parent) for file in RUNS.glob("*/recipe.yaml")]
     if not found:
@@ -356,7 +356,7 @@ def schema() -> None:
     """Print the JSON Schema of recipe files, for editors."""
     import json
 
-    from .recipes import recipe_schema
+    from .config.recipes import recipe_schema
 
     say(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
@@ -366,7 +366,7 @@ def recipes() -> None:
     """List the shipped recipes; each runs by its name."""
     from rich.table import Table
 
-    from .recipes import load_recipe, shipped_recipes
+    from .config.recipes import load_recipe, shipped_recipes
 
     table = Table("name", "description", caption="run one: distillab train NAME",
                   caption_justify="left")  # fmt: skip

@@ -1,4 +1,4 @@
-"""命令背后的流程：训练一份配方，导出、续写它的结果；评测在 ``evaluation.py``。"""
+"""命令背后的流程：训练一份配方，导出、续写它的结果；评测在 ``evaluate.py``。"""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .build import Parts, build_models, build_teacher
-from .build_training import build_trainer, read_pairs
-from .card import model_card
-from .chat import question_prompt, render_prompt, writes_date
-from .checkpoint import load_student, save_best
-from .checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
-from .checks import Checks, load_tasks, merged, whole_parts
-from .config import Recipe
-from .convert import export_student
-from .curves import plot_run
+from .assembly.parts import Parts, build_models, build_teacher
+from .assembly.training import build_trainer, read_pairs
+from .config.recipes import dump_recipe
+from .config.run_dir import RUNS, RunDirectory, exported_model
+from .config.schema import Recipe
+from .config.style import USUAL, Style
+from .data.chat import question_prompt, render_prompt, writes_date
+from .data.pairs import Task, load_pairs
 from .errors import DistillabError
-from .evaluate import Metrics
+from .evaluate.checks import Checks, load_tasks, merged, whole_parts
+from .export.card import model_card
+from .export.convert import export_student
 from .files import idle, leftovers, replace_file, sweep
-from .generate import TextGenerator
-from .language_model import PretrainedLM
-from .local import LocalBackend
-from .metrics import write_first
-from .paired import Task, load_pairs
-from .pretrained import load_pretrained
-from .profiling import peak_memory_bytes, profiling
-from .questions import Backend
-from .recipes import dump_recipe
-from .report import MODELS
-from .report_page import write_report
-from .response_file import ResponseFile
-from .run_dir import RUNS, RunDirectory, exported_model
+from .generate.generator import TextGenerator
+from .models.interface import PretrainedLM
+from .models.pretrained import load_pretrained
+from .models.tokenizer import load_tokenizer
+from .report.curves import plot_run
+from .report.page import write_report
+from .report.terminal_tables import MODELS
 from .run_file_shapes import read_metrics
-from .server import ServerBackend
-from .style import USUAL, Style
-from .synthesize import SynthesisReport
-from .synthesize import synthesize as ask
-from .tokenizer import load_tokenizer
-from .trainer import DistillationTrainer
-from .trainer_state import TrainerState
+from .synthesize.local_backend import LocalBackend
+from .synthesize.questions import Backend
+from .synthesize.response_file import ResponseFile
+from .synthesize.server_backend import ServerBackend
+from .synthesize.synthesize import SynthesisReport
+from .synthesize.synthesize import synthesize as ask
+from .train.checkpoint import load_student, save_best
+from .train.checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
+from .train.metrics import write_first
+from .train.profiling import peak_memory_bytes, profiling
+from .train.state import TrainerState
+from .train.trainer import DistillationTrainer
+from .train.validation import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -52,7 +52,7 @@ def print_written(path: Path) -> None:
 
 def print_tables(summary: dict[str, Any]) -> None:
     """一次训练结束时的表。"""
-    from .report import checks_table, closing_table
+    from .report.terminal_tables import checks_table, closing_table
 
     terminal = make_console()
     for table in (closing_table(summary), checks_table(summary)):

@@ -16,11 +16,15 @@ import traceback
 from pathlib import Path
 
 import distillab.run  # noqa: F401 - 在 fork 之前导入一切
-from distillab import build_training, checkpoint, cli, evaluation, report_page, skips
-from distillab.data import WikiDataset
-from distillab.on_policy import OnPolicy
-from distillab.rollout import Rollout
-from distillab.trainer import DistillationTrainer
+from distillab import cli
+from distillab.assembly import training as build_training
+from distillab.data.chunks import WikiDataset
+from distillab.evaluate import evaluate as evaluation
+from distillab.report import page as report_page
+from distillab.train import checkpoint, skips
+from distillab.train.on_policy import OnPolicy
+from distillab.train.rollout import Rollout
+from distillab.train.trainer import DistillationTrainer
 
 LIMIT = 300.0
 """一次请求最多这么多秒；到时还没有结束的进程被杀，退出码记作 ``None``。"""

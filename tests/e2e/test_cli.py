@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillab.build import build_models
-from distillab.recipes import load_recipe, shipped_recipes
+from distillab.assembly.parts import build_models
+from distillab.config.recipes import load_recipe, shipped_recipes
 from distillab.run import train
 from distillab.run_file_shapes import read_metrics
 

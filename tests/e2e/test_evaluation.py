@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distillab.config import LmEvalConfig
-from distillab.data import WikiDataset
-from distillab.harness import evaluate_with_harness
+from distillab.config.schema import LmEvalConfig
+from distillab.data.chunks import WikiDataset
+from distillab.evaluate.harness import evaluate_with_harness
 
 RUN = Path("runs/recipe")
 COLOURS = ["red", "green", "blue and black"]
@@ -353,9 +353,9 @@ def test_paired_chat_run_equals_transformers_on_response_tokens_of_both_views(ch
 
 def held_out_ids(count):
     """验证集里的对话：由训练集的划分得来，次序无关紧要。"""
-    from distillab.chat_data import ChatDataset
-    from distillab.config import DataSection
-    from distillab.paired import load_pairs
+    from distillab.config.schema import DataSection
+    from distillab.data.chat_dataset import ChatDataset
+    from distillab.data.pairs import load_pairs
 
     data = DataSection(source="plain.jsonl", format="chat", validation_fraction=0.4)
     pairs, _ = load_pairs(data)

@@ -12,11 +12,11 @@ from kept_rows import kept_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distillab.batch import collate_examples
-from distillab.chat_data import ChatDataset
-from distillab.config import DataSection
-from distillab.conversations import parse_conversation
-from distillab.language_model import PretrainedLM
-from distillab.paired import Pair
+from distillab.config.schema import DataSection
+from distillab.data.chat_dataset import ChatDataset
+from distillab.data.conversations import parse_conversation
+from distillab.data.pairs import Pair
+from distillab.models.interface import PretrainedLM
 from distillab.run_file_shapes import read_metrics
 
 COLOURS = ["red", "green", "blue", "black"]

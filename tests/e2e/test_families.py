@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillab.data import WikiDataset
+from distillab.data.chunks import WikiDataset
+from distillab.models.tokenizer import load_tokenizer
 from distillab.run import load_generator
 from distillab.run_file_shapes import read_metrics
-from distillab.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

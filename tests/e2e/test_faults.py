@@ -13,8 +13,8 @@ import pytest
 from test_invariance import ON_POLICY, options
 from test_invariance import taught as taught
 
-from distillab.checkpoint_files import checkpoints
 from distillab.run_file_shapes import read_metrics
+from distillab.train.checkpoint_files import checkpoints
 
 FAULTY = Path(__file__).with_name("faulty.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}

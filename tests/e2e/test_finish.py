@@ -9,14 +9,14 @@ import pytest
 from test_invariance import taught as taught
 
 import distillab.run as runs
-from distillab import checkpoint_files
-from distillab.checks import Checks
+from distillab.config.recipes import load_recipe
+from distillab.config.run_dir import RunDirectory
 from distillab.errors import DistillabError
-from distillab.recipes import load_recipe
-from distillab.report_page import write_report
-from distillab.run_dir import RunDirectory
+from distillab.evaluate.checks import Checks
+from distillab.report.page import write_report
 from distillab.run_file_shapes import read_metrics
 from distillab.terminal import print_samples
+from distillab.train import checkpoint_files
 
 STEPS = [(runs, "_load_best"), (Checks, "measure"), (runs, "_samples"), (runs.shutil, "rmtree"),
          (runs, "export_student"), (runs, "plot_run"), (runs, "_report"),

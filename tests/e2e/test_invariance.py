@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from distillab.chat_data import LengthGroupedSampler
+from distillab.data.chat_dataset import LengthGroupedSampler
 from distillab.run_file_shapes import read_metrics
 
 COLOURS = ["red", "green", "blue", "black", "white"]

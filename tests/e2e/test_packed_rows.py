@@ -87,7 +87,7 @@ def test_sampled_responses_fall_back_to_padding_and_say_so(train):
 
 def test_attention_that_does_not_keep_documents_apart_falls_back_and_says_so(train, monkeypatch):
     plain, _ = train("plain", *CASES["skd"], "data.max_seq_len=160")
-    monkeypatch.setattr("distillab.build_training.keeps_documents_apart", lambda model: False)
+    monkeypatch.setattr("distillab.assembly.training.keeps_documents_apart", lambda model: False)
     found, log = train("packed", *CASES["skd"], *PACKED)
     assert "the attention of the student does not keep documents apart" in " ".join(log.split())
     assert_same(found, plain, rel=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distillab.launch import engine_config
+from distillab.distributed.launch import engine_config
 from distillab.run_file_shapes import read_metrics
 
 

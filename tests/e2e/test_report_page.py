@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from report_runs import INJECTION, evaluation, write_run
 
-from distillab.report_page import write_report
+from distillab.report.page import write_report
 from distillab.run_file_shapes import read_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -23,12 +23,12 @@ import pytest
 from kept_rows import kept_rows
 from stub_server import completion
 
-from distillab.config import FilterConfig, SamplingConfig, ServerConfig, SynthesizeConfig
+from distillab.config.schema import FilterConfig, SamplingConfig, ServerConfig, SynthesizeConfig
+from distillab.data.pairs import Task
 from distillab.errors import DistillabError
-from distillab.paired import Task
-from distillab.questions import TOO_LONG
-from distillab.server import ServerBackend
-from distillab.synthesize import synthesize
+from distillab.synthesize.questions import TOO_LONG
+from distillab.synthesize.server_backend import ServerBackend
+from distillab.synthesize.synthesize import synthesize
 
 pytest.importorskip("openai")
 
@@ -399,7 +399,7 @@ def test_answers_that_arrive_while_a_filter_fails_are_kept(stub, ask, monkeypatc
 
 
 def test_ctrl_c_keeps_the_answers_and_drops_the_requests_in_flight(stub, ask, monkeypatch):
-    from distillab import synthesize as module
+    from distillab.synthesize import synthesize as module
 
     class Pressed(module.StopRequest):
         def __enter__(self):
@@ -462,10 +462,10 @@ def test_a_real_server_gives_the_answers_of_the_local_model(
 ):
     import torch
 
-    from distillab.language_model import PretrainedLM
-    from distillab.local import LocalBackend
-    from distillab.pretrained import load_pretrained
-    from distillab.tokenizer import load_tokenizer
+    from distillab.models.interface import PretrainedLM
+    from distillab.models.pretrained import load_pretrained
+    from distillab.models.tokenizer import load_tokenizer
+    from distillab.synthesize.local_backend import LocalBackend
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     tasks = [

@@ -59,7 +59,7 @@ def rows_of(name, model):
 
 
 def test_every_kind_of_task_is_scored_before_and_after(recipe, command, monkeypatch):
-    from distillab.trainer import DistillationTrainer
+    from distillab.train.trainer import DistillationTrainer
 
     compared = []
     evaluate = DistillationTrainer.evaluate
@@ -161,7 +161,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_task_prints_one_line_and_exits_with_two(data, command, case):
-    from distillab.conversations import question_key
+    from distillab.data.conversations import question_key
 
     arguments, prepare, expected = CASES[case]
     if prepare is not None:

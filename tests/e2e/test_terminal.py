@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distillab.checkpoint_files import checkpoints
 from distillab.run_file_shapes import read_metrics
+from distillab.train.checkpoint_files import checkpoints
 
 pytestmark = pytest.mark.slow
 

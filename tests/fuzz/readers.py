@@ -21,30 +21,30 @@ from mutate import content, structure
 from report_runs import write_run
 from stub_server import Stub, completion
 
-from distillab.articles import read_files, text_files
-from distillab.chat import render, render_prompt
-from distillab.config import (
+from distillab.config.recipes import differences, dump_recipe, load_recipe, shipped_recipes
+from distillab.config.schema import (
     EvaluateConfig,
     ModelConfig,
     SamplingConfig,
     ServerConfig,
     TrainingConfig,
 )
-from distillab.conversations import parse_conversation, read_conversations
-from distillab.data import WikiDataset
-from distillab.language_model import PretrainedLM
-from distillab.model import StudentModel
-from distillab.model_shapes import find_shape
-from distillab.paired import Task
-from distillab.pretrained import load_pretrained
-from distillab.questions import Question
-from distillab.recipes import differences, dump_recipe, load_recipe, shipped_recipes
-from distillab.report import runs_table
-from distillab.report_data import read_run
-from distillab.report_page import write_report
-from distillab.server import ServerBackend
-from distillab.tokenizer import document_separator, load_tokenizer, tokenizer_fingerprint
-from distillab.trainer import DistillationTrainer
+from distillab.data.articles import read_files, text_files
+from distillab.data.chat import render, render_prompt
+from distillab.data.chunks import WikiDataset
+from distillab.data.conversations import parse_conversation, read_conversations
+from distillab.data.pairs import Task
+from distillab.models.interface import PretrainedLM
+from distillab.models.pretrained import load_pretrained
+from distillab.models.student import StudentModel
+from distillab.models.tokenizer import document_separator, load_tokenizer, tokenizer_fingerprint
+from distillab.plan.model_shapes import find_shape
+from distillab.report.page import write_report
+from distillab.report.run_data import read_run
+from distillab.report.terminal_tables import runs_table
+from distillab.synthesize.questions import Question
+from distillab.synthesize.server_backend import ServerBackend
+from distillab.train.trainer import DistillationTrainer
 
 TEXTS = [f"Article {n}. {families.SENTENCES[n % 6]} {'词 ' * (n % 5)}" for n in range(40)]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from objectives import relative
 
-from distillab.config import LossConfig
-from distillab.fused import fused_distillation_loss
+from distillab.config.schema import LossConfig
+from distillab.loss.fused import fused_distillation_loss
 from distillab.targets import Head, HiddenTargets
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillab.convert import export_student, from_hf
-from distillab.generate import TextGenerator
-from distillab.model import StudentModel
+from distillab.export.convert import export_student, from_hf
+from distillab.generate.generator import TextGenerator
+from distillab.models.student import StudentModel
 
 pytestmark = pytest.mark.slow
 

@@ -17,10 +17,10 @@ from transformers.models.qwen2.modeling_qwen2 import (
     apply_rotary_pos_emb,
 )
 
-from distillab.config import ModelConfig
-from distillab.convert import export_student, from_hf
-from distillab.language_model import PretrainedLM
-from distillab.model import RMSNorm, StudentModel, SwiGLUFFN, apply_rotary, rotary_tables
+from distillab.config.schema import ModelConfig
+from distillab.export.convert import export_student, from_hf
+from distillab.models.interface import PretrainedLM
+from distillab.models.student import RMSNorm, StudentModel, SwiGLUFFN, apply_rotary, rotary_tables
 
 LOGIT_TOLERANCE = 1e-4
 LAYOUTS = ["tiny_qwen2", "tiny_llama"]

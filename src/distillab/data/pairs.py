@@ -1,0 +1,375 @@
+"""成对的数据：学生读没有经验的 prompt，教师读有经验的，两边是同一个 response。
+
+经验有两种来法：另一个文件里同样的任务（``data.teacher_source``），或者一段文字拼进教师的 system
+或最后一条 user 消息（``data.experience``）。对不上的地方一次查清、一起报告，而不是每次只说一处。
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cache import expanded
+from ..config.schema import DataSection
+from ..config.sections import Experience
+from ..errors import DistillabError, shown, some
+from ..sources import SHIPPED, fetch, require_file
+from .conversations import Conversation, read_conversations
+from .forms import Message
+from .leaks import added_lines, leaks, squeezed
+from .responses import usable_responses
+
+
+@dataclass(frozen=True)
+class Task:
+    """一个任务。
+
+    Attributes:
+        id: 在全部任务里唯一。
+        messages: 教师读到的消息，经验已在其中，不含回答。
+        answer: 标准答案；没有则为 ``None``。
+        record: 原始记录，交给使用者的过滤函数。
+        tools: 教师可以调用的工具；没有则为 ``None``。
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    answer: str | None
+    record: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """一段对话的两个视角。
+
+    Attributes:
+        student: 没有经验的。
+        teacher: 有经验的，response 与学生的相同；没有特权信息时就是 ``student``。
+    """
+
+    student: Conversation
+    teacher: Conversation
+
+    @property
+    def key(self) -> str:
+        """这个任务的键，``responses`` 文件里的 ``id``。"""
+        return self.student.key
+
+    def task(self, view: Literal["student", "teacher"]) -> Task:
+        """从一个视角提的问题。"""
+        conversation: Conversation = getattr(self, view)
+        return Task(
+            self.key,
+            conversation.prompt,
+            self.student.answer,
+            self.student.record,
+            conversation.tools,
+        )
+
+    def answered(self, response: str | Message) -> Pair:
+        """换一个 response，两个视角一起换。"""
+        student = self.student.answered(response)
+        same = self.teacher is self.student
+        return Pair(student, student if same else self.teacher.answered(response))
+
+
+def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[Pair], list[str]]:
+    """按配方读出全部对话，配好两个视角，并查对它们。
+
+    Args:
+        data: 配方的 ``data``；合成时先把 ``responses`` 设为 ``None``。
+        need_response: 每段对话都要有 response；合成与 on-policy 只要 prompt。
+
+    Returns:
+        ``(各对, 说明)``：说明是英文的日志行，讲配上了多少、略过了什么。
+
+    Raises:
+        DistillabError: 来源读不了；或两个视角对不上：键重复、一个也配不上、问题不同、没有
+            response、学生的 prompt 里有经验、教师的 prompt 里没有经验。
+    """
+    notes: list[str] = []
+    problems = _Problems()
+    alone = data.teacher_source is None and data.responses is None
+    students = _read(data, data.source, data.sha256, need_response and alone)
+    students = _within(students, data.size_mb, notes)
+    unanswered = sum(conversation.unanswered for conversation in students)
+    if unanswered:
+        notes.append(f"{data.source}: cut {unanswered} final questions that have no answer")
+    notes += _unread(data.source, students)
+    if data.teacher_source is not None:
+        teachers = list(_read(data, data.teacher_source, None, False))
+        notes += _unread(data.teacher_source, teachers)
+        pairs = _merged(students, teachers, data, notes, problems)
+    else:
+        pairs = _with_experience(students, data, problems)
+    if data.responses is not None:
+        pairs = _with_responses(pairs, data.responses, notes, problems)
+    if need_response:
+        for pair in pairs:
+            if pair.student.response is None:
+                problems.add("no response in either file", pair.student)
+    problems.raise_any(" and ".join(filter(None, (data.source, data.teacher_source))))
+    return pairs, notes
+
+
+def with_experience(conversations: list[Conversation], config: Experience) -> list[Pair]:
+    """给教师的视角拼上 ``config.experience``；没有经验则两个视角相同。
+
+    Raises:
+        DistillabError: 经验读不了，或学生的 prompt 里已有它。
+    """
+    problems = _Problems()
+    pairs = _with_experience(conversations, config, problems)
+    problems.raise_any("experience")
+    return pairs
+
+
+def read_experience(text: str) -> str:
+    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径。
+
+    Args:
+        text: 没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的
+            文件与 ``shipped:`` 也是；其余是经验本身。
+
+    Returns:
+        去掉首尾空白的经验。
+
+    Raises:
+        DistillabError: 没有这个文件、不是 UTF-8 文本，或经验是空的。
+    """
+    content = text
+    if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):
+        path = Path(fetch(text)) if text.startswith(SHIPPED) else expanded(text)
+        if not path.exists():
+            raise DistillabError(f"data.experience: {text!r} does not exist; expected a text file")
+        try:
+            content = require_file(path, "a text file").read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DistillabError(
+                f"data.experience: {text!r} is not UTF-8 text ({error.reason})"
+            ) from error
+    if not content.strip():
+        raise DistillabError(f"data.experience: {text!r} is empty; expected what the teacher reads")
+    return content.strip()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # 太长，或有不能出现在路径里的字符
+        return False
+
+
+def _read(
+    data: DataSection, source: str, sha256: str | None, need_response: bool
+) -> Iterable[Conversation]:
+    return read_conversations(
+        source,
+        subset=data.subset,
+        split=data.split,
+        sha256=sha256,
+        text_field=data.text_field,
+        need_response=need_response,
+    )
+
+
+def _unread(source: str, conversations: list[Conversation]) -> list[str]:
+    """没有读的键，一行日志：以为它们有用的人看得见。"""
+    keys = sorted(set().union(*(conversation.unread for conversation in conversations)))
+    return [f"{source}: keys that are not part of the conversation: {', '.join(keys)}"] * bool(keys)
+
+
+def _within(
+    conversations: Iterable[Conversation], size_mb: float | None, notes: list[str]
+) -> list[Conversation]:
+    """最前面的若干段，正文合计不超过 ``size_mb``。"""
+    taken: list[Conversation] = []
+    total = 0
+    for conversation in conversations:
+        total += sum(len(message["content"].encode()) for message in conversation.messages)
+        if size_mb is not None and total > size_mb * 1e6:
+            notes.append(f"stopped reading after {len(taken)} conversations: size_mb={size_mb:g}")
+            break
+        taken.append(conversation)
+    return taken
+
+
+# ---------------------------------------------------------------------- 两个文件
+
+
+def _merged(
+    students: list[Conversation],
+    teachers: list[Conversation],
+    data: DataSection,
+    notes: list[str],
+    problems: _Problems,
+) -> list[Pair]:
+    by_id = _all_have_ids(students) and _all_have_ids(teachers)
+    name = "id" if by_id else "last question"
+    left, right = (_unique(part, by_id, name, problems) for part in (students, teachers))
+    common = [key for key in left if key in right]
+    if not common:
+        raise DistillabError(
+            f"{data.source} and {data.teacher_source} share no {name}: found {some(left)} in the "
+            f"first and {some(right)} in the second"
+        )
+    notes.append(f"paired {len(common)} tasks by their {name}")
+    for source, only in (
+        (data.source, [key for key in left if key not in right]),
+        (data.teacher_source, [key for key in right if key not in left]),
+    ):
+        if only:
+            notes.append(f"left out {len(only)} tasks that are only in {source}: {some(only)}")
+    pairs = [Pair(left[key], right[key]) for key in common]
+    for pair in pairs:
+        _check_pair(pair, data.loss_on, problems)
+    replaced = sum(_responses_differ(pair) for pair in pairs)
+    if replaced:
+        notes.append(
+            f"{replaced} responses differ between the two files; used those of "
+            f"{data.teacher_source}, which were written with experience"
+        )
+    return [_one_response(pair) for pair in pairs]
+
+
+def _all_have_ids(conversations: list[Conversation]) -> bool:
+    """全有或全无才能用；一部分有 ``id`` 时，没有的那些不知该怎样配。"""
+    without = [conversation for conversation in conversations if conversation.id is None]
+    if without and len(without) < len(conversations):
+        raise DistillabError(
+            f"{without[0].where}: {len(without)} of {len(conversations)} conversations have no id; "
+            f"give all of them one, or none"
+        )
+    return not without
+
+
+def _unique(
+    conversations: list[Conversation], by_id: bool, name: str, problems: _Problems
+) -> dict[str, Conversation]:
+    found: dict[str, Conversation] = {}
+    for conversation in conversations:
+        key = conversation.key if by_id else conversation.question.strip()
+        if key in found:
+            problems.add(f"duplicate {name}", conversation)
+        found.setdefault(key, conversation)
+    return found
+
+
+def _check_pair(pair: Pair, loss_on: str, problems: _Problems) -> None:
+    student, teacher = pair.student, pair.teacher
+    if student.question.strip() not in teacher.question:
+        problems.add("the last user messages differ", student)
+        return
+    if student.tools != teacher.tools:
+        problems.add("the tools of the two files differ", student)
+    if loss_on == "all" and _assistant_turns(student) != _assistant_turns(teacher):
+        problems.add("earlier assistant turns differ (set data.loss_on to last)", student)
+    added = added_lines(student.prompt, teacher.prompt)
+    if not added:
+        problems.add("the teacher's prompt holds nothing that the student's lacks", teacher)
+    if leaks(added, student):
+        problems.add("the student's prompt holds the experience", student)
+
+
+def _assistant_turns(conversation: Conversation) -> list[tuple[str, str, bool]]:
+    """最后一轮之前的 assistant 轮：说了什么、想了什么、训练不训练。"""
+    final = conversation.final
+    return [(*_said(turn), turn.get("train", True)) for turn in conversation.messages
+            if turn["role"] == "assistant" and turn is not final]  # fmt: skip
+
+
+def _said(turn: Message) -> tuple[str, str]:
+    return turn["content"].strip(), turn.get("reasoning_content", "").strip()
+
+
+def _responses_differ(pair: Pair) -> bool:
+    student, teacher = pair.student.final, pair.teacher.final
+    return student is not None and teacher is not None and _said(student) != _said(teacher)
+
+
+def _one_response(pair: Pair) -> Pair:
+    """有经验时写下的 response 优先。"""
+    student, teacher = pair.student, pair.teacher
+    if student.answer is None:
+        pair = Pair(replace(student, answer=teacher.answer), teacher)
+    response = student.final if teacher.final is None else teacher.final
+    return pair if response is None else pair.answered(response)
+
+
+# ---------------------------------------------------------------------- 一段经验
+
+
+def _with_experience(
+    students: list[Conversation], data: Experience, problems: _Problems
+) -> list[Pair]:
+    if data.experience is None:
+        return [Pair(student, student) for student in students]
+    experience = read_experience(data.experience)
+    text = squeezed([experience])
+    pairs = []
+    for student in students:
+        if text in squeezed(message["content"] for message in student.prompt):
+            problems.add("the student's prompt holds the experience", student)
+        messages = _joined(student.messages, experience, data)
+        pairs.append(Pair(student, replace(student, messages=messages)))
+    return pairs
+
+
+def _joined(messages: list[Message], experience: str, data: Experience) -> list[Message]:
+    role = data.experience_role
+    if role == "system":
+        at = 0
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+    else:
+        at = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    values = {"{experience}": experience, "{message}": messages[at]["content"]}
+    # 一次替换完：经验里若有字面上的 "{message}"，它只是文字。
+    content = re.sub(r"\{experience\}|\{message\}", lambda found: values[found[0]],
+                     data.experience_template)  # fmt: skip
+    return [*messages[:at], {**messages[at], "content": content.strip()}, *messages[at + 1 :]]
+
+
+# ---------------------------------------------------------------------- 教师写好的 response
+
+
+def _with_responses(
+    pairs: list[Pair], source: str, notes: list[str], problems: _Problems
+) -> list[Pair]:
+    """每个键有几行就有几条；没有一行的任务不训练，它们的回答没有通过过滤。"""
+    by_key: dict[str, Pair] = {}
+    for pair in pairs:
+        if pair.key in by_key:
+            problems.add(
+                "duplicate id or question, so responses cannot be told apart", pair.student
+            )
+        by_key[pair.key] = pair
+    responses, left_out = usable_responses(source, by_key)
+    notes += left_out
+    return [pair.answered(text) for key, pair in by_key.items() for text in responses.get(key, [])]
+
+
+# ---------------------------------------------------------------------- 报告
+
+
+class _Problems:
+    """收集致命的问题，最后一起报：数目与最多三个例子。"""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, what: str, conversation: Conversation) -> None:
+        name = conversation.id or conversation.question
+        self._found.setdefault(what, []).append(f"{shown(name)} at {conversation.where}")
+
+    def raise_any(self, where: str) -> None:
+        if self._found:
+            parts = (
+                f"{what} ({len(tasks)}: {', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)})"
+                for what, tasks in self._found.items()
+            )
+            raise DistillabError(f"{where}: {'; '.join(parts)}")

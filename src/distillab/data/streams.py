@@ -1,0 +1,259 @@
+"""放不进磁盘的语料：边读边分词，切成与 ``WikiDataset`` 相同的块，随时能从中间接着来。
+
+块按来源的次序切出，攒满一个 buffer 就打乱、逐个给出，再攒下一个。每个进程读的是同一个流，各取自己
+的那几批：分片数不能整除进程数时也不重不漏，几个进程看到的都是同样的步。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..cache import build_once, cache_dir
+from ..errors import DistillabError
+from ..models.tokenizer import tokenizer_fingerprint
+from .articles import ArticleStream
+from .chunks import (
+    WikiDataset,
+    check_arguments,
+    chunk_rules,
+    split_articles,
+    spooled,
+    write_chunks,
+)
+from .encoding import ArticleEncoder, cut_chunks
+from .spool import text_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD_MB = 50.0
+"""验证集取自来源开头这么多正文，10^6 字节；整个来源要读上几天，不能等。"""
+
+ARTICLES_TOGETHER = 256
+"""一次最多分词的文章数。"""
+
+BYTES_TOGETHER = 2**24
+"""一次最多分词的正文，字节；文章再长，内存也够。"""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """流读到了哪里；能存成 JSON，与进程数无关。
+
+    Attributes:
+        epoch: 第几遍，从 0 起。
+        buffer: 这一遍的第几个 buffer。
+        source: 这个 buffer 开头处，``datasets`` 的 ``state_dict()``；``None`` 为来源的开头。
+        text_bytes: 在那之前读过的正文，字节。
+        carry: 在那之前不足一块的 token。
+        used: 这个 buffer 已给出几块。
+    """
+
+    epoch: int = 0
+    buffer: int = 0
+    source: dict[str, Any] | None = None
+    text_bytes: int = 0
+    carry: list[int] = field(default_factory=list)
+    used: int = 0
+
+
+class TextStream(IterableDataset[dict[str, Tensor]]):
+    """没有尽头的 token 块：来源读完一遍，又从头读起，换一种打乱的次序。
+
+    Args:
+        articles: 文章的流。
+        tokenizer: :func:`distillab.models.tokenizer.load_tokenizer` 的结果。
+        max_seq_len: 每块的 token 数。
+        shuffle_buffer: 大约攒多少块一起打乱；1 为不打乱。
+        size_mb: 一遍最多读多少正文，10^6 字节；``None`` 为全部。
+        seed: 打乱的次序。
+        held_out: 验证集里的文章的摘要；遇到同样的文章就略过，重复的也不会泄漏。
+        fingerprint: 来源、分词器与参数的指纹。
+
+    Attributes:
+        fingerprint: 同上；检查点记着它，换了来源便不能接着训练。
+    """
+
+    def __init__(
+        self,
+        articles: ArticleStream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        shuffle_buffer: int = 10_000,
+        size_mb: float | None = None,
+        seed: int = 0,
+        held_out: frozenset[int] = frozenset(),
+        fingerprint: str | None = None,
+    ) -> None:
+        self.articles, self.tokenizer, self.held_out = articles, tokenizer, held_out
+        self.encoder = ArticleEncoder(tokenizer)
+        self.max_seq_len, self.shuffle_buffer, self.seed = max_seq_len, shuffle_buffer, seed
+        self.limit = None if size_mb is None else size_mb * 1e6
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def build(
+        cls,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int = 512,
+        shuffle_buffer: int = 10_000,
+        size_mb: float | None = None,
+        validation_fraction: float = 0.1,
+        text_field: str = "text",
+        subset: str | None = None,
+        split: str = "train",
+        seed: int = 0,
+        sha256: str | None = None,
+    ) -> tuple[TextStream, WikiDataset]:
+        """打开来源；验证集取自它的开头，分词一次，以后在缓存里。
+
+        来源不超过 ``HEAD_MB`` 时，两边的文章与 ``WikiDataset.build`` 的完全相同。
+
+        Args:
+            source: 同 ``WikiDataset.build``，未列出的参数亦然。
+            tokenizer: 见 ``WikiDataset.build``。
+            max_seq_len: 每块的 token 数。
+            shuffle_buffer: 攒多少块一起打乱。
+            size_mb: 一遍最多读多少正文；``None`` 为全部。
+            validation_fraction: 开头的 ``HEAD_MB`` 里，验证集占文章数的比例。
+            text_field: 见 ``WikiDataset.build``。
+            subset: 见 ``WikiDataset.build``。
+            split: 见 ``WikiDataset.build``。
+            seed: 哪些文章进验证集，与打乱的次序。
+            sha256: 见 ``WikiDataset.build``。
+
+        Returns:
+            训练的流与验证集；没有一篇文章同时在两边。
+
+        Raises:
+            DistillabError: 见 ``WikiDataset.build``。
+        """
+        check_arguments(max_seq_len, size_mb, validation_fraction)
+        articles = ArticleStream.open(source, text_field, subset, split, sha256)
+        head_mb = HEAD_MB if size_mb is None else min(size_mb, HEAD_MB)
+        settings = {
+            "format": _FORMAT,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "max_seq_len": max_seq_len,
+            "head_mb": head_mb,
+            "validation_fraction": validation_fraction,
+            "text_field": text_field,
+            "seed": seed,
+            **chunk_rules(tokenizer),
+        }
+        key = _digest([articles.local_identity, settings])
+        directory = cache_dir() / "datasets" / f"stream-{key}"
+        held_out_file = directory / "held-out.json"
+        with build_once(directory) as building:
+            if building is not None:
+                with spooled(iter(articles), head_mb, source, building) as texts:
+                    chosen = split_articles(texts.digests, validation_fraction, seed)
+                    write_chunks(building / "validation", texts, chosen, tokenizer, max_seq_len)
+                    digests = sorted(
+                        {f"{d:016x}" for d in itertools.compress(texts.digests, chosen)}
+                    )
+                (building / held_out_file.name).write_text(json.dumps(digests))
+        validation = WikiDataset.open(directory, "validation", key)
+        stream = cls(
+            articles,
+            tokenizer,
+            max_seq_len=max_seq_len,
+            shuffle_buffer=shuffle_buffer,
+            size_mb=size_mb,
+            seed=seed,
+            held_out=frozenset(int(d, 16) for d in json.loads(held_out_file.read_text())),
+            fingerprint=f"{_digest([articles.identity, settings, shuffle_buffer, size_mb])}-stream",
+        )
+        return stream, validation
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (item for item, _ in self.items(StreamState()))
+
+    def items(self, state: StreamState) -> Iterator[tuple[dict[str, Tensor], StreamState]]:
+        """从 ``state`` 接着给出块。
+
+        Args:
+            state: ``StreamState()``，或以前给出的。
+
+        Yields:
+            ``(块, 给出它之后的状态)``；块与 ``WikiDataset`` 的一项相同。
+
+        Raises:
+            DistillabError: 读不了，或读完一遍也切不出一块。
+        """
+        rows = self.articles.resume(state.source)
+        start = state
+        while True:
+            chunks, after = self._buffer(rows, start)
+            if start.buffer == 0 and after.epoch > start.epoch and not len(chunks):
+                name, tokens = "train", len(after.carry)
+                raise DistillabError(
+                    f"the {name} split has {tokens} tokens, less than one chunk of max_seq_len="
+                    f"{self.max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
+                )
+            order = list(range(len(chunks)))
+            if self.shuffle_buffer > 1:
+                random.Random(f"{self.seed}/{start.epoch}/{start.buffer}").shuffle(order)
+            for used in range(start.used, len(chunks)):
+                item = WikiDataset.item(chunks[order[used]].long(), self.encoder.unlearned)
+                yield item, replace(start, used=used + 1)
+            if after.epoch > start.epoch:
+                rows, after = self.articles.resume(None), StreamState(epoch=after.epoch)
+            start = after
+
+    def _buffer(self, rows: Iterator[str], state: StreamState) -> tuple[Tensor, StreamState]:
+        """读到攒满一个 buffer 或读完一遍：``[N, max_seq_len]``，int32，与下一个 buffer 的开头。"""
+        ids, text_bytes, ended = array("i", state.carry), state.text_bytes, False
+        while not ended and (lacking := self.shuffle_buffer - len(ids) // self.max_seq_len) > 0:
+            count = min(ARTICLES_TOGETHER, lacking)  # 一篇通常不止一块，多读的就少
+            kept: list[str] = []
+            size = 0
+            for _ in range(count):
+                text = next(rows, None)
+                if text is None:
+                    ended = True
+                    break
+                text_bytes += (length := len(text.encode()))
+                if self.limit is not None and text_bytes > self.limit:
+                    text_bytes -= length
+                    ended = True
+                    break
+                if text_digest(text) not in self.held_out:
+                    kept.append(text)
+                    size += length
+                if size > BYTES_TOGETHER:
+                    break
+            for piece in self.encoder.encode(kept):
+                ids.frombytes(piece.tobytes())
+        chunks, rest = cut_chunks(
+            np.frombuffer(ids, np.int32), self.max_seq_len, self.encoder.leading
+        )
+        after = StreamState(
+            epoch=state.epoch + ended,
+            buffer=state.buffer + 1,
+            source=self.articles.state_dict(),
+            text_bytes=text_bytes,
+            carry=rest.tolist(),
+        )
+        return torch.from_numpy(chunks.copy()), after
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

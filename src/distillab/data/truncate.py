@@ -1,0 +1,139 @@
+"""太长的对话怎样截断：response 最要紧，其次是 system 与最近的几轮。"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..batch import Tokens
+from ..config.style import USUAL, Style
+from ..errors import DistillabError
+from ..models.tokenizer import leading_count
+from .chat import generation_prompt_length, render, render_prompt
+from .forms import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """截断到 ``max_seq_len`` 的一条数据。
+
+    Attributes:
+        views: 学生的视角；教师的 prompt 不同时还有教师的。
+        prompt_cut: 去掉了最早的若干轮，或 prompt 的开头。
+        response_cut: 去掉了 response 的结尾。
+    """
+
+    views: tuple[Tokens, ...]
+    prompt_cut: bool
+    response_cut: bool
+
+
+def fit(
+    views: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    *,
+    template_options: Mapping[str, Any],
+    loss_on: Literal["all", "last"],
+    style: Style = USUAL,
+) -> Fitted | None:
+    """渲染并截断；两个视角的 response 截得一样多。
+
+    先整轮去掉最早的对话（system 与最后一个问题总留着），再去掉学生 prompt 的开头（BOS 除外），只留
+    generation prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，
+    截掉经验的教师不再值得学，宁可少学一截 response。
+
+    Args:
+        views: 学生的各轮，以及（不同时）教师的各轮；不以 assistant 结尾时只有 prompt。
+        tokenizer: 有 chat template 的快速分词器。
+        max_seq_len: 每个视角最多的 token 数；只有 prompt 时要给 response 留出至少一个。
+        template_options: 见 :func:`distillab.data.chat.render`。
+        loss_on: 见 :func:`distillab.data.chat.render`。
+        style: 见 :func:`distillab.data.chat.render`。
+
+    Returns:
+        截断的结果；连一个 response token 也留不下时为 ``None``。
+
+    Raises:
+        DistillabError: 见 :func:`distillab.data.chat.render`；或两个视角把 response 渲染得不同。
+    """
+    has_response = views[0][-1]["role"] == "assistant"
+    limit = max_seq_len if has_response else max_seq_len - 1
+
+    @cache
+    def without(turns: int) -> list[Tokens]:
+        shorter = [_without_oldest(view, turns) for view in views]
+        return [_view(view, tokenizer, template_options, loss_on, style) for view in shorter]
+
+    def fits(turns: int) -> bool:
+        return all(len(tokens.ids) <= limit for tokens in without(turns))
+
+    most = min(len(_turn_starts(view)) for view in views) - 1
+    turns = min(bisect.bisect_left(range(most + 1), True, key=fits), most)
+    tokens = without(turns)
+    if any(view.labels != tokens[0].labels for view in tokens):
+        raise DistillabError("the chat template renders the response differently in the two views")
+    if fits(turns):
+        return Fitted(tuple(tokens), turns > 0, False)
+    header = generation_prompt_length(
+        views[0], tokenizer, template_options=template_options, style=style
+    )
+    start = [leading_count(view.ids, tokenizer) for view in tokens]
+    shortest = [start[0] + header, *(len(view.prompt) for view in tokens[1:])]
+    response = len(tokens[0].ids) - len(tokens[0].prompt)
+    kept = min(response, limit - max(shortest))
+    if kept < int(has_response):
+        return None
+    cut = [_cut(view, kept, limit, own) for view, own in zip(tokens, start, strict=True)]
+    common = min(len(view.response) for view in cut)
+    cut = [Tokens(view.ids, view.response[len(view.response) - common :]) for view in cut]
+    prompt_cut = turns > 0 or len(tokens[0].prompt) + kept > limit
+    return Fitted(tuple(cut), prompt_cut, kept < response)
+
+
+def _view(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+    loss_on: Literal["all", "last"],
+    style: Style,
+) -> Tokens:
+    """最后一个 response token 之后的换行没有人要预测，也没有人要读。"""
+    if messages[-1]["role"] != "assistant":
+        ids = render_prompt(messages, tokenizer, template_options=template_options, style=style)
+        return Tokens(ids, [])
+    tokens = render(
+        messages, tokenizer, template_options=template_options, loss_on=loss_on, style=style
+    )
+    return Tokens(tokens.ids[: tokens.response[-1] + 1], tokens.response)
+
+
+def _turn_starts(messages: Sequence[Message]) -> list[int]:
+    """可以从哪里开始而不丢掉半轮：开头的 system 之后，以及其后每条 user 消息。"""
+    first = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    users = [i for i, message in enumerate(messages) if message["role"] == "user" and i > first]
+    return [first, *users]
+
+
+def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
+    starts = _turn_starts(messages)
+    return [*messages[: starts[0]], *messages[starts[turns] :]]
+
+
+def _cut(tokens: Tokens, kept: int, limit: int, leading: int) -> Tokens:
+    """去掉开头的，但留下最前面的 ``leading`` 个：没有 BOS 的上文，模型没有见过。"""
+    end = len(tokens.prompt) + kept
+    start = max(0, end - limit)
+    if start == 0:
+        leading = 0
+    start += leading
+    response = [
+        position - start + leading for position in tokens.response if start < position < end
+    ]
+    return Tokens(tokens.ids[:leading] + tokens.ids[start:end], response)

@@ -1,0 +1,134 @@
+"""chat template 用哪个 token 结束 assistant 的一轮：由它渲染一段小对话得出，从不按名字猜。
+
+多数模板在一轮之后写一个结束标记（``<|im_end|>``、``<|eot_id|>``、``</s>``）。有的不写，下一轮的角色
+标记就是（GLM 的 ``<|user|>``）：最后一轮之后没有下一轮，那里就什么也没有，而学生要学会停下，总得有
+一个 token 可学。只用普通文字分隔各轮的模板，由 eos 结束。
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ..errors import DistillabError
+from .forms import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Render = Callable[[list[Message]], str]
+"""各轮 → 渲染出的文字，不带 generation prompt。"""
+
+_QUESTION: Message = {"role": "user", "content": "question"}
+_RESPONSE: Message = {"role": "assistant", "content": "qzxresponse"}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """一轮 assistant 的结束。
+
+    Attributes:
+        token: 结束这一轮的 token。
+        text: 它的文字。
+        unwritten: 最后一轮之后模板没有写、要补上的文字，以 ``text`` 结尾；模板自己写了则为空。
+        markers: 这个分词器的控制 token。
+    """
+
+    token: int
+    text: str
+    unwritten: str
+    markers: tuple[str, ...]
+
+    def end_of(self, text: str, start: int) -> int:
+        """``text[start:]`` 是一段 response 与它之后模板写的东西；给出 response 在哪里结束。
+
+        结束标记之后的换行与别的标记（Phi-3 在整段对话之后还写一个 eos）没有人会说到，不算。
+        """
+        end = len(text.rstrip())
+        if not text.endswith(self.text, start, end):
+            found = self._closed.search(text, start, end)
+            end = end if found is None else found.end(1)
+        return end
+
+    def ends(self, text: str, end: int) -> bool:
+        """``text[:end]`` 是否以一个控制 token 结尾。"""
+        return text.endswith(self.markers, 0, end)
+
+    def next_marker(self, text: str, end: int) -> int:
+        """紧跟在 ``end`` 之后的控制 token 到哪里为止；不紧跟着就是 ``end``。"""
+        found = self._leading.match(text, end)
+        return end if found is None else found.end()
+
+    @cached_property
+    def _leading(self) -> re.Pattern[str]:
+        return _leading(self.markers)
+
+    @cached_property
+    def _closed(self) -> re.Pattern[str]:
+        return re.compile(rf"({re.escape(self.text)})(?:\s|{_any(self.markers)})*\Z")
+
+
+def find_turn_end(render: Render, tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
+    """渲染一段小对话，看 response 之后是什么。
+
+    Args:
+        render: chat template。
+        tokenizer: 它的分词器。
+
+    Returns:
+        ``None`` 表示看不出来：模板渲染不了这段对话，或不照写 response。
+    """
+    special, markers = _markers(tokenizer)
+
+    def turn_end(text: str, unwritten: str) -> TurnEnd:
+        return TurnEnd(markers[text], text, unwritten, (text, *special))
+
+    try:
+        after = _after_response(render([_QUESTION, _RESPONSE]))
+    except DistillabError:
+        return None
+    if after is None:
+        return None
+    written = _leading(markers).match(after)
+    if written is not None:
+        return turn_end(written[1], "")
+    try:
+        following = _after_response(render([_QUESTION, _RESPONSE, _QUESTION]))
+    except DistillabError:  # 只会渲染一问一答
+        following = None
+    found = None if following is None else _leading(markers).match(following)
+    if found is not None:
+        return turn_end(found[1], found[0])
+    eos = tokenizer.eos_token
+    return turn_end(eos, eos) if eos in markers else None
+
+
+def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, int]]:
+    """``(特殊 token, 可能结束一轮的 token 与它们的 id)``，长的在前。
+
+    没有标成 special 的，写在尖括号里才可能：有的 ``<|im_end|>`` 就没有标。
+    """
+    added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(str(item[1])))
+    named = {str(token): index for index, token in added if str(token).strip()}
+    special = [str(token) for _, token in added if token.special and str(token) in named]
+    return special, {
+        text: index
+        for text, index in named.items()
+        if text in special or text[0] + text[-1] == "<>"
+    }
+
+
+def _after_response(text: str) -> str | None:
+    _, found, after = text.rpartition(_RESPONSE["content"])
+    return after if found else None
+
+
+def _any(markers: Iterable[str]) -> str:
+    return "|".join(map(re.escape, markers)) or r"(?!)"
+
+
+def _leading(markers: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(rf"\s*({_any(markers)})")

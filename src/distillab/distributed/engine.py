@@ -1,0 +1,207 @@
+"""引擎与优化：Accelerate 的设置、AdamW 的参数分组、学习率日程。
+
+DDP、FSDP2、ZeRO-2、ZeRO-3 由 Accelerate 驱动，启动时的环境决定用哪一个；批大小、累积、裁剪与精度
+则由配方说了算，这里写进引擎自己的配置。
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from ..config.schema import Precision, TrainingConfig
+from ..errors import DistillabError
+from ..loss.products import has_bfloat16_units
+from .optimizer_state import parameter_groups
+
+logger = logging.getLogger("distillab")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
+    """``auto`` 换成这台机器上最快的：有 bf16 单元用 bf16，旧 GPU 用 fp16，其余 fp32。"""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return "bf16" if has_bfloat16_units() else "fp32"
+
+
+def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
+    """按 ``config`` 造出引擎。
+
+    Raises:
+        DistillabError: 设备不支持 ``config.precision``；``report_to`` 的库没有安装；
+            本进程已用过别的精度；启动时要的引擎在这里用不了。
+    """
+    cuda = torch.cuda.is_available()
+    precision = resolve_precision(config.precision)
+    if precision == "fp16" and not cuda:
+        raise DistillabError("train.precision=fp16 needs a GPU; on this machine use bf16 or fp32")
+    if precision == "bf16" and cuda and torch.cuda.get_device_capability() < (8, 0):
+        raise DistillabError(
+            f"train.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp16"
+        )
+    for tracker in config.report_to:
+        if find_spec(tracker) is None:
+            raise DistillabError(
+                f"train.report_to: {tracker} is not installed; "
+                f"pip install 'distillab[train-logging]'"
+            )
+    if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise DistillabError("DeepSpeed is not installed; pip install 'distillab[deepspeed]'")
+    # 没有 GPU 时 Accelerate 不替 DeepSpeed 选通信后端，每个进程都以为只有自己。
+    gloo = _asked_for("DEEPSPEED") and not cuda and "LOCAL_RANK" in os.environ
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
+    if gloo:
+        group.backend = "gloo"
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            step_scheduler_with_optimizer=False,
+            log_with=list(config.report_to) or None,
+            project_dir=str(run_dir),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True,
+                data_seed=config.seed,
+                even_batches=False,
+                non_blocking=cuda,  # 训练的 DataLoader 锁了页，传输与计算重叠
+            ),
+            kwargs_handlers=[group],
+        )
+    except ValueError as error:  # Accelerate 的状态每个进程只有一份
+        raise DistillabError(
+            f"train.precision={precision}: this process has already trained with another "
+            f"precision; start a new one ({str(error).partition(',')[0]})"
+        ) from None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(accelerator, config)
+    elif _asked_for("FSDP"):
+        _configure_fsdp(accelerator, DTYPES[precision])
+    return accelerator
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """``single``、``ddp``、``fsdp2``、``zero2``、``zero3``：写进日志与检查点的名字。"""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def _asked_for(engine: Literal["FSDP", "DEEPSPEED"]) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def _configure_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """累积由我们的循环来做，损失已按全局 token 数归一：DeepSpeed 不该再除一次。"""
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    settings |= {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "train_batch_size": config.batch_size * accelerator.num_processes,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip,
+    }
+    if accelerator.device.type == "cpu":  # 它的 CPU Adam 要现编译，而 torch 的本来就在 CPU 上
+        settings["zero_force_ds_cpu_optimizer"] = False
+
+
+def _configure_fsdp(accelerator: Accelerator, compute: torch.dtype) -> None:
+    """梯度在 float32 里归约；损失的总和与 RoPE 的表不被降到计算精度。"""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise DistillabError(
+            f"FSDP was asked for, but Accelerate has it only for two or more processes on GPUs, "
+            f"found {accelerator.num_processes} on {accelerator.device.type}: use ddp or zero3"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise DistillabError(
+            f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2 in the "
+            f"accelerate config"
+        )
+    if plugin.activation_checkpointing:
+        raise DistillabError(
+            "fsdp_activation_checkpointing is the recipe's to choose: set it to false in the "
+            "accelerate config, and train.activation_checkpointing to true"
+        )
+    if compute != torch.float32:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def global_sum(accelerator: Accelerator, value: float) -> float:
+    """各进程的 ``value`` 之和；只有一个进程时不必为此等 GPU。"""
+    if accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(float(value), dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(total, reduction="sum"))
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW；一维参数（RMSNorm 与 bias）不做 weight decay。"""
+    groups = [
+        {"params": group, "weight_decay": config.weight_decay * (group[0].ndim >= 2)}
+        for group in parameter_groups(module)
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, config: TrainingConfig, total_steps: int
+) -> tuple[Any, Any, Any]:
+    """交给引擎：``(包装好的 module, optimizer, scheduler)``。
+
+    Args:
+        accelerator: 引擎。
+        module: 学生与损失。
+        config: 训练超参数。
+        total_steps: 学习率的日程有多长。
+    """
+    if warmup_steps(config, total_steps) >= total_steps:
+        logger.warning(
+            "train.warmup_steps=%d is not below the %d steps of this run: "
+            "the learning rate never reaches its peak",
+            warmup_steps(config, total_steps), total_steps,
+        )  # fmt: skip
+    optimizer = make_optimizer(module, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, config)
+    )
+    prepared: tuple[Any, Any, Any] = accelerator.prepare(module, optimizer, scheduler)
+    return prepared
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """预热的步数；``warmup_ratio`` 优先，向上取整（与 transformers 相同）。"""
+    if config.warmup_ratio is None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * total_steps)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """第 ``step`` 步（从 0 起）的学习率与峰值之比：线性预热，再退火到 ``min_learning_rate``。"""
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.scheduler == "constant":
+        return 1.0
+    floor = config.min_learning_rate / config.learning_rate
+    done = (step - warmup) / max(1, total_steps - warmup)
+    done = min(done, 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.scheduler == "cosine" else 1 - done
+    return floor + (1 - floor) * shape

@@ -1,0 +1,186 @@
+"""训练前后各做一次的检查：任务的正确率，与旁的文本上的困惑度（忘了多少）。"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from ..assembly.parts import Parts
+from ..assembly.training import build_text
+from ..batch import collate_text
+from ..config.schema import Recipe
+from ..errors import DistillabError
+from ..files import replace_file
+from ..models.interface import LanguageModel
+from ..parsing import parse_json
+from ..run_file_shapes import NUMBER, check
+from ..train.trainer import DistillationTrainer
+from .harness import check_harness
+from .tasks import TaskSet, View, accuracy, gap_closed
+
+logger = logging.getLogger("distillab")
+
+When = Literal["student_before", "student_after"]
+
+
+class Checks:
+    """配方 ``evaluate.tasks`` 与 ``evaluate.texts`` 的全部检查。
+
+    结果写在 ``directory`` 里，被杀之后接着来的运行不再做一遍。
+
+    Args:
+        recipe: 配方。
+        tasks: ``load_tasks`` 的返回值。
+        parts: 装配好的模型。
+        trainer: 训练循环，用它的评测。
+        directory: 运行目录里的 ``checks/``。
+
+    Raises:
+        DistillabError: 任务的 prompt 放不进模型，或文本读不了。
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tasks: list[TaskSet],
+        parts: Parts,
+        trainer: DistillationTrainer,
+        directory: Path,
+    ) -> None:
+        self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
+        self.teacher: dict[str, float] = {}  # 教师在各份文本上的困惑度：训练不改变它
+        for task in tasks:
+            if parts.teacher is not None:
+                task.check_fits(parts.teacher, parts.tokenizer, "teacher")
+            task.check_fits(parts.student, parts.tokenizer, "student")
+        collate = partial(collate_text, vocabulary=parts.vocabulary)
+        self.texts = {
+            name: trainer.evaluation_loader(
+                build_text(config, parts), collate, config.max_sequences
+            )
+            for name, config in recipe.evaluate.texts.items()
+        }
+
+    def measure(self, when: When) -> dict[str, dict[str, Any]]:
+        """检查当前的学生；所有进程都要调用。
+
+        Args:
+            when: 写进结果的名字。
+
+        Returns:
+            ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``；教师的成绩每次
+            都在。没有的一类不出现。
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if self.texts:
+            found["texts"] = {name: self._text(name, when) for name in self.texts}
+        self.trainer.watch.at("tasks")
+        if self.tasks:
+            main = self.trainer.accelerator.is_main_process
+            with whole_parts(self.parts, self.trainer, main) as parts:
+                if main:
+                    found["tasks"] = {
+                        task.name: self._task(task, when, parts) for task in self.tasks
+                    }
+        self.trainer.accelerator.wait_for_everyone()
+        return found
+
+    def _text(self, name: str, when: When) -> dict[str, float]:
+        path = self.directory / f"{name}.{when}.json"
+        if (saved := _saved(path, when)) is not None:
+            if "teacher" in saved:
+                self.teacher[name] = saved["teacher"]
+            return saved
+        known = name in self.teacher
+        student, teacher = self.trainer.evaluate(loader=self.texts[name], teacher=not known)
+        if teacher is not None:
+            self.teacher[name] = teacher["perplexity"]
+        found = {"teacher": self.teacher[name]} if name in self.teacher else {}
+        found[when] = student["perplexity"]
+        logger.info("%s: perplexity on %s %s", when.replace("_", " "), name,
+                    f"{student['perplexity']:,.2f}")  # fmt: skip
+        if self.trainer.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(found))
+        return found
+
+    def _task(self, task: TaskSet, when: When, parts: Parts) -> dict[str, float]:
+        found = {}
+        if parts.teacher is not None:
+            with parts.as_teacher() as teacher:
+                found["teacher"] = self._score(task, teacher, "teacher", "teacher")
+        found[when] = self._score(task, parts.student, "student", when)
+        return found
+
+    def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
+        save_to = self.directory / f"{task.name}.{name}.jsonl"
+        known = save_to.exists()
+        started = time.perf_counter()
+        rows = task.ask(model, self.parts.tokenizer, view, save_to)
+        speed = len(rows) / (time.perf_counter() - started)
+        logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
+                    "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
+        return accuracy(rows)
+
+
+def _saved(path: Path, when: When) -> dict[str, float] | None:
+    """上次写下的困惑度；没有，或读不懂（说一声，再量一遍），就是 ``None``。"""
+    if not path.exists():
+        return None
+    with suppress(DistillabError):
+        saved: dict[str, float] = parse_json(path.read_bytes(), str(path))
+        check(saved, {f"{when}!": NUMBER, "*": NUMBER}, str(path))
+        return saved
+    logger.warning("%s cannot be read: measured again", path)
+    return None
+
+
+@contextmanager
+def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Iterator[Parts]:
+    """权重完整的学生与教师，供一个进程单独生成与导出。所有进程都要调用。
+
+    Args:
+        parts: 交给 ``trainer`` 的那些，也许已经分片。
+        trainer: 训练循环。
+        keep: 这个进程要不要权重。
+    """
+    with ExitStack() as stack:
+        student: Any = stack.enter_context(trainer.whole_student(keep))
+        teacher: Any = parts.teacher
+        if teacher is parts.student:
+            teacher = student
+        elif trainer.teacher is not None:
+            teacher = stack.enter_context(trainer.teacher.whole(keep))
+        yield replace(parts, student=student, teacher=teacher)
+
+
+def load_tasks(recipe: Recipe) -> list[TaskSet]:
+    """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
+    if recipe.evaluate.lm_eval is not None:
+        check_harness(recipe.evaluate.lm_eval)
+    return [
+        TaskSet.load(name, config, recipe.data.template_options, recipe.data.style)
+        for name, config in recipe.evaluate.tasks.items()
+    ]
+
+
+def merged(*measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """把训练前后的结果合起来，并给每个任务加上 ``gap_closed``。"""
+    found: dict[str, dict[str, Any]] = {}
+    for part in measured:
+        for kind, by_name in part.items():
+            for name, scores in by_name.items():
+                found.setdefault(kind, {}).setdefault(name, {}).update(scores)
+    for scores in found.get("tasks", {}).values():
+        if {"student_before", "student_after"} <= scores.keys():
+            scores["gap_closed"] = gap_closed(
+                scores.get("teacher"), scores["student_before"], scores["student_after"]
+            )
+    return found

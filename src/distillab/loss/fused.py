@@ -1,0 +1,391 @@
+"""从 hidden state 与 head 直接算出损失和梯度：按行分块，``[P, V]`` 从不整个存在。
+
+每块在前向时就把梯度算完：四次 head 大小的矩阵乘（学生 logits、教师 logits、对 hidden 的梯度、
+对 weight 的梯度），没有一次重算；反向只乘上游梯度。数学的可读版本在 ``losses.py``，逐行算术在
+``rows.py`` 与 ``sparse.py``。
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..config.schema import LossConfig
+from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
+from .losses import LossSums, check_targets
+from .products import HeadProducts, compute_dtype, head_products
+from .rows import RowSpec, dense_rows
+from .sparse import sparse_rows
+
+logger = logging.getLogger("distillab")
+
+BUDGET_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
+"""块缓冲区的上限，单位字节。
+
+CPU 上 128 行的块已经与不分块的矩阵乘一样快；GPU 上每块都要读写一遍整个 weight 的梯度，块宜大。
+"""
+
+CPU_TILE = 8
+"""CPU 上逐行算术一次做这么多行：中间结果留在缓存里。"""
+
+COMPILE_ELEMENTS = 2**24
+"""CPU 上 ``P * V`` 达到这么多才编译：编译要几秒到半分钟，小的损失赚不回来。"""
+
+
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None,
+    targets: Targets | None,
+    objective: LossConfig,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_limit: int | None = None,
+    excluded: Tensor | None = None,
+    memory_budget: int | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    label_metrics: bool = False,
+) -> LossSums:
+    """``losses.distillation_loss`` 的分块版本，值与梯度相同。
+
+    logits 总是 float32；输入与梯度只在进入矩阵乘时取整到计算精度（autocast 的 dtype，或 hidden
+    的 dtype）。对 weight 的梯度以 float32 累积；weight 不需要梯度时不算。``P = 0`` 时损失为 0 而
+    仍有计算图。全程没有主机与设备之间的同步。
+
+    Args:
+        student_hidden: ``[P, H_s]``。
+        student_weight: ``[V, H_s]``，学生的 head。
+        labels: ``[P]``，int64；``alpha`` 为 1 时可以是 ``None``。
+        targets: 教师目标；``alpha`` 为 0 时不看，可以是 ``None``。
+        objective: 目标函数。
+        bias: 学生 head 的 ``[V]``。
+        scale: 学生 logits 的倍数；教师的在它的 ``Head`` 里。
+        softcap: 学生 logits 的 ``c * tanh(logits / c)``。
+        vocab_limit: 两个 head 都只看前若干行；其余没有概率，梯度为 0。
+        excluded: ``[E]``，int64，其中同样没有概率、梯度为 0 的行，互不相同；标签与
+            ``SparseTargets`` 的 ids 不得在其中。
+        memory_budget: 块缓冲区的字节数；缺省为空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的。
+        reduction: ``sum``，或除以 P 的 ``mean``。
+        label_metrics: ``alpha`` 为 1 时也给出两个交叉熵（不带梯度）；缺省不看标签。
+
+    Returns:
+        ``LossSums``；``total`` 对 ``student_hidden``、``student_weight`` 与 ``bias`` 可导一次。
+
+    Raises:
+        ValueError: 缺少 ``alpha`` 所要的 ``labels`` 或 ``targets``；目标与学生的行数或词表不合；
+            教师需要梯度；``tail`` 不支持这种 divergence 或温度；``reduction`` 或
+            ``memory_budget`` 不合法。
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}, expected 'sum' or 'mean'")
+    if memory_budget is not None and memory_budget < 1:
+        raise ValueError(f"memory_budget is {memory_budget} bytes, expected at least 1")
+    vocab = len(student_weight) if vocab_limit is None else vocab_limit
+    if not 1 <= vocab <= len(student_weight):
+        raise ValueError(
+            f"vocab_limit is {vocab}, expected 1 to {len(student_weight)}, the rows of the head"
+        )
+    if objective.alpha == 1 and not label_metrics:
+        labels = None
+    elif labels is None:
+        raise ValueError(f"loss.alpha={objective.alpha:g} needs labels")
+    if objective.alpha == 0:
+        targets = None
+    elif targets is None:
+        raise ValueError(f"loss.alpha={objective.alpha:g} needs teacher targets")
+    else:
+        cut = vocab_limit is not None
+        check_targets(targets, objective, len(student_hidden), vocab, cut, excluded)
+    spec = RowSpec.of(objective, vocab)._replace(
+        scale=scale, softcap=softcap, excluded=0 if excluded is None else len(excluded)
+    )
+    sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        student_hidden, student_weight, bias, labels, targets, excluded, spec, memory_budget
+    )
+    if reduction == "mean":
+        sums = [value / max(len(student_hidden), 1) for value in sums]
+    return LossSums(*sums)
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        targets: Targets | None,
+        excluded: Tensor | None,
+        spec: RowSpec,
+        memory_budget: int | None,
+    ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad[:3]
+        spec = spec._replace(gradient=any(needs))
+        with head_products(hidden.device.type, compute_dtype(hidden)) as products:
+            chunks = Chunks(hidden, products, targets, spec, memory_budget)
+            sums, ctx.gradients = _run(
+                chunks, products, hidden, weight, bias, labels, targets, excluded, needs
+            )
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        divergence, cross_entropy = sums[:2]
+        total = spec.alpha * spec.temperature**2 * divergence
+        total = (total if spec.alpha > 0 else 0) + (1 - spec.alpha) * cross_entropy
+        result = tuple(value.to(products.dtype) for value in (total, *sums))
+        ctx.mark_non_differentiable(*result[1:])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the fused loss keeps its gradients for one backward pass only; compute it again"
+            )
+        # 从 ctx 取走再就地乘：autograd 因而可以直接收下这块内存，不再复制。
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None else gradient.mul_(upstream).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None, None)
+
+
+def _run(
+    chunks: Chunks,
+    products: HeadProducts,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    targets: Targets | None,
+    excluded: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """逐块计算；返回 ``RowValues`` 的总和 ``[5]`` 与三个梯度。"""
+    vocab = chunks.spec.vocab
+
+    def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+        if like is None or not needed:
+            return None
+        return torch.zeros(like.shape, dtype=products.dtype, device=like.device)
+
+    d_hidden, d_weight, d_bias = map(zeros, (hidden, weight, bias), needs)
+    student_weight = products.weight(weight[:vocab])
+    student_bias = None if bias is None else bias.detach()[:vocab]
+    if isinstance(targets, HiddenTargets):
+        head = targets.head.weight[:vocab]
+        shared = head.is_set_to(weight[:vocab])  # 教师就是关掉 adapter 的学生：只转换一份
+        teacher_weight = student_weight if shared else products.weight(head)
+    sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
+    for rows in chunks:
+        count = rows.stop - rows.start
+        student_rows = products.rows(hidden.detach()[rows])
+        student = chunks.student[:count]
+        products.logits(student_rows, student_weight, out=student)
+        if isinstance(targets, HiddenTargets):
+            teacher_rows = products.rows(targets.hidden[rows])
+            products.logits(teacher_rows, teacher_weight, out=chunks.teacher[:count])
+        elif isinstance(targets, DenseTargets):
+            chunks.teacher[:count] = targets.logits[rows, :vocab]
+        if excluded is not None:
+            student.index_fill_(1, excluded, -torch.inf)
+            chunks.teacher[:count].index_fill_(1, excluded, -torch.inf)
+        sums += chunks.row_values(rows, student_bias, labels, targets)
+        if not any(needs):
+            continue
+        if excluded is not None:
+            student.index_fill_(1, excluded, 0)
+        if d_bias is not None:
+            d_bias[:vocab] += student.sum(0)
+        d_logits = products.d_logits(student)
+        if d_hidden is not None:
+            d_hidden[rows] = products.d_rows(d_logits, student_weight)
+        if d_weight is not None:
+            products.add_d_weight(d_weight[:vocab], d_logits, student_rows)
+    return sums, [d_hidden, d_weight, d_bias]
+
+
+class Chunks:
+    """行的切分，与各块轮流使用的缓冲区。
+
+    Args:
+        hidden: ``[P, H_s]``，只看行数与设备。
+        products: 决定缓冲区的 dtype。
+        targets: 决定要几份缓冲区。
+        spec: 决定缓冲区的宽度。
+        memory_budget: 见 ``fused_distillation_loss``。
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        products: HeadProducts,
+        targets: Targets | None,
+        spec: RowSpec,
+        memory_budget: int | None,
+    ) -> None:
+        self.spec, self.rows = spec, len(hidden)
+        self.device = hidden.device.type
+        two = isinstance(targets, HiddenTargets | DenseTargets)
+        row_bytes = spec.vocab * (products.dtype.itemsize * (1 + two) + products.d_logits_bytes)
+        budget = default_budget(hidden.device) if memory_budget is None else memory_budget
+        self.size = chunk_rows(self.rows, max(1, budget // row_bytes), self.device)
+        self.compiled = self.device != "cpu" or self.rows * spec.vocab >= COMPILE_ELEMENTS
+        self.tile = min(CPU_TILE, self.size) if self.device == "cpu" else self.size
+        shape = (-(-self.size // self.tile) * self.tile, spec.vocab)
+        self.student = torch.empty(shape, dtype=products.dtype, device=hidden.device)
+        self.teacher = torch.empty_like(self.student) if two else self.student[:0]
+
+    def __iter__(self) -> Any:
+        for start in range(0, self.rows, self.size):
+            yield slice(start, min(start + self.size, self.rows))
+
+    def row_values(
+        self,
+        rows: slice,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        targets: Targets | None,
+    ) -> Tensor:
+        """缓冲区里的一块：``RowValues`` 的总和 ``[5]``，float64；学生的缓冲区变成梯度。"""
+        tiles = range(0, rows.stop - rows.start, self.tile)
+        parts = [
+            self._tile(
+                slice(start, start + self.tile),
+                slice(rows.start + start, min(rows.start + start + self.tile, rows.stop)),
+                bias,
+                labels,
+                targets,
+            )
+            for start in tiles
+        ]
+        return torch.stack(parts).sum(0)
+
+    def _tile(
+        self,
+        place: slice,
+        rows: slice,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        targets: Targets | None,
+    ) -> Tensor:
+        """``place`` 是缓冲区里的行，``rows`` 是全部 P 行里的；最后一片的缓冲区可能更长。"""
+        count = rows.stop - rows.start
+        padding = self.tile - count if self.compiled else 0
+        student = self.student[place][: count + padding]
+        own = student[:count]
+
+        def padded(tensor: Tensor) -> Tensor:
+            pairs = [0, 0] * (tensor.ndim - 1) + [0, padding]
+            return F.pad(tensor, pairs) if padding else tensor
+
+        label_product = None
+        if labels is not None:
+            labels = labels[rows]
+            label_product = padded(own.gather(1, labels[:, None])[:, 0])
+        padded_labels = None if labels is None else padded(labels)
+        if isinstance(targets, SparseTargets):
+            ids, probs = targets.ids[rows], targets.probs[rows].to(own.dtype)
+            entropy = None if targets.entropy is None else targets.entropy[rows].to(own.dtype)
+            id_product = own.gather(1, ids)
+            if targets.tail != "sampled":
+                own.scatter_(1, ids, -torch.inf)
+            values, id_gradient, label_gradient = self._call(
+                sparse_rows, student, padded(id_product), padded(ids), padded(probs),
+                None if entropy is None else padded(entropy), label_product, padded_labels,
+                bias, targets.tail, self.spec,
+            )  # fmt: skip
+            if self.spec.gradient:
+                write = own.scatter_add_ if targets.tail == "sampled" else own.scatter_
+                write(1, ids, id_gradient[:count])
+        else:
+            spec, teacher, teacher_bias = self.spec, None, None
+            if targets is not None:
+                teacher = self.teacher[place][: count + padding]
+            if isinstance(targets, HiddenTargets):
+                head = targets.head
+                spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
+                teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
+            values, label_gradient = self._call(
+                dense_rows, student, teacher, label_product, padded_labels, bias, teacher_bias,
+                spec,
+            )  # fmt: skip
+        if labels is not None and self.spec.gradient:
+            own.scatter_add_(1, labels[:, None], label_gradient[:count, None])
+        return torch.stack(list(values))[:, :count].sum(-1, dtype=torch.float64)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.compiled and not _compilation_failed:
+            try:
+                return _compiled(function)(*arguments)
+            except compile_errors() as error:
+                _give_up_compiling(error)
+        return function(*arguments)
+
+
+def default_budget(device: torch.device) -> int:
+    """空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的，单位字节。"""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        free = psutil.virtual_memory().available
+    return min(free // 10, BUDGET_BYTES.get(device.type, BUDGET_BYTES["cuda"]))
+
+
+def chunk_rows(rows: int, limit: int, device: str) -> int:
+    """一块的行数，不超过 ``limit``。
+
+    CPU 上各块一样大：剩下几行也要把两个 head 读一遍。GPU 上只取 2 的幂：逐行算术一次做一块，编译过
+    的代码不必为每批的行数重来。
+    """
+    if device == "cpu":
+        if limit > CPU_TILE:
+            limit -= limit % CPU_TILE
+        return -(-rows // max(1, -(-rows // limit))) or 1
+    size = 1 << (limit.bit_length() - 1)
+    while size > 64 and size // 2 >= rows:
+        size //= 2
+    return size
+
+
+_compilation_failed = False
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """没有编译器、或编译不成时 ``torch.compile`` 抛出的。"""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return (TorchDynamoException, InductorError)
+
+
+def compile_reason(error: Exception) -> str:
+    """编译不成的原因，一行英文。"""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _give_up_compiling(error: Exception) -> None:
+    global _compilation_failed
+    _compilation_failed = True
+    logger.warning(
+        "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)",
+        compile_reason(error),
+    )

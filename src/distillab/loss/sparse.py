@@ -1,0 +1,181 @@
+"""教师只给出 K 个 token 时的逐行算术；词表上只有学生的 softmax，其余都是 ``[R, K]``。
+
+K 个 token 之外，学生的概率总和由那些 token 自己相加得出（而不是 ``1 - Σ q_k``），K 个 token 处的
+梯度在 ``[R, K]`` 上算好再写入：两个分布几乎一致时没有相近数相减。
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..targets import Tail
+from .rows import (
+    Logits,
+    RowSpec,
+    RowValues,
+    elementwise,
+    finish,
+    label_rows,
+    shifted,
+    total,
+    uniform_rows,
+)
+
+TINY = 1e-30
+
+
+def sparse_rows(
+    student: Tensor,
+    id_product: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    entropy: Tensor | None,
+    label_product: Tensor | None,
+    labels: Tensor | None,
+    bias: Tensor | None,
+    tail: Tail,
+    spec: RowSpec,
+) -> tuple[RowValues, Tensor, Tensor]:
+    """学生的 ``[R, V]`` 与教师的 K 个概率 → 每行的值；``student`` 就地变成其余 token 处的梯度。
+
+    ``sampled`` 之外，``student`` 在 ``ids`` 处须已填成 ``-inf``；它们的梯度是第二个返回值，由
+    调用者写入（``sampled`` 时是加上）。标签处同 ``dense_rows``。
+
+    Args:
+        student: ``[R, V]``，``hidden @ weight.T``；``spec.gradient`` 时被覆盖。
+        id_product: ``[R, K]``，填成 ``-inf`` 之前 ``student`` 在 ``ids`` 处的数。
+        ids: ``[R, K]``。
+        probs: ``[R, K]``，见 ``SparseTargets``。
+        entropy: ``[R]`` 或 ``None``。
+        label_product: ``[R]``；``alpha`` 为 1 时是 ``None``。
+        labels: ``[R]``；``alpha`` 为 1 时是 ``None``。
+        bias: 学生 head 的 ``[V]``。
+        tail: 尾部的处理方式。
+        spec: 定下来的数。
+
+    Returns:
+        ``(每行的值, ids 处的梯度 [R, K], 标签处要加的梯度 [R])``。
+    """
+    id_logits, id_slope = finish(
+        id_product, None if bias is None else bias[ids], spec.scale, spec.softcap
+    )
+    logits = shifted(student, bias, spec.scale, spec.softcap)
+    masked = tail != "sampled"
+    if masked:  # 最大值也可能在 K 个 token 之中
+        top = torch.maximum(logits.top, id_logits.amax(-1, keepdim=True))
+        logits = Logits(logits.shifted + (logits.top - top), top, logits.slope)
+    id_logits = id_logits - logits.top
+
+    def normaliser(temperature: float) -> tuple[Tensor, Tensor]:
+        """``(log Σ exp(logits / T), K 个 token 之外的概率之和)``，都是 ``[R, 1]``。"""
+        rest = total((logits.shifted * (1 / temperature)).exp())
+        inside = (id_logits * (1 / temperature)).exp().sum(-1, keepdim=True) if masked else 0.0
+        return (rest + inside).log(), rest / (rest + inside)
+
+    log_sum, rest = normaliser(spec.temperature)
+    log_q = id_logits * (1 / spec.temperature) - log_sum
+    if masked:
+        divergence, id_gradient, rest_gradient, own_entropy = outcomes(
+            probs, log_q, rest, tail, spec
+        )
+        agreement = id_logits.gather(-1, probs.argmax(-1, keepdim=True))[:, 0] >= 0
+    else:
+        assert entropy is not None  # SparseTargets 已检查
+        divergence = -(probs * log_q).sum(-1) - entropy
+        id_gradient, rest_gradient = -probs, probs.sum(-1, keepdim=True)
+        own_entropy, agreement = entropy, log_q[:, 0] * math.nan
+    zero = logits.top[:, 0] * 0
+    values = RowValues(
+        divergence=divergence,
+        cross_entropy=zero,
+        teacher_cross_entropy=zero * math.nan,  # 标签多半不在 K 个之中
+        teacher_entropy=own_entropy if entropy is None else entropy,
+        agreement=agreement.to(log_q.dtype),
+    )
+    softened = (logits.shifted * (1 / spec.temperature) - log_sum).exp()
+    gradient = spec.alpha * spec.temperature * rest_gradient * softened
+    id_gradient = spec.alpha * spec.temperature * id_gradient
+    label_gradient = zero
+    if labels is not None and label_product is not None:
+        log_sum, _ = normaliser(1.0)
+        shifted_sum = zero
+        if spec.smoothing:
+            shifted_sum = total(logits.finite())[:, 0] + (id_logits.sum(-1) if masked else 0)
+        cross_entropy, label_gradient = label_rows(
+            logits, log_sum, shifted_sum, label_product, labels, bias, spec
+        )
+        values = values._replace(cross_entropy=cross_entropy)
+        if spec.alpha < 1:
+            gradient = gradient + uniform_rows(logits.shifted, log_sum, spec)
+        if masked and spec.alpha < 1:
+            id_gradient = id_gradient + uniform_rows(id_logits, log_sum, spec)
+    if spec.gradient:
+        student.copy_(gradient * logits.slope)
+    return values, id_gradient * id_slope, label_gradient
+
+
+def outcomes(
+    probs: Tensor, log_q: Tensor, rest: Tensor, tail: Tail, spec: RowSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``renormalise`` 与 ``bucket`` 的散度：``[R, K]`` 个结果，外加其余 token 合成的一个。
+
+    Args:
+        probs: ``[R, K]``，T = 1。
+        log_q: ``[R, K]``，学生在温度 T 下的 log 概率。
+        rest: ``[R, 1]``，学生在其余 token 上的概率之和。
+        tail: ``renormalise`` 或 ``bucket``。
+        spec: 定下来的数。
+
+    Returns:
+        ``(D [R], ids 处对 logits/T 的梯度 [R, K], 其余 token 处梯度与 q 之比 [R, 1], 熵 [R])``。
+    """
+    if tail == "bucket":
+        # 尾部是 1 减去几乎等于 1 的数：用 float64 求和
+        left = (1 - probs.double().sum(-1, keepdim=True)).to(probs.dtype)
+        probs = torch.cat([probs, left.clamp(min=TINY)], -1)
+        log_q = torch.cat([log_q, rest.clamp(min=TINY).log()], -1)
+    present = probs > 0
+    log_p = torch.where(present, probs, 1).log() * (1 / spec.temperature)
+    if tail == "renormalise":
+        log_p = log_p - torch.where(present, log_p, -math.inf).logsumexp(-1, keepdim=True)
+    zero_h = at_zero(spec)
+    q = log_q.exp()
+    f, h = elementwise(log_p, log_q, spec)
+    f = torch.where(present, f, zero_h * q)
+    h = torch.where(present, h, q if spec.divergence == "forward_kl" else zero_h)
+    entropy = -torch.where(present, log_p.exp() * log_p, 0).sum(-1)
+    divergence = f.sum(-1)
+    if tail == "renormalise":
+        divergence = divergence + zero_h * rest[:, 0]
+    forward = spec.divergence == "forward_kl"
+    g = h if forward else q * h
+    total_g, total_q = total(g), total(q)
+    if tail == "renormalise":
+        total_g, total_q = total_g + zero_h * rest, total_q + rest
+        rest_h = torch.full_like(rest, zero_h)
+    else:
+        rest_h = h[:, -1:] / rest.clamp(min=TINY) if forward else h[:, -1:]
+    middle = total_g / total_q
+    gradient, rest_gradient = g - q * middle, rest_h - middle
+    if tail == "bucket":
+        gradient = gradient[:, :-1]
+    return divergence, gradient, rest_gradient, entropy
+
+
+def at_zero(spec: RowSpec) -> float:
+    """教师概率为 0 处的 ``h``，也正是那里的 ``f / q``；``reverse_kl`` 在那里无穷大。"""
+    keep = 1 - spec.mix
+    match spec.divergence:
+        case "forward_kl":
+            return 1.0
+        case "jsd":
+            return -keep * math.log(keep)
+        case "skew_forward_kl":
+            return keep
+        case "skew_reverse_kl":
+            return -math.log(spec.mix) - keep
+        case _:
+            return math.inf

@@ -1,0 +1,173 @@
+"""报告里的表：几次运行怎样并排。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .measures import LABELS, difference, measures
+from .run_data import RunData, leaves
+
+CHANGES = ("learned", "lost", "still wrong", "kept", "right", "wrong")
+"""训练前后的变化，按列出的先后；只答过一次的只说对错。"""
+
+
+def results(runs: Sequence[RunData]) -> dict[str, Any]:
+    """成绩表：每项成绩一组，组内每次运行一行；列是各模型。"""
+    each = [measures(run) for run in runs]
+    keys = dict.fromkeys(key for found in each for key in found)
+    present = {model for found in each for measure in found.values() for model in measure.values}
+    named = {model: str(info.get("label", model)) for run in runs
+             for model, info in run.evaluation.get("models", {}).items()}  # fmt: skip
+    columns = [model for model in LABELS if model in present]
+    columns += sorted(present - set(LABELS))
+    groups: list[dict[str, Any]] = []
+    for key in keys:
+        first = next(found[key] for found in each if key in found)
+        baseline = each[0].get(key)
+        reference = baseline.value("student_after") if baseline else None
+        groups.append({
+            "label": first.label,
+            "kind": first.kind,
+            "rows": [
+                {
+                    "run": index,
+                    "cells": [found[key].values.get(model) for model in columns],
+                    "gap": found[key].gap,
+                    "against": difference(
+                        found[key].value("student_after"), reference, first.kind
+                    ) if index else "",
+                }
+                for index, found in enumerate(each) if key in found
+            ],
+        })  # fmt: skip
+    headers = [LABELS.get(model) or named.get(model, model) for model in columns]
+    gaps = any(found[key].gap for found in each for key in found)
+    return {"columns": headers, "groups": groups, "gaps": gaps}
+
+
+def costs(run: RunData) -> dict[str, Any]:
+    """花了多少：走完的取自 ``summary.json``，没走完的取自最后一行指标。"""
+    last = run.train[-1] if run.train else {}
+    found = {key: run.summary.get(key, last.get(key))
+             for key in ("tokens", "seconds", "skipped_steps")}  # fmt: skip
+    tokens, seconds = found["tokens"], found["seconds"]
+    speed = tokens / seconds if tokens is not None and seconds else None
+    parameters = run.summary.get("parameters", {}) or {
+        model: info.get("parameters")
+        for model, info in run.evaluation.get("models", {}).items()
+    }  # fmt: skip
+    return found | {
+        "steps": run.summary.get("steps", last.get("step")),
+        "tokens_per_second": run.summary.get("tokens_per_second", speed),
+        "peak_memory_bytes": run.summary.get("peak_memory_bytes"),
+        "student": parameters.get("student", parameters.get("student_after")),
+        "teacher": parameters.get("teacher"),
+    }
+
+
+def method(run: RunData) -> list[tuple[str, str]]:
+    """配方在四个选择上各选了什么。"""
+    fraction = run.get("responses.student_fraction", 0)
+    final = run.get("responses.final_student_fraction")
+    responses = run.get("data.responses")
+    said = f"written ahead: {responses}" if responses else "dataset"
+    if fraction or final:
+        share = f"{fraction:.0%}" + ("" if final is None else f" to {final:.0%}")
+        said = f"sampled from the student in {share} of the steps, otherwise {said}"
+    privileged = run.get("data.teacher_source") or run.get("data.experience")
+    loss, alpha = run.get("loss", {}), run.get("loss.alpha", 0)
+    divergence = str(loss.get("divergence"))
+    extra = [f"{key} {loss[key]:g}" for key in ("beta", "skew") if loss.get(key) is not None]
+    if (temperature := loss.get("temperature")) not in (None, 1):
+        extra.append(f"T {temperature:g}")
+    divergence += f" ({', '.join(extra)})" if extra else ""
+    objective = "cross-entropy" if alpha == 0 else divergence
+    if 0 < alpha < 1:
+        objective = f"{alpha:g} {divergence} + {1 - alpha:g} cross-entropy"
+    teacher = run.get("teacher.path")
+    view = "reads experience that the student never sees" if privileged else "same prompt"
+    student = run.get("student.path") or (
+        f"{run.get('student.init.layers', 'some')} layers of the teacher"
+        if run.get("student.init") else "from scratch"
+    )  # fmt: skip
+    return [
+        ("responses", said),
+        ("teacher view", view if teacher and alpha else "not used in training"),
+        ("objective", objective),
+        ("teacher", str(teacher or "none")),
+        ("student", str(student) + (", LoRA" if run.get("student.lora") else "")),
+    ]
+
+
+def samples(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """同一个 prompt 的续写并排：教师、训练前，然后每次运行训练后的。"""
+    found: dict[str, dict[str, str]] = {}
+    for run in runs:
+        after = run.label if len(runs) > 1 else LABELS["student_after"]
+        rows = run.evaluation.get("samples") or [
+            {"prompt": row.get("prompt", ""), "student_after": row.get("student")}
+            for row in run.samples
+        ]
+        for row in rows:
+            texts = found.setdefault(str(row["prompt"]), {})
+            for model in ("teacher", "student_before", "student_after"):
+                if row.get(model) is not None:
+                    label = after if model == "student_after" else LABELS[model]
+                    texts.setdefault(label, str(row[model]))
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in found.items()]
+
+
+EACH = 3
+"""每个任务里，每种变化列出几题。"""
+
+
+def answers(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """每个任务的回答并排，按第一次运行把题分成学会的、忘掉的、一直错的、一直对的。"""
+    found = []
+    for task, models in runs[0].answers.items():
+        before = {row.get("id"): row for row in models.get("student_before", [])}
+        after = {row.get("id"): row for row in models.get("student_after", [])}
+        others = {LABELS["teacher"]: models.get("teacher", []), LABELS["student_before"]:
+                  models.get("student_before", [])}  # fmt: skip
+        for run in runs:
+            label = run.label if len(runs) > 1 else LABELS["student_after"]
+            others[label] = run.answers.get(task, {}).get("student_after", [])
+        by_model = {label: {row.get("id"): row for row in rows}
+                    for label, rows in others.items() if rows}  # fmt: skip
+        groups: dict[str, list[Any]] = {}
+        for key, row in (before or after).items():
+            groups.setdefault(_change(before.get(key), after.get(key)), []).append((key, row))
+        groups = {change: groups[change] for change in CHANGES if change in groups}
+        found.append({
+            "task": task,
+            "counts": {change: len(rows) for change, rows in groups.items()},
+            "items": [
+                {"change": change, "question": row.get("question"), "answer": row.get("answer"),
+                 "texts": {label: rows[key] for label, rows in by_model.items() if key in rows}}
+                for change, rows in groups.items() for key, row in rows[:EACH]
+            ],
+        })  # fmt: skip
+    return found
+
+
+def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None or after is None:
+        return "right" if (before or after or {}).get("correct") else "wrong"
+    names = {(False, True): "learned", (True, False): "lost",
+             (True, True): "kept", (False, False): "still wrong"}  # fmt: skip
+    return names[bool(before.get("correct")), bool(after.get("correct"))]
+
+
+def shown(value: Any) -> str:
+    """配方或环境里的一个值。"""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """逐级的字典摊成两列。"""
+    return [(key, shown(value)) for key, value in leaves(values)]

@@ -1,0 +1,139 @@
+"""教师分布从哪里来：本机上的模型，每步现算。
+
+可以是每个进程一份的另一个模型、分到各进程的另一个模型，也可以是关掉 adapter 的学生。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import View
+from ..distributed.sharding import WholeCopy, reshard
+from ..models.interface import LanguageModel, evaluating
+from ..models.lora import adapters_off
+from ..targets import HiddenTargets
+from ..vocabulary import Vocabulary
+
+
+class LocalTeacher:
+    """冻结的教师模型，只做前向，给出 response token 处的 hidden state。
+
+    Args:
+        model: 教师；会被设为 eval 并冻结全部参数。
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def place(self, device: torch.device) -> None:
+        """放到设备上；训练循环在进程组建好之后调用一次。"""
+        self.model.to(device)
+
+    def release(self) -> None:
+        """一步的目标都取完了：为这一步收齐的可以放掉。"""
+
+    @contextmanager
+    def whole(self, keep: bool = True) -> Iterator[LanguageModel]:
+        """完整的教师，供它生成；所有进程都要调用，``keep`` 见 ``WholeCopy.filled``。"""
+        yield self.model
+
+    @torch.no_grad()
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
+        """教师在 ``view`` 上的目标。
+
+        教师以自己的 dtype 计算，不受学生的 autocast 影响。
+
+        Args:
+            view: 教师的视角，``P`` 个 response token。
+            vocabulary: 两个 tokenizer 定义相同的 token；其余的没有概率。
+
+        Returns:
+            ``HiddenTargets``，``hidden [P, H_t]``。
+        """
+        with torch.autocast(view.input_ids.device.type, enabled=False):
+            hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+            hidden = view.rows(hidden)
+        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
+
+
+class ShardedTeacher(LocalTeacher):
+    """权重分到各进程的教师：各层用到时收齐，head 与 embedding 每步收齐一次。
+
+    用的是 torch 的 ``fully_shard``，与学生的引擎无关：学生在 DDP、FSDP2、ZeRO 上都可以。只有一个
+    进程时没有可分的，与 ``LocalTeacher`` 相同。
+    """
+
+    _reader: _Reader | None = None
+
+    def place(self, device: torch.device) -> None:
+        """分片；每个进程只留自己的一份。"""
+        if not torch.distributed.is_initialized():
+            super().place(device)
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        self._copy = WholeCopy(self.model, device)
+        reader = self._reader = _Reader(self.model)
+        for block in self.model.blocks:
+            fully_shard(block)
+        fully_shard(reader)  # 其余的：embedding、最后的 norm 与 head
+
+    @torch.no_grad()
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
+        """见 ``LocalTeacher.targets``；head 到 ``release`` 为止有效。所有进程都要调用。"""
+        if self._reader is None:
+            return super().targets(view, vocabulary)
+        with torch.autocast(view.input_ids.device.type, enabled=False):
+            hidden = self._reader(view)
+        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
+
+    def release(self) -> None:
+        """放掉收齐的 head。"""
+        if self._reader is not None:
+            reshard(self._reader)
+
+    @contextmanager
+    def whole(self, keep: bool = True) -> Iterator[LanguageModel]:
+        """完整的教师的拷贝，退出时放掉。"""
+        if self._reader is None:
+            yield self.model
+            return
+        with self._copy.filled(self.model, keep) as model:
+            yield model
+
+
+class _Reader(nn.Module):
+    """分片的根：在它的 ``forward`` 之内与之后，embedding 与 head 是完整的。"""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, view: View) -> Tensor:
+        hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+        return view.rows(hidden)
+
+
+class AdapterOffTeacher(LocalTeacher):
+    """关掉 adapter 的学生：它就是自己的基座，不占第二份内存。
+
+    只在取目标的那一刻切到 eval、关掉 adapter，之后（出错时也）还原；从不冻结任何参数。
+
+    Args:
+        model: 装了 LoRA 的学生，与训练的是同一个对象。
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def place(self, device: torch.device) -> None:
+        """学生由引擎来放。"""
+
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
+        """基座在 ``view`` 上的目标；见 ``LocalTeacher.targets``。"""
+        with evaluating(self.model), adapters_off(self.model):
+            return super().targets(view, vocabulary)

@@ -1,0 +1,279 @@
+"""一个检查点在磁盘上的样子：有哪些文件，缺了、坏了、是别的运行的，都看得出来。
+
+``trainer_state.json`` 最后写，记着其余每个文件的大小与 sha256，也记着它自己的：读之前先对一遍。
+较早的检查点没有摘要，只查 zip 自带的校验。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.constants import SCALER_NAME
+from pydantic import TypeAdapter, ValidationError
+
+from ..cache import file_sha256
+from ..config.schema import TrainingConfig
+from ..distributed.layout import Layout
+from ..errors import DistillabError
+from ..files import leftovers, remove, settle, sweep, sync
+from .state import TrainerState
+
+logger = logging.getLogger("distillab")
+
+STATE_FILE = "trainer_state.json"
+WEIGHTS_FILE = "model.safetensors"
+BEST = "best"
+
+_SEALED = {"state", "layout", "training_config", "files", "sha256"}
+_UNSEALED = {"state", "layout", "training_config"}
+_OURS = (".safetensors", ".bin", ".pkl", ".pt")
+_LEFTOVER = re.compile(r"\.(step-\d{8}|best)\.(tmp|old)")
+
+
+class DamagedCheckpoint(DistillabError):
+    """检查点的文件缺失或损坏；更早的一个也许还好。"""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """一个文件写下时的样子。
+
+    Attributes:
+        bytes: 大小。
+        sha256: 64 位小写十六进制。
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """``trainer_state.json`` 的内容。
+
+    Attributes:
+        state: 训练进度。
+        layout: 一步怎样分给各进程。
+        files: 其余的文件；``None`` 是没有摘要的旧检查点。
+    """
+
+    state: TrainerState
+    layout: Layout
+    files: dict[str, Digest] | None = None
+
+
+_ADAPTER = TypeAdapter(Saved)
+
+
+def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingConfig) -> None:
+    """别的文件都写好之后，写下它们的摘要与训练进度，一起落盘。
+
+    Args:
+        directory: 写到一半的检查点。
+        state: 训练进度。
+        layout: 一步怎样分给各进程。
+        config: 训练超参数，只作记录。
+    """
+    files = sorted(directory.iterdir())
+    with ThreadPoolExecutor() as pool:  # 算摘要不占解释器
+        digests = pool.map(_digest, files)
+    values = {
+        "state": asdict(state),
+        "layout": asdict(layout),
+        "training_config": config.model_dump(mode="json"),
+        "files": {file.name: asdict(digest) for file, digest in zip(files, digests, strict=True)},
+    }
+    values = json.loads(json.dumps(values))
+    text = json.dumps(values | {"sha256": _sha256(values)}, indent=1)
+    (directory / STATE_FILE).write_text(text)
+    settle(directory)
+
+
+def read_saved(path: Path, run: str | None = None) -> Saved:
+    """读 ``trainer_state.json``。
+
+    Args:
+        path: 检查点目录。
+        run: 现在的运行的 id；``None`` 则不问是谁的。
+
+    Raises:
+        DamagedCheckpoint: 不是检查点，或文件损坏。
+        DistillabError: 是别的运行的。
+    """
+    damaged = DamagedCheckpoint(f"{path}: damaged checkpoint: {STATE_FILE} is not readable")
+    try:
+        values = json.loads((path / STATE_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedCheckpoint(f"{path}: not a checkpoint: {STATE_FILE} is missing") from None
+    except (ValueError, RecursionError, IsADirectoryError):
+        raise damaged from None
+    if not isinstance(values, dict) or set(values) not in (_SEALED, _UNSEALED):
+        raise damaged
+    digest = values.pop("sha256", None)
+    if digest is not None and digest != _sha256(values):
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint: {STATE_FILE} is not as it was saved")
+    try:
+        saved = _ADAPTER.validate_python(values)
+    except (ValidationError, OverflowError):
+        raise damaged from None
+    if run is not None and saved.state.run not in (None, run):
+        raise DistillabError(
+            f"{path}: belongs to the run {saved.state.run}, this one is {run}: move it away, or, "
+            f"if it belongs here, write its id into run_id"
+        )
+    return saved
+
+
+def read_state(path: Path) -> TrainerState:
+    """检查点的训练进度；见 ``read_saved``。"""
+    return read_saved(path).state
+
+
+def check_files(path: Path, saved: Saved, names: Collection[str]) -> None:
+    """要读的文件都在，也都是写下时的样子。
+
+    Args:
+        path: 检查点目录。
+        saved: ``read_saved`` 的返回值。
+        names: 要读哪些。
+
+    Raises:
+        DamagedCheckpoint: 不是。
+    """
+    for name in names:
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is missing")
+    if saved.files is None:
+        for name in names:
+            if not name.endswith(".safetensors") and not _sound_zip(path / name):
+                raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is not readable")
+        return
+    for name in names:  # 先比大小：截断的不必读几 GB 才知道
+        expected, found = saved.files.get(name), (path / name).stat().st_size
+        if expected is None:
+            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} does not belong to it")
+        if found != expected.bytes:
+            raise DamagedCheckpoint(
+                f"{path}: damaged checkpoint: {name} has {found:,} bytes, "
+                f"expected {expected.bytes:,}"
+            )
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(names, pool.map(file_sha256, [path / n for n in names]), strict=True))
+    for name, digest in digests.items():
+        if digest != saved.files[name].sha256:
+            raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is not as it was saved")
+
+
+def check_whole(path: Path, saved: Saved) -> None:
+    """一个完整的检查点的每个文件，不多也不少；别人放进来的说明之类不管。
+
+    Raises:
+        DamagedCheckpoint: 缺了、多了，或损坏。
+    """
+    names = {WEIGHTS_FILE, "optimizer.bin", "scheduler.bin"}
+    names |= {f"random_states_{rank}.pkl" for rank in range(saved.layout.processes)}
+    if saved.files is None:
+        names |= {SCALER_NAME} & {file.name for file in path.iterdir()}
+    else:
+        names |= saved.files.keys()
+        names |= {file.name for file in path.iterdir() if file.suffix in _OURS}
+    check_files(path, saved, sorted(names))
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """``directory`` 里完整的检查点，由旧到新；写到一半的不算。"""
+    return sorted(directory.glob("step-" + "[0-9]" * 8))
+
+
+def find_checkpoint(directory: Path, name: str) -> Path:
+    """由名字找到一个检查点。
+
+    Args:
+        directory: 检查点目录。
+        name: ``best``、``last``、``directory`` 里的名字，或检查点的路径。
+
+    Raises:
+        DistillabError: 没有这样的检查点。
+    """
+    if name == BEST:
+        path = directory / BEST
+    elif name == "last":
+        saved = checkpoints(directory)
+        if not saved:
+            raise DistillabError(f"{directory}: no checkpoint saved yet")
+        path = saved[-1]
+    else:
+        path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
+    if not path.is_dir():
+        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
+        raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
+    return path
+
+
+# ---------------------------------------------------------------- 换与删
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """写好的 ``temporary`` 改名为 ``target``；旧的先挪开：目录不能原子地替换。"""
+    if target.exists():
+        aside = target.with_name(f".{target.name}.old")
+        remove(aside)
+        target.rename(aside)
+        temporary.rename(target)
+        sync(target.parent)
+        remove(aside)
+    else:
+        temporary.rename(target)
+        sync(target.parent)
+
+
+def discard(path: Path) -> None:
+    """删去一个检查点；先改名：删到一半被杀，剩下的不会被当作检查点。"""
+    aside = path.with_name(f".{path.name}.old")
+    remove(aside)
+    path.rename(aside)
+    remove(aside)
+
+
+def set_aside(path: Path) -> Path:
+    """损坏的检查点改名放到一边，返回新的路径。"""
+    number, aside = 1, path.with_name(f"damaged-{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(aside)
+
+
+def tidy(directory: Path) -> None:
+    """清掉被杀的训练写到一半的检查点；挪到一半的 ``best`` 放回去。只由主进程、训练之前调用。"""
+    aside, best = directory / f".{BEST}.old", directory / BEST
+    if aside.is_dir() and not best.exists():
+        aside.rename(best)
+    old = [path for path in directory.glob(".*") if _LEFTOVER.fullmatch(path.name)]
+    sweep([*old, *leftovers(directory)])
+
+
+def _digest(file: Path) -> Digest:
+    digest = file_sha256(file)
+    return Digest(file.stat().st_size, digest)
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sound_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # 坏的 zip 有各种各样的错误
+        return False

@@ -1,0 +1,188 @@
+"""数据集变成一批一批的 ``Batch``：训练的由引擎分给各进程，评测的各取互不重叠的一份。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from ..batch import Batch
+from ..config.schema import TrainingConfig
+from ..data.streams import StreamState, TextStream
+from ..errors import DistillabError
+from .skips import GuardedCollate, GuardedRows
+from .state import TrainerState
+
+Collate = Callable[[Sequence[Any]], Batch]
+"""把若干项拼成 ``Batch``。"""
+
+
+def evenly(total: int, limit: int | None = None) -> list[int]:
+    """``total`` 条里从头到尾均匀地取至多 ``limit`` 条的下标；每次都是同样的若干条。"""
+    count = min(total, limit or total)
+    return [i * total // count for i in range(count)]
+
+
+def in_step(
+    batches: Iterable[Batch], loader: DataLoader[Any], accelerator: Accelerator
+) -> Iterator[tuple[Batch, bool]]:
+    """各进程给出同样多的批次：分片的模型前向一次，每个进程都要到场。
+
+    Args:
+        batches: ``loader``，或它外面套了进度条的。
+        loader: ``evaluation_loader`` 的返回值。
+        accelerator: 引擎。
+
+    Yields:
+        ``(批次, 算不算数)``；凑数的一批不算。
+    """
+    own = torch.tensor([len(loader)], device=accelerator.device)
+    most = int(accelerator.gather(own).max())  # 在前向之前问：先走完的不能先问
+    batch = None
+    for batch in batches:
+        yield batch, True
+    for _ in range(most - len(loader)):
+        if batch is None:  # 验证集比进程还少
+            assert loader.collate_fn is not None
+            batch = loader.collate_fn([loader.dataset.dataset[0]])  # type: ignore[attr-defined]
+        yield batch, False
+
+
+def train_loader(
+    data: Dataset[Any],
+    accelerator: Accelerator,
+    collate: Collate,
+    batch_size: int,
+    sampler: Sampler[int] | None = None,
+) -> Any:
+    """训练数据；最后不足一批的不要，读不出的行跳过（见 ``skips``）。
+
+    Args:
+        data: 训练集，或没有尽头的 ``TextStream``。
+        accelerator: 引擎，由它分给各进程。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每个进程每批几条。
+        sampler: 次序；``None`` 为随机打乱。
+
+    Returns:
+        Accelerate 包装过的 ``DataLoader``；流则是 ``StreamLoader``。
+
+    Raises:
+        DistillabError: 数据不足每个进程一批。
+    """
+    if isinstance(data, TextStream):
+        return StreamLoader(data, accelerator, collate, batch_size)
+    processes, count = accelerator.num_processes, len(data)  # type: ignore[arg-type]
+    if count < batch_size * processes:
+        raise DistillabError(
+            f"the training data has {count} sequences, fewer than one batch of "
+            f"train.batch_size={batch_size} on {processes} process(es)"
+        )
+    rows = GuardedRows(data)
+    cuda = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        rows,
+        batch_size=batch_size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=GuardedCollate(rows, collate),
+        num_workers=2 if cuda else 0,
+        pin_memory=cuda,
+        generator=torch.Generator(),  # 否则每轮从全局随机数里取种子，恢复后便与未中断时不同
+    )
+    return accelerator.prepare(loader)
+
+
+class StreamLoader:
+    """一个流分给各进程：依次取「进程数 x 批大小」块，第 r 个进程取其中的第 r 批。
+
+    一步由哪些块组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。
+    不预取：记下的位置总是刚用到的地方。
+
+    Args:
+        stream: 训练的流。
+        accelerator: 引擎。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每个进程每批几条。
+    """
+
+    def __init__(
+        self, stream: TextStream, accelerator: Accelerator, collate: Collate, batch_size: int
+    ) -> None:
+        self.stream, self.accelerator, self.collate = stream, accelerator, collate
+        self.batch_size = batch_size
+
+    def windows(self, state: TrainerState, size: int, total_steps: int) -> Iterator[list[Batch]]:
+        """给出窗口，每个 ``size`` 批，直到第 ``total_steps`` 步；先把读到的位置记进 ``state``。"""
+        position = StreamState(**state.stream) if state.stream else StreamState()
+        items = self.stream.items(position)
+        start = self.accelerator.process_index * self.batch_size
+        together = self.accelerator.num_processes * self.batch_size
+        while state.current_step < total_steps:
+            window = []
+            for _ in range(size):
+                read = list(islice(items, together))
+                position = read[-1][1]
+                own = [item for item, _ in read[start : start + self.batch_size]]
+                window.append(self.collate(own).to(self.accelerator.device))
+            state.stream, state.current_epoch = asdict(position), position.epoch
+            state.batches_in_epoch += size
+            yield window
+
+
+def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:
+    """一共走多少 optimizer 步。
+
+    Args:
+        loader: ``train_loader`` 的返回值。
+        config: 训练超参数。
+        reuse: 一个窗口走几步。
+
+    Raises:
+        DistillabError: 流没有尽头，而 ``config.max_steps`` 没有设。
+    """
+    if isinstance(loader, StreamLoader):
+        if config.max_steps is None:
+            raise DistillabError("data.streaming=true needs train.max_steps: a stream has no end")
+        return config.max_steps
+    windows = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    total = config.num_epochs * windows * reuse
+    return min(config.max_steps or total, total)
+
+
+def evaluation_loader(
+    data: Dataset[Any],
+    accelerator: Accelerator,
+    collate: Collate,
+    *,
+    batch_size: int,
+    max_sequences: int | None = None,
+) -> DataLoader[Any]:
+    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。
+
+    Args:
+        data: 要评测的数据。
+        accelerator: 引擎。
+        collate: 把若干项拼成 ``Batch``。
+        batch_size: 每批几条。
+        max_sequences: 一共取几条；``None`` 为全部。
+
+    Raises:
+        DistillabError: 一条也没有。
+    """
+    chosen = evenly(len(data), max_sequences)  # type: ignore[arg-type]
+    if not chosen:
+        raise DistillabError("the validation data has no sequence")
+    return DataLoader(
+        Subset(data, chosen[accelerator.process_index :: accelerator.num_processes]),
+        batch_size=batch_size,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,74 @@
+"""``DistillationModule``：学生与损失合成的一个模块，引擎包装的就是它。"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..batch import Batch
+from ..config.schema import LossConfig
+from ..loss.fused import fused_distillation_loss
+from ..loss.losses import LossSums
+from ..models.interface import LanguageModel
+from ..targets import Targets
+from ..teachers.in_process import AdapterOffTeacher
+from ..vocabulary import Vocabulary
+from .profiling import timed
+from .validation import WITH_TEACHER, WITHOUT_TEACHER
+
+
+class DistillationModule(nn.Module):
+    """学生与损失合成的一个模块：损失在 ``forward`` 里，DDP、FSDP2、ZeRO-3 的 hook 自然触发。
+
+    Args:
+        student: 学生。
+        loss: 目标函数。
+        vocabulary: head 只看这些 token；其余的没有概率也没有梯度。
+        label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
+            熵与教师的 log 概率的估计。
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        loss: LossConfig,
+        vocabulary: Vocabulary,
+        label_metrics: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.vocabulary = vocabulary
+        self.label_metrics = label_metrics
+        self._no_split_modules = student.block_names  # FSDP2 凭它找到各层
+
+    def forward(self, batch: Batch, targets: Targets | AdapterOffTeacher | None) -> LossSums:
+        """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。
+
+        教师就是关掉 adapter 的学生时，它的目标也在这里算：分片的权重只在 forward 里是完整的。
+        """
+        view = batch.student
+        if isinstance(targets, AdapterOffTeacher):
+            targets = timed("teacher forward", targets.targets, batch.teacher, self.vocabulary)
+        hidden = timed(
+            "student forward", self.student,
+            view.input_ids, view.attention_mask, position_ids=view.position_ids,
+        )  # fmt: skip
+        loss = self.loss
+        if not self.training:
+            loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
+        head = self.student.head
+        return timed(
+            "heads and loss",
+            fused_distillation_loss,
+            view.rows(hidden),
+            head.weight,
+            batch.labels,
+            targets,
+            loss,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            vocab_limit=self.vocabulary.limit,
+            excluded=self.vocabulary.excluded(hidden.device),
+            label_metrics=self.label_metrics,
+        )

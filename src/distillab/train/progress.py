@@ -1,0 +1,83 @@
+"""训练时终端上看到的东西：进度条、日志行。"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from ..bars import make_bar
+from .validation import Metrics
+
+logger = logging.getLogger("distillab")
+
+Item = TypeVar("Item")
+
+
+class TrainingProgress:
+    """训练的进度条：步数、tokens/s、剩余时间、各项损失。
+
+    终端上画进度条；输出被重定向时，改为每个 ``log_interval`` 一行日志。
+
+    Args:
+        total_steps: 总步数。
+        current_step: 从第几步接着来。
+        enabled: 只有主进程显示。
+    """
+
+    def __init__(self, total_steps: int, current_step: int, enabled: bool) -> None:
+        self.enabled = enabled
+        self.total_steps = total_steps
+        self._speed = 0.0
+        self._bar = make_bar(enabled)
+        self.interactive = not self._bar.disable
+        self._task = self._bar.add_task(
+            "train", total=total_steps, completed=current_step, status="starting"
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, tokens_per_second: float, losses: Mapping[str, float]) -> None:
+        """走完一步；``losses`` 的单位是 nat/token，速度做指数平滑。"""
+        self._speed = 0.9 * (self._speed or tokens_per_second) + 0.1 * tokens_per_second
+        self._bar.update(
+            self._task,
+            completed=step,
+            status=f"{self._speed:,.0f} tok/s  loss {losses['loss']:.3f}  "
+            f"D {losses['divergence']:.3f}  CE {losses['cross_entropy']:.3f}",
+        )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """没有进度条时的日志行。"""
+        if self.enabled and not self.interactive and "loss" in row:
+            logger.info(
+                "step %d/%d loss %.3f D %.3f CE %.3f lr %.1e %s tok/s",
+                row["step"], self.total_steps, row["loss"], row["divergence"],
+                row["cross_entropy"], row["learning_rate"], f"{row['tokens_per_second']:,.0f}",
+            )  # fmt: skip
+
+    def validated(self, step: int, metrics: Metrics) -> None:
+        """验证之后的日志行。"""
+        if self.enabled:
+            teacher = ""
+            if metrics["kl"] is not None and metrics["top1_agreement"] is not None:
+                teacher = f", KL {metrics['kl']:.3f}, top-1 {metrics['top1_agreement']:.1%}"
+            logger.info(
+                "step %d validation: perplexity %s%s",
+                step, f"{metrics['perplexity']:,.2f}", teacher,
+            )  # fmt: skip
+
+    def track(self, items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+        """给一段较长的工作（验证）另开一条进度条，用完撤下。"""
+        task = self._bar.add_task(description, total=total, status=description)
+        try:
+            for item in items:
+                yield item
+                self._bar.advance(task)
+        finally:
+            self._bar.remove_task(task)

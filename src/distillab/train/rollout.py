@@ -1,0 +1,197 @@
+"""训练中从当前学生采样的 response（on-policy），以及盯着它们的指标。
+
+采样不留痕迹：不建计算图，每行用自己的种子，dropout 与 train/eval 状态在采样之后还原。
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..batch import Example, Tokens
+from ..config.schema import ResponsesConfig, SamplingConfig
+from ..errors import DistillabError
+from ..generate.generator import TextGenerator, left_pad, until_stop
+from ..generate.sampling import sampling_options
+from ..models.interface import LanguageModel
+
+REPEATED_NGRAM = 4
+"""一条 response 里重复出现的 4-gram 的份额，就是它的重复程度。"""
+
+
+class RolloutSums(NamedTuple):
+    """对 response 求和的量；跨批次、跨进程直接相加。
+
+    Attributes:
+        responses: 条数。
+        tokens: token 数，停止 token 在内。
+        truncated: 没有停下来、因长度而止的条数。
+        empty: 一上来就停的条数。
+        repetition: 各条的重复程度之和，每条在 ``[0, 1]``。
+    """
+
+    responses: float = 0.0
+    tokens: float = 0.0
+    truncated: float = 0.0
+    empty: float = 0.0
+    repetition: float = 0.0
+
+
+class Rollout:
+    """给一批 ``Example`` 换上学生自己的 response。
+
+    Args:
+        generator: 当前的学生与它的 tokenizer；权重随训练而变，每次都用最新的。
+        sampling: 温度、过滤与最长的长度。
+        teacher_max_seq_len: 教师的上限；``None`` 为没有教师。
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        sampling: SamplingConfig,
+        teacher_max_seq_len: int | None = None,
+    ) -> None:
+        self.generator = generator
+        self.sampling = sampling
+        self.teacher_max_seq_len = teacher_max_seq_len
+
+    def of(self, model: LanguageModel) -> Rollout:
+        """同样的采样，换一个模型：分片的学生要先收齐成一份拷贝。"""
+        if model is self.generator.model:
+            return self
+        own = self.generator
+        generator = TextGenerator(model, own.tokenizer, own.vocabulary)
+        return Rollout(generator, self.sampling, self.teacher_max_seq_len)
+
+    def sample(
+        self, examples: Sequence[Example], seeds: Sequence[int]
+    ) -> tuple[list[Example], RolloutSums]:
+        """从最后一段 response 的 prompt 开始采样，每条一个回答。
+
+        Args:
+            examples: 只用它们的 prompt。
+            seeds: 每条的种子。
+
+        Returns:
+            ``(换了 response 的 Example, RolloutSums)``；两个视角的 response 相同。
+
+        Raises:
+            DistillabError: prompt 占满了学生或教师的上下文。
+        """
+        together: dict[tuple[int, int] | None, list[int]] = {}
+        for row, example in enumerate(examples):
+            together.setdefault(self._room(example), []).append(row)
+        responses: dict[int, list[int]] = {}
+        for room, rows in together.items():
+            length = self.sampling.max_new_tokens if room is None else room[0]
+            prompts = [examples[row].student.prompt for row in rows]
+            found = self._responses(prompts, [seeds[row] for row in rows], length)
+            responses |= zip(rows, found, strict=True)
+        stops = self.generator.stop_ids
+        sampled = [
+            _with_response(example, example.student.prompt, example.teacher.prompt, responses[row])
+            for row, example in enumerate(examples)
+        ]
+        sums = RolloutSums(
+            responses=len(responses),
+            tokens=sum(map(len, responses.values())),
+            truncated=sum(response[-1] not in stops for response in responses.values()),
+            empty=sum(
+                len(response) == 1 and response[0] in stops for response in responses.values()
+            ),
+            repetition=sum(map(repetition, responses.values())),
+        )
+        return sampled, sums
+
+    def _responses(
+        self, prompts: list[list[int]], seeds: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
+        ids, mask = left_pad(
+            prompts, self.generator.pad_id, self.generator.model.head.weight.device
+        )
+        strategy, options = sampling_options(self.sampling)
+        rows = self.generator.generate_ids(
+            ids, mask, strategy=strategy, max_new_tokens=max_new_tokens, seeds=seeds, **options
+        )
+        return [until_stop(row, self.generator.stop_ids) for row in rows.tolist()]
+
+    def _room(self, example: Example) -> tuple[int, int] | None:
+        """余地不足 ``max_new_tokens`` 的，``(余地, prompt 的长度)``：只与这两样都相同的一起采样。
+
+        补齐到别人的长度会让它更早停下，response 便取决于碰巧与谁同批。
+        """
+        prompt, teacher_prompt = len(example.student.prompt), len(example.teacher.prompt)
+        room = self.generator.model.max_seq_len - prompt
+        if room < 1:
+            raise DistillabError(
+                f"a prompt has {prompt} tokens, expected fewer than the student's longest "
+                f"sequence {self.generator.model.max_seq_len}: lower data.max_seq_len"
+            )
+        if self.teacher_max_seq_len is not None:
+            if teacher_prompt >= self.teacher_max_seq_len:
+                raise DistillabError(
+                    f"a teacher prompt has {teacher_prompt} tokens, expected fewer than its "
+                    f"longest sequence {self.teacher_max_seq_len}: shorten the experience or lower "
+                    f"data.max_seq_len"
+                )
+            room = min(room, self.teacher_max_seq_len - teacher_prompt)
+        return None if room >= self.sampling.max_new_tokens else (room, prompt)
+
+
+def answered(
+    examples: Sequence[Example], teacher: TextGenerator, max_new_tokens: int
+) -> list[Example]:
+    """没有 response 的 ``Example``，由教师读着自己的视角贪心地回答；有的不变。
+
+    Args:
+        examples: 一批。
+        teacher: 教师与两个视角共用的 tokenizer。
+        max_new_tokens: 最长的 response。
+    """
+    asked = [example for example in examples if not example.student.response]
+    if not asked:
+        return list(examples)
+    rollout = Rollout(
+        teacher,
+        SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens),
+        teacher.model.max_seq_len,
+    )
+    views = [Example(example.teacher, example.teacher) for example in asked]
+    answers = iter(rollout.sample(views, [0] * len(views))[0])
+    return [
+        example
+        if example.student.response
+        else _with_response(
+            example, example.student.ids, example.teacher.ids, next(answers).student.labels
+        )
+        for example in examples
+    ]
+
+
+def _with_response(
+    example: Example, prompt: list[int], teacher_prompt: list[int], response: list[int]
+) -> Example:
+    def view(before: list[int]) -> Tokens:
+        return Tokens(before + response, list(range(len(before), len(before) + len(response))))
+
+    student = view(prompt)
+    return Example(student, student if example.teacher is example.student else view(teacher_prompt))
+
+
+def student_fraction(config: ResponsesConfig, step: int, total_steps: int) -> float:
+    """第 ``step`` 步（从 0 起）从学生采样的概率：不变，或线性变到 ``final_student_fraction``。"""
+    if config.final_student_fraction is None:
+        return config.student_fraction
+    done = step / max(total_steps - 1, 1)
+    start, end = config.student_fraction, config.final_student_fraction
+    return start + (end - start) * min(done, 1.0)
+
+
+def repetition(ids: list[int]) -> float:
+    """重复出现的 4-gram 的份额，``[0, 1]``；陷入循环的回答接近 1。"""
+    grams = [tuple(ids[i : i + REPEATED_NGRAM]) for i in range(len(ids) - REPEATED_NGRAM + 1)]
+    if not grams:
+        return 0.0
+    return 1 - len(Counter(grams)) / len(grams)

@@ -1,0 +1,405 @@
+"""``DistillationTrainer``：唯一的训练循环。
+
+一步：取一个累积窗口的 micro-batch -> 数清所有进程的 response token -> 教师目标
+-> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 更新。
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..batch import Batch, collate_text
+from ..config.run_dir import checkpoint_dir
+from ..config.schema import EvaluateConfig, LossConfig, TrainingConfig
+from ..distributed.engine import (
+    DTYPES,
+    engine_name,
+    global_sum,
+    make_accelerator,
+    prepare,
+    resolve_precision,
+)
+from ..distributed.sharding import WholeCopy, whole
+from ..distributed.watch import Watch
+from ..errors import DistillabError
+from ..loss.losses import LossSums
+from ..models.interface import LanguageModel
+from ..signals import StopRequest
+from ..targets import Targets
+from ..teachers.in_process import AdapterOffTeacher, LocalTeacher
+from ..vocabulary import Vocabulary
+from .checkpoint import begin, resume_newest, save_best, save_checkpoint
+from .compilation import prepare_bodies, training_step
+from .loaders import StreamLoader, evaluation_loader, in_step, steps_in_all, train_loader
+from .metrics import MetricsLog
+from .module import DistillationModule
+from .on_policy import OnPolicy, Prepared
+from .profiling import profiled_step, timed
+from .progress import TrainingProgress
+from .skips import check_failed_rows, report_failed_rows, skipped_step
+from .state import TrainerState
+from .validation import Metrics, student_metrics, teacher_metrics
+
+logger = logging.getLogger("distillab")
+
+
+class DistillationTrainer:
+    """一次训练的完整生命周期：初始化、训练、验证、存盘、恢复。
+
+    Args:
+        student: 学生，参数为 float32。
+        teacher: 教师；``None`` 时 ``alpha`` 必须为 0，验证也没有 KL。
+        train_data: 每项是 ``collate`` 认得的：``input_ids [T]`` 与 ``labels [T]``，或 ``Example``。
+        validation_data: 同上。
+        config: 训练超参数。
+        run_dir: 运行目录；检查点在 ``run_dir/config.checkpoint_dir``，指标在 ``metrics.jsonl``。
+        loss: 目标函数；缺省为 ``forward_kl``，``alpha`` 与 ``temperature`` 取自 ``config``。
+        evaluate: 验证的批大小与条数。
+        vocabulary: 两个 tokenizer 定义相同的 token；缺省为整个词表。
+        collate: 把数据项拼成 ``Batch``；缺省用于文本块。
+        train_sampler: 训练数据的次序（如按长度分组）；有 ``set_epoch`` 就每轮调用。缺省为随机打乱。
+        on_policy: 从学生采样 response；缺省只用数据里的。
+
+    Raises:
+        DistillabError: 没有教师而 ``alpha > 0``；数据不足一批；设备不支持 ``precision``。
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: LocalTeacher | None,
+        train_data: Dataset[Any],
+        validation_data: Dataset[Any],
+        config: TrainingConfig,
+        run_dir: Path | str,
+        *,
+        loss: LossConfig | None = None,
+        evaluate: EvaluateConfig | None = None,
+        vocabulary: Vocabulary | None = None,
+        collate: Callable[[Sequence[Any]], Batch] | None = None,
+        train_sampler: Sampler[int] | None = None,
+        on_policy: OnPolicy | None = None,
+    ) -> None:
+        self.config = config
+        self.loss = loss or LossConfig(alpha=config.alpha, temperature=config.temperature)
+        self.evaluate_config = evaluate or EvaluateConfig()
+        if self.loss.alpha > 0 and teacher is None:
+            raise DistillabError(f"loss.alpha={self.loss.alpha:g} needs a teacher, found none")
+        set_seed(config.seed)
+        self.run_dir = Path(run_dir)
+        self.accelerator = make_accelerator(config, self.run_dir)
+        precision, device = resolve_precision(config.precision), self.accelerator.device
+        self._compute = DTYPES[precision]
+        logger.info("computing in %s on %s", precision, device)
+        self.checkpoint_dir = checkpoint_dir(self.run_dir, config.checkpoint_dir)
+        self.state = TrainerState(data=getattr(train_data, "fingerprint", None))
+        self.learning_rate = 0.0  # 最近一步用的
+        self.watch = Watch(self.accelerator, config.timeout_minutes)
+        self.stop = StopRequest()
+        self._failed_rows = 0  # 本进程跳过、还没有归约的行
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.place(device)
+
+        self.vocabulary = vocabulary or Vocabulary(student.vocab_size)
+        self.collate = collate or partial(collate_text, vocabulary=self.vocabulary)
+        self.on_policy = on_policy
+        self.train_loader = train_loader(
+            train_data, self.accelerator, self.collate, config.batch_size, train_sampler
+        )
+        self.validation_loader = self.evaluation_loader(validation_data)
+        reuse = 1 if on_policy is None else on_policy.config.reuse
+        self.total_steps = steps_in_all(self.train_loader, config, reuse)
+        prepare_bodies(student, None if teacher is None else teacher.model, config)
+        sharded = engine_name(self.accelerator) not in ("single", "ddp")
+        self._copy = WholeCopy(student, device) if sharded else None
+        module = DistillationModule(student, self.loss, self.vocabulary, on_policy is not None)
+        self.module, self.optimizer, self.scheduler = prepare(
+            self.accelerator, module, config, self.total_steps
+        )
+
+    @property
+    def student(self) -> LanguageModel:
+        """去掉引擎包装的学生。"""
+        student: LanguageModel = self.accelerator.unwrap_model(self.module).student
+        return student
+
+    def whole_student(
+        self, keep: bool = True, compute: torch.dtype = torch.float32
+    ) -> AbstractContextManager[LanguageModel]:
+        """权重完整的学生，供生成与导出；分片时是一份拷贝，参数见 ``WholeCopy.filled``。"""
+        if self._copy is None:
+            return nullcontext(self.student)
+        return self._copy.filled(self.module, keep, compute)
+
+    @contextmanager
+    def _sampled_student(self) -> Iterator[LanguageModel]:
+        """供采样的完整的学生，与训练的前向同样精度。"""
+        device, compute = self.accelerator.device.type, self._compute
+        with (
+            torch.autocast(device, compute, enabled=compute != torch.float32),
+            self.whole_student(compute=compute) as student,
+        ):
+            yield student
+
+    # ------------------------------------------------------------------ 训练
+
+    def train(
+        self, resume: bool = False, on_metrics: Callable[[Path], object] | None = None
+    ) -> TrainerState:
+        """训练到 ``total_steps``。
+
+        Args:
+            resume: 从最新的检查点接着训练；没有检查点就从头开始。
+            on_metrics: 每写一行指标就以 ``metrics.jsonl`` 的路径调用，如 ``LiveCurves()``。
+
+        Returns:
+            最后的训练进度。
+
+        Raises:
+            DistillabError: 连续多步不是有限值，检查点损坏、是别的运行的，或训练数据不是原来的。
+            KeyboardInterrupt: Ctrl-C、SIGTERM 或 SIGHUP，见 ``StopRequest``；这一步走完、已存好。
+        """
+        accelerator, directory, config = self.accelerator, self.checkpoint_dir, self.config
+        fresh, data = not resume and self.state.current_step == 0, self.state.data
+        run = begin(accelerator, self.run_dir, directory, fresh)
+        if resume and (found := resume_newest(accelerator, directory, data, config, run)):
+            self.state, path = found
+            logger.info("resumed from %s at step %d", path, self.state.current_step)
+        self.state.run, step = run, self.state.current_step
+        log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
+        log.recover(step, self.state.metrics)
+        progress = TrainingProgress(self.total_steps, step, accelerator.is_main_process)
+        with self.stop as stop, log, progress, self.watch:
+            for window in self._windows():
+                for prepared in self._prepared(window):
+                    started = time.perf_counter()
+                    sums = self._step(prepared)
+                    seconds = time.perf_counter() - started
+                    sums["seconds"] = seconds + prepared.seconds
+                    self.state.seconds += sums["seconds"]
+                    self._record(sums, log, progress)
+                    stopping = stop.decision(self.accelerator.num_processes) is not None
+                    self._validate_and_save(log, progress, stopping)
+                    if stopping:
+                        raise stop.stopped(f"stopped at step {self.state.current_step}")
+                    stop.check_grace(time.perf_counter() - started)
+                    check_failed_rows(self.state)
+        return self.state
+
+    def _prepared(self, window: list[Batch]) -> Iterator[Prepared]:
+        """定下一个窗口的 response；采样的可以按 ``reuse`` 训练不止一步。"""
+        if self.on_policy is None:
+            yield Prepared(window)
+            return
+        started, step = time.perf_counter(), self.state.current_step
+        rank = self.accelerator.process_index, self.accelerator.num_processes
+        self.watch.at("sampling")
+        prepared = timed(
+            "sampling", self.on_policy.prepare,
+            window, step, self.total_steps, *rank, self._sampled_student,
+        )  # fmt: skip
+        yield replace(prepared, seconds=time.perf_counter() - started)
+        for _ in range(self.on_policy.config.reuse - 1):
+            if self.state.current_step < self.total_steps:
+                yield Prepared(prepared.batches, prepared.sampled)
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
+        state, size = self.state, self.config.gradient_accumulation_steps
+        if isinstance(self.train_loader, StreamLoader):
+            yield from self.train_loader.windows(state, size, self.total_steps)
+        while state.current_step < self.total_steps:
+            self.train_loader.set_epoch(state.current_epoch)
+            batches = iter(skip_first_batches(self.train_loader, state.batches_in_epoch))
+            self.watch.at("reading data", state.current_step + 1)
+            while window := timed("data", list[Batch], itertools.islice(batches, size)):
+                state.batches_in_epoch += len(window)
+                self._failed_rows += report_failed_rows(window)
+                if state.batches_in_epoch >= len(self.train_loader):
+                    state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
+                yield window
+                if state.current_step >= self.total_steps:
+                    return
+                self.watch.at("reading data", state.current_step + 1)
+
+    @profiled_step
+    @training_step()
+    def _step(self, prepared: Prepared) -> dict[str, float]:
+        """一个 optimizer 步；返回全局总和，供记录用。"""
+        module, accelerator = self.module, self.accelerator
+        module.train()  # DeepSpeed 的不返回自己
+        window = prepared.batches
+        self.watch.at("forward and backward", self.state.current_step + 1)
+        tokens = global_sum(accelerator, sum(len(batch) for batch in window))
+        scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
+        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
+        for position, batch in enumerate(window):
+            last = position == len(window) - 1
+            targets = self._targets(batch) if self.loss.alpha > 0 else None
+            accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
+            with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
+                part: LossSums = module(batch, targets)
+                timed("backward", accelerator.backward, part.total * scale)
+            sums += torch.stack([value.detach().double() for value in part])
+        if self.teacher is not None:
+            self.teacher.release()
+        parameters, clip = module.parameters(), self.config.gradient_clip
+        norm = timed("gradient clip", accelerator.clip_grad_norm_, parameters, clip)
+        shared = [self._failed_rows, *self.stop.votes()]
+        norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
+        mean_norm = norm.reshape(1) / accelerator.num_processes
+        sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
+        totals = accelerator.reduce(sums, reduction="sum").tolist()
+        *values, norm, failed = self.stop.agree(totals)
+        losses = dict(zip(LossSums._fields, values, strict=True))
+        total = losses["total"]
+        self.state.failed_rows, self._failed_rows = self.state.failed_rows + int(failed), 0
+        self.state.current_step += 1
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite or accelerator.scaler is not None:
+            # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
+            timed("optimizer", self.optimizer.step)
+        if finite:
+            self.scheduler.step()
+            self.state.tokens += int(tokens)
+            self.state.skipped_in_a_row = 0
+        self.optimizer.zero_grad()
+        if not finite:
+            self._skipped(total, len(window))
+            return {}
+        rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
+        return rollout | {
+            "steps": 1,
+            "tokens": tokens,
+            "loss": total,
+            "divergence": losses["divergence"],
+            "cross_entropy": losses["cross_entropy"],
+            "grad_norm": norm,
+        }
+
+    def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
+        if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
+            return self.teacher  # 后者在学生的 forward 里取目标
+        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocabulary)
+
+    def _skipped(self, loss: float, batches: int) -> None:
+        state, scaler = self.state, self.accelerator.scaler
+        end = state.batches_in_epoch or len(self.train_loader)
+        scale = None if scaler is None else scaler.get_scale()
+        window = range(end - batches, end)
+        skipped_step(state, loss, window, self.config.learning_rate, scale)
+
+    # ------------------------------------------------------------------ 记录、验证、存盘
+
+    def _record(self, sums: dict[str, float], log: MetricsLog, progress: TrainingProgress) -> None:
+        state = self.state
+        state.add(sums)
+        if tokens := sums.get("tokens"):
+            losses = {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
+            progress.step(state.current_step, tokens / sums["seconds"], losses)
+        if state.current_step % self.config.log_interval and state.current_step < self.total_steps:
+            return
+        row = {"kind": "train", **state.close_interval(), "learning_rate": self.learning_rate}
+        log.write(row)
+        progress.log(row)
+
+    def _validate_and_save(
+        self, log: MetricsLog, progress: TrainingProgress, stopping: bool
+    ) -> None:
+        state, config = self.state, self.config
+        final = state.current_step == self.total_steps
+        if state.current_step % config.eval_interval == 0 or final:
+            metrics, _ = self.evaluate(progress)
+            log.write({"kind": "validation", "step": state.current_step,
+                       "tokens": state.tokens, **metrics})  # fmt: skip
+            progress.validated(state.current_step, metrics)
+            if state.best_val_loss is None or metrics["cross_entropy"] < state.best_val_loss:
+                state.best_val_loss, state.best_step = metrics["cross_entropy"], state.current_step
+                save_best(self.accelerator, self.module, self.checkpoint_dir, state, config)
+        if state.current_step % config.save_interval == 0 or final or stopping:
+            self.watch.at("saving")
+            state.metrics = log.mark()
+            save_checkpoint(self.accelerator, self.checkpoint_dir, state, config)
+
+    def evaluate(
+        self,
+        progress: TrainingProgress | None = None,
+        loader: DataLoader[Any] | None = None,
+        teacher: bool = True,
+    ) -> tuple[Metrics, Metrics | None]:
+        """评测当前的学生；教师的成绩由同一次前向得出。
+
+        Args:
+            progress: 显示验证进度的进度条，可以没有。
+            loader: ``evaluation_loader`` 的返回值；缺省为验证集。
+            teacher: 要不要与教师比较。
+
+        Returns:
+            ``(学生, 教师)``；没有或不要教师时后者为 ``None``。
+        """
+        compared = teacher and self.teacher is not None
+        module = self.module
+        module.eval()
+        totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
+        totals = totals.to(self.accelerator.device)
+        loader = loader or self.validation_loader
+        batches: Iterable[Batch] = loader
+        if progress is not None:
+            batches = progress.track(batches, "validating", len(loader))
+        with torch.no_grad():
+            for batch, counted in in_step(batches, loader, self.accelerator):
+                self.watch.at("validation")
+                batch = batch.to(self.accelerator.device)
+                sums: LossSums = module(batch, self._targets(batch) if compared else None)
+                if counted:
+                    totals[0] += len(batch)
+                    totals[1:] += torch.stack(sums)
+        if self.teacher is not None:
+            self.teacher.release()
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
+        module.train()
+        student = student_metrics(sums, tokens, compared)
+        return student, teacher_metrics(sums, tokens) if compared else None
+
+    # ------------------------------------------------------------------ 数据
+
+    def evaluation_loader(
+        self,
+        data: Dataset[Any],
+        collate: Callable[[Sequence[Any]], Batch] | None = None,
+        max_sequences: int | None = None,
+    ) -> DataLoader[Any]:
+        """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。
+
+        Args:
+            data: 要评测的数据。
+            collate: 缺省为训练用的。
+            max_sequences: 取几条；缺省为 ``evaluate.max_sequences``。
+
+        Raises:
+            DistillabError: 一条也没有。
+        """
+        return evaluation_loader(
+            data,
+            self.accelerator,
+            collate or self.collate,
+            batch_size=self.evaluate_config.batch_size,
+            max_sequences=max_sequences or self.evaluate_config.max_sequences,
+        )

@@ -1,0 +1,213 @@
+"""由形状算出的内存与运算次数，与真的模型、真的测量相符。"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from distillab.config.schema import LoraConfig, LossConfig, ModelConfig
+from distillab.loss.fused import Chunks
+from distillab.loss.products import HeadProducts
+from distillab.loss.rows import RowSpec
+from distillab.models.interface import PretrainedLM
+from distillab.models.student import StudentModel
+from distillab.plan import memory
+from distillab.plan.memory import LOSS_BUFFERS, Step
+from distillab.plan.shapes import SHAPES, Shape
+from distillab.targets import Head, HiddenTargets
+
+TINY = ModelConfig(
+    hidden_size=64, num_layers=4, num_heads=8, num_kv_heads=2, intermediate_size=320,
+    vocab_size=100, max_seq_len=64,
+)  # fmt: skip
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def transformers_model(shape):
+    kind = Qwen3Config if shape.qk_norm else Qwen2Config if shape.qkv_bias else LlamaConfig
+    options = {} if kind is Qwen2Config else {"head_dim": shape.head_dim}
+    config = kind(
+        hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
+        intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.tied, **options,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_those_of_the_transformers_model(name):
+    model = transformers_model(SHAPES[name])
+    assert SHAPES[name].parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_are_those_of_the_student():
+    model = StudentModel(TINY)
+    assert Shape.of(TINY).parameters == sum(p.numel() for p in model.parameters())
+
+
+def kept_bytes(model, *inputs):
+    """autograd 为反向留下的，权重之外，字节。"""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # 留住它，地址才不会再用
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(precision):
+    batch, length = 4, 48
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        found = kept_bytes(StudentModel(TINY), torch.randint(0, 100, (batch, length)))
+    parts = Step(Shape.of(TINY), None, batch, length, precision=precision).moments()["loss"]
+    expected = parts["student activations"] + parts.get("autocast weights", 0)
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_trained_parameters_of_lora_are_the_adapters():
+    pytest.importorskip("peft")
+    from distillab.models.lora import add_lora
+
+    shape = Shape(64, 2, 4, 2, 16, 96, 100)
+    options = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**options))
+    adapted = add_lora(PretrainedLM(model), LoraConfig(rank=4))
+    found = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert Step(shape, None, 1, 8, lora_rank=4).trained == found
+
+
+def test_shares_shrink_what_is_sharded_and_nothing_else():
+    alone = Step(SHAPES["Qwen3-8B"], SHAPES["Qwen3-8B"], 2, 4096, precision="bf16")
+    eight = replace(alone, engine="fsdp2", processes=8)
+    one, other = alone.memory(), eight.memory()
+    for part in ("student weights", "optimizer"):
+        assert other[part] == one[part] // 8
+    assert other["teacher weights"] == one["teacher weights"]
+    assert replace(eight, shard_teacher=True).memory()["teacher weights"] == (
+        one["teacher weights"] // 8
+    )
+
+
+def test_the_peak_is_one_moment_and_below_the_sum_of_all_peaks():
+    step = Step(SHAPES["Qwen3-0.6B"], SHAPES["Qwen3-4B"], 4, 256, precision="bf16")
+    name, parts = step.peak()
+    moments = {moment: sum(found.values()) for moment, found in step.moments().items()}
+    assert moments[name] == max(moments.values()) == sum(parts.values())
+    assert sum(parts.values()) < sum(step.memory().values())
+
+
+def test_the_parts_that_gradients_of_one_step_need_at_its_end():
+    tied = Step(SHAPES["SmolLM2-135M"], None, 1, 8)
+    head = SHAPES["SmolLM2-135M"].head_parameters * 4
+    assert tied.moments()["embedding"]["gradients"] == tied.trained * 4 + head
+    untied = replace(tied, student=replace(tied.student, tied=False))
+    assert untied.moments()["embedding"]["gradients"] == untied.trained * 4
+    window = replace(tied, accumulation=2).moments()
+    assert window["loss"]["gradients"] == tied.trained * 4 + head
+    assert window["embedding"]["gradients"] == tied.trained * 4 + 2 * head
+
+
+def test_the_numbers_of_other_modules_are_the_ones_that_they_use():
+    from distillab.generate import weights as sampling_weights
+    from distillab.loss import fused
+    from distillab.models import kv_cache
+    from distillab.plan import plan
+    from distillab.train import on_policy
+
+    assert dict(LOSS_BUFFERS) == fused.BUDGET_BYTES
+    assert memory.LOSS_TILE == fused.CPU_TILE
+    assert memory.CACHE_ROOM == kv_cache._ROOM
+    assert memory.SAMPLING_STEPS == sampling_weights.MANY_STEPS
+    assert memory.SAMPLING_ROWS == sampling_weights.MANY_ROWS
+    assert plan.TOGETHER == on_policy.ROWS_TOGETHER
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100, 1000])
+@pytest.mark.parametrize("vocab", [400, 49152, 151936])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_loss_buffers_are_those_of_the_loss(rows, vocab, teacher):
+    shape = Shape(8, 1, 2, 1, 4, 16, vocab)
+    step = Step(shape, shape if teacher else None, 1, rows)
+    hidden = torch.empty(rows, 8, device="meta")
+    targets = HiddenTargets(hidden, Head(torch.empty(vocab, 8, device="meta"))) if teacher else None
+    spec = RowSpec.of(LossConfig(), vocab)
+    chunks = Chunks(torch.empty(rows, 8), HeadProducts(torch.float32), targets, spec,
+                    LOSS_BUFFERS["cpu"])  # fmt: skip
+    assert step.loss_buffers("cpu") == chunks.student.nbytes + chunks.teacher.nbytes
+
+
+@pytest.mark.parametrize("kind", ["lora", "qwen3", "padded"])
+def test_activations_of_transformers_models_are_what_autograd_keeps(kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    from distillab.models.lora import add_lora
+
+    shape = Shape(64, 4, 8, 2, 16, 320, 100, qk_norm=kind == "qwen3")
+    name = Qwen3Config if kind == "qwen3" else LlamaConfig
+    config = name(hidden_size=64, num_hidden_layers=4, num_attention_heads=8,
+                  num_key_value_heads=2, head_dim=16, intermediate_size=320, vocab_size=100,
+                  tie_word_embeddings=True)  # fmt: skip
+    model = PretrainedLM(AutoModelForCausalLM.from_config(config))
+    if kind == "lora":
+        model = add_lora(model, LoraConfig(rank=4))
+    batch, length = 4, 48
+    mask = None
+    if kind == "padded":
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[1, -1] = 0
+    rank = 4 if kind == "lora" else None
+    step = Step(shape, None, batch, length, lora_rank=rank, padded=kind == "padded")
+    expected = step.moments()["loss"]["student activations"]
+    ids = torch.randint(0, 100, (batch, length))
+    assert kept_bytes(model.train(), ids, mask) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_step_of_the_chinese_student_has_the_known_number_of_operations():
+    step = Step(Shape.of(ModelConfig()), SHAPES["Qwen2.5-0.5B"], 8, 512, precision="fp16")
+    operations = step.operations()
+    assert sum(operations.values()) == pytest.approx(7.25e12, rel=0.001)
+    assert operations["heads"] / sum(operations.values()) == pytest.approx(0.42, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("case", "student", "teacher", "sizes"),
+    [
+        ("a", Shape(576, 15, 9, 3, 64, 1536, 49152), "SmolLM2-135M", (4, 256)),
+        ("b", Shape.of(ModelConfig()), "Qwen2.5-0.5B", (1, 512)),
+    ],
+)
+def test_a_recorded_step_took_about_what_is_computed(case, student, teacher, sizes):
+    records = json.loads((RECORDS / "train_step-cpu.json").read_text())
+    (record,) = (r for r in records if (r["case"], r["implementation"]) == (case, "distillab"))
+    _, parts = Step(student, SHAPES[teacher], *sizes).peak("cpu")
+    extra = sum(size for name, size in parts.items() if "weights" not in name)
+    assert record["extra_bytes"] == pytest.approx(extra - parts["optimizer"], rel=0.15)
+
+
+def test_what_malloc_keeps_is_counted_on_a_cpu_and_nowhere_else():
+    plain = Step(SHAPES["SmolLM2-135M"], None, 1, 64)
+    assert all("allocator" not in parts for parts in plain.moments("cuda").values())
+    kept = plain.moments("cpu")
+    assert kept["loss"]["allocator"] == 0
+    assert kept["embedding"]["allocator"] == kept["loss"]["student activations"]
+    blocks = 30 * SHAPES["SmolLM2-135M"].block_matmuls * 4
+    window = replace(plain, accumulation=2).moments("cpu")["embedding"]
+    assert window["allocator"] == kept["embedding"]["allocator"] + blocks
+    long = replace(plain, seq_len=8192).moments("cpu")  # 每块都大于 32 MiB，用完就还
+    assert long["embedding"]["allocator"] == 0
+    outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
+    lora = replace(plain, lora_rank=4).moments("cpu")
+    assert lora["loss"]["allocator"] == 2 * 64 * outputs * 4 * 30

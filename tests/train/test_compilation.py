@@ -1,0 +1,175 @@
+# ruff: noqa: F401, F811 - test_trainer 的 fixture
+"""``train.compile``：数与逐个算子执行的相同，检查点可以互换，只有训练步编译，没有编译器也能训练。"""
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from test_trainer import FAST, SMALL, Chunks, losses, make, teacher, weights
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from distillab.config.schema import LoraConfig, ModelConfig, TrainingConfig
+from distillab.export.convert import export_student
+from distillab.generate.generator import TextGenerator
+from distillab.models.interface import PretrainedLM
+from distillab.models.lora import add_lora
+from distillab.models.student import StudentModel
+from distillab.teachers.in_process import AdapterOffTeacher
+from distillab.train import compilation
+from distillab.train.compilation import prepare_bodies, training_step
+from distillab.train.trainer import DistillationTrainer
+
+# 警告当作错误时，Dynamo 查看非叶子的输入会触发它；平时它自己就压下了。
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """不必等 C 编译器：图照样捕获、照样分出反向，由 PyTorch 自己的算子执行。"""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(compilation, "_failed", False)
+    yield counter
+    torch.compiler.reset()
+
+
+def grad_norms(trainer):
+    from distillab.run_file_shapes import read_metrics
+
+    rows = read_metrics(trainer.run_dir / "metrics.jsonl")
+    return [row["grad_norm"] for row in rows if row["kind"] == "train"]
+
+
+def assert_same(found, expected):
+    assert len(losses(found)) == len(losses(expected))
+    for (step, loss), (other, reference) in zip(losses(found), losses(expected), strict=True):
+        assert step == other
+        assert loss == pytest.approx(reference, rel=1e-5)
+    assert grad_norms(found) == pytest.approx(grad_norms(expected), rel=1e-5)
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_gives_the_numbers_of_eager_training(make, counter, checkpointing):
+    runs = [
+        make(name, compile=compiled, activation_checkpointing=checkpointing)
+        for name, compiled in (("eager", False), ("compiled", True))
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert counter.frame_count == 2  # 学生与教师，各层合用一份
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lora_student_that_is_its_own_teacher_compiles(
+    tiny_qwen2, tmp_path, counter, checkpointing
+):
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        student = add_lora(PretrainedLM(copy.deepcopy(tiny_qwen2)), LoraConfig(rank=2))
+        config = TrainingConfig(
+            **FAST | {"max_steps": 3}, compile=compiled, activation_checkpointing=checkpointing
+        )
+        trainer = DistillationTrainer(
+            student, AdapterOffTeacher(student), Chunks(), Chunks(6, seed=1), config,
+            tmp_path / str(compiled),
+        )  # fmt: skip
+        names = set(student.state_dict())
+        trainer.train()
+        assert set(student.state_dict()) == names
+        runs.append(trainer)
+    assert counter.frame_count >= 2
+    assert_same(runs[1], runs[0])
+
+
+def test_checkpoints_of_compiled_and_eager_runs_are_interchangeable(make, counter):
+    whole = make("whole")
+    whole.train()
+    for first, second in ((False, True), (True, False)):
+        name = f"from-{first}"
+        make(name, max_steps=6, compile=first, save_interval=3).train()
+        for newest in (whole.run_dir.parent / name / "checkpoints").glob("step-00000006"):
+            newest.rename(newest.with_name("later"))
+        resumed = make(name, compile=second)
+        assert resumed.train(resume=True).current_step == 6
+        assert_same(resumed, whole)
+
+
+def test_sequences_of_many_lengths_compile_twice(counter):
+    student = StudentModel(ModelConfig(**SMALL)).train()
+    prepare_bodies(student, None, TrainingConfig(compile=True))
+    for length in (8, 12, 16, 23, 31, 40):
+        with training_step():
+            student(torch.randint(400, (2, length))).sum().backward()
+    assert counter.frame_count == 2  # 第一种长度，此后任意的长度
+
+
+def test_validation_and_sampling_do_not_compile(make, counter, tiny_tokenizer):
+    trainer = make(compile=True, max_steps=2)
+    trainer.evaluate()
+    generator = TextGenerator(trainer.student, tiny_tokenizer)
+    before = generator.generate(["the teacher"], max_new_tokens=4)
+    assert counter.frame_count == 0
+    plain = StudentModel(trainer.student.config)
+    plain.load_state_dict(trainer.student.state_dict())
+    assert (
+        TextGenerator(plain, tiny_tokenizer).generate(["the teacher"], max_new_tokens=4) == before
+    )
+
+
+def test_a_compiled_student_is_exported_under_the_same_names(
+    make, counter, tiny_tokenizer, tmp_path
+):
+    from safetensors.torch import load_file
+
+    for compiled in (False, True):
+        trainer = make(str(compiled), compile=compiled)
+        trainer.train()
+        export_student(trainer.student, tiny_tokenizer, tmp_path / f"export-{compiled}")
+    eager, found = (
+        load_file(tmp_path / f"export-{name}" / "model.safetensors") for name in (False, True)
+    )
+    assert set(found) == set(eager)
+    for name, value in eager.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_training_runs_uncompiled_and_says_so_once(
+    make, counter, monkeypatch, caplog
+):  # fmt: skip
+    def broken(function):
+        def fail(*args, **kwargs):
+            raise torch._inductor.exc.InductorError(RuntimeError("no compiler"), None)
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    eager = make("eager")
+    eager.train()
+    with caplog.at_level(logging.WARNING, "distillab"):
+        compiled = make("compiled", compile=True)
+        compiled.train()
+    assert caplog.text.count("the models run uncompiled") == 1
+    assert "no compiler" in caplog.text
+    assert losses(compiled) == losses(eager)
+
+
+def test_the_blocks_are_those_of_the_body(tiny_qwen2, tiny_llama):
+    assert PretrainedLM(tiny_qwen2).blocks == list(tiny_qwen2.model.layers)
+    assert PretrainedLM(tiny_llama).blocks == list(tiny_llama.model.layers)
+
+
+@pytest.mark.slow
+def test_the_c_compiler_gives_the_same_numbers(make, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(compilation, "_failed", False)
+    eager, compiled = make("eager", max_steps=3), make("compiled", max_steps=3, compile=True)
+    eager.train()
+    compiled.train()
+    assert not compilation._failed
+    assert_same(compiled, eager)
