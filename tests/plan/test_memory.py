@@ -122,13 +122,13 @@ def test_the_parts_that_gradients_of_one_step_need_at_its_end():
 
 def test_the_numbers_of_other_modules_are_the_ones_that_they_use():
     from distillab.generate import weights as sampling_weights
-    from distillab.loss import fused
+    from distillab.loss import chunking
     from distillab.models import kv_cache
     from distillab.plan import plan
     from distillab.train import on_policy
 
-    assert dict(LOSS_BUFFERS) == fused.BUDGET_BYTES
-    assert memory.LOSS_TILE == fused.CPU_TILE
+    assert LOSS_BUFFERS == chunking.BUDGET_BYTES
+    assert memory.LOSS_TILE == chunking.CPU_TILE
     assert memory.CACHE_ROOM == kv_cache._ROOM
     assert memory.SAMPLING_STEPS == sampling_weights.MANY_STEPS
     assert memory.SAMPLING_ROWS == sampling_weights.MANY_ROWS

@@ -20,21 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from ..config.schema import LossConfig
 from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
+from .chunking import BUDGET_BYTES, Chunking
 from .losses import LossSums, check_targets
 from .products import HeadProducts, compute_dtype, head_products
 from .rows import RowSpec, dense_rows
 from .sparse import sparse_rows
 
 logger = logging.getLogger("distillab")
-
-BUDGET_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
-"""块缓冲区的上限，单位字节。
-
-CPU 上 128 行的块已经与不分块的矩阵乘一样快；GPU 上每块都要读写一遍整个 weight 的梯度，块宜大。
-"""
-
-CPU_TILE = 8
-"""CPU 上逐行算术一次做这么多行：中间结果留在缓存里。"""
 
 COMPILE_ELEMENTS = 2**24
 """CPU 上 ``P * V`` 达到这么多才编译：编译要几秒到半分钟，小的损失赚不回来。"""
@@ -240,10 +232,10 @@ class Chunks:
         two = isinstance(targets, HiddenTargets | DenseTargets)
         row_bytes = spec.vocab * (products.dtype.itemsize * (1 + two) + products.d_logits_bytes)
         budget = default_budget(hidden.device) if memory_budget is None else memory_budget
-        self.size = chunk_rows(self.rows, max(1, budget // row_bytes), self.device)
+        chunking = Chunking.of(self.rows, row_bytes, self.device, budget)
+        self.size, self.tile = chunking.size, chunking.tile
         self.compiled = self.device != "cpu" or self.rows * spec.vocab >= COMPILE_ELEMENTS
-        self.tile = min(CPU_TILE, self.size) if self.device == "cpu" else self.size
-        shape = (-(-self.size // self.tile) * self.tile, spec.vocab)
+        shape = (chunking.buffer_rows, spec.vocab)
         self.student = torch.empty(shape, dtype=products.dtype, device=hidden.device)
         self.teacher = torch.empty_like(self.student) if two else self.student[:0]
 
@@ -342,22 +334,6 @@ def default_budget(device: torch.device) -> int:
     else:
         free = psutil.virtual_memory().available
     return min(free // 10, BUDGET_BYTES.get(device.type, BUDGET_BYTES["cuda"]))
-
-
-def chunk_rows(rows: int, limit: int, device: str) -> int:
-    """一块的行数，不超过 ``limit``。
-
-    CPU 上各块一样大：剩下几行也要把两个 head 读一遍。GPU 上只取 2 的幂：逐行算术一次做一块，编译过
-    的代码不必为每批的行数重来。
-    """
-    if device == "cpu":
-        if limit > CPU_TILE:
-            limit -= limit % CPU_TILE
-        return -(-rows // max(1, -(-rows // limit))) or 1
-    size = 1 << (limit.bit_length() - 1)
-    while size > 64 and size // 2 >= rows:
-        size //= 2
-    return size
 
 
 _compilation_failed = False
