@@ -86,11 +86,9 @@ def dump_recipe(recipe: Recipe, *, public: bool = False) -> str:
         recipe: 配方。
         public: 要交给别人的一份：没有 ``synthesize.server``，那是自己的服务。
     """
-    values = recipe.model_dump(mode="json", by_alias=True)
+    values = recipe.values()
     if public:
         del values["synthesize"]["server"]
-    for key in ("alpha", "temperature"):  # 与 loss.* 是同一个数；只写一处，才能再被 --set 覆盖
-        del values["train"][key]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -198,12 +196,6 @@ def _override(text: str) -> dict[str, Any]:
 
 def _one_line(error: ValidationError, origins: dict[str, str], default: str) -> str:
     details = error.errors(include_url=False)
-    places = {detail["loc"] for detail in details}
-    details = [  # train.alpha 是 loss.alpha 的另一种写法，不数两遍
-        detail
-        for detail in details
-        if not (detail["loc"][0:1] == ("train",) and ("loss", *detail["loc"][1:]) in places)
-    ]
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
     known = first["ctx"]["key"] if first["type"] == "secret" else key

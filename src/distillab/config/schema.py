@@ -12,49 +12,24 @@ from pydantic import ConfigDict, Field, model_validator
 
 from .sections import (
     DataSection,
-    FilterConfig,
-    GeneratorConfig,
     InsideRun,
     LmEvalConfig,
-    MatchConfig,
     ResponsesConfig,
     SamplingConfig,
     Section,
-    ServerConfig,
     SynthesizeConfig,
     TaskConfig,
     TextConfig,
 )
 
-__all__ = [
-    "DataSection",
-    "Divergence",
-    "EvaluateConfig",
-    "FilterConfig",
-    "GeneratorConfig",
-    "InitConfig",
-    "LmEvalConfig",
-    "LoraConfig",
-    "LossConfig",
-    "MatchConfig",
-    "ModelConfig",
-    "ModelSource",
-    "Precision",
-    "Recipe",
-    "ResponsesConfig",
-    "SamplingConfig",
-    "ServerConfig",
-    "StudentSection",
-    "SynthesizeConfig",
-    "TaskConfig",
-    "TextConfig",
-    "TrainingConfig",
-]
-
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """运行目录里以它命名的文件，所以不能有 ``/``。"""
+
+
+ALIASES = {"alpha", "temperature"}
+"""目标函数的这两个参数，``train`` 里也可以写；它们的家是 ``loss``。"""
 
 
 class ModelConfig(Section):
@@ -323,20 +298,28 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_objective(cls, raw: Any) -> Any:
-        """``train.alpha`` 与 ``loss.alpha`` 是同一个数的两种写法（``temperature`` 同理）。"""
+        """``train.alpha`` 只是 ``loss.alpha`` 的另一种写法，``temperature`` 同理。"""
         if not isinstance(raw, dict):
             return raw
         loss, train = raw.get("loss", {}), raw.get("train", {})
         if not isinstance(loss, dict) or not isinstance(train, dict):
             return raw
         loss, train = dict(loss), dict(train)
-        for key in ("alpha", "temperature"):
-            given = [section[key] for section in (loss, train) if key in section]
-            if len(given) == 2 and given[0] != given[1]:
-                raise ValueError(f"loss.{key}={given[0]} and train.{key}={given[1]} disagree")
-            if given:
-                loss[key] = train[key] = given[0]
+        for key in sorted(ALIASES & train.keys()):
+            given = train.pop(key)
+            if loss.setdefault(key, given) != given:
+                raise ValueError(f"loss.{key}={loss[key]} and train.{key}={given} disagree")
         return {**raw, "loss": loss, "train": train}
+
+    @model_validator(mode="after")
+    def _same_in_train(self) -> Recipe:
+        same = {key: getattr(self.loss, key) for key in ALIASES}
+        self.train = self.train.model_copy(update=same)
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """可以再读、再被 ``--set`` 覆盖的值：没有别名，每个数只写一处。"""
+        return self.model_dump(mode="json", by_alias=True, exclude={"train": ALIASES})
 
     @model_validator(mode="after")
     def _axes_agree(self) -> Recipe:

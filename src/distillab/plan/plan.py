@@ -224,9 +224,7 @@ def _changes(found: Plan) -> Iterator[dict[str, str]]:
 
 def _changed(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
     """盖过几个键；值是命令行上的写法。"""
-    raw = recipe.model_dump(mode="json", by_alias=True)
-    for key in ("alpha", "temperature"):  # 与 loss.* 是同一个数
-        del raw["train"][key]
+    raw = recipe.values()
     for key, value in values.items():
         *sections, last = key.split(".")
         section = raw
