@@ -44,7 +44,7 @@ Answers = Callable[[], list[str]]
 
 def make_task(case: str, items: int, new: int) -> Any:
     """问题长短不一，最长的约为最短的三倍。"""
-    from distillab.config.schema import TaskConfig
+    from distillab.config.sections import TaskConfig
     from distillab.evaluate.tasks import TaskSet
 
     with tempfile.TemporaryDirectory() as directory:

@@ -155,7 +155,8 @@ def measure(
 def step_parts(hf_model: Any, tokenizer: Any, options: Any) -> list[Record]:
     """On-policy 的一步：8 个提示，教师多读约 110 个 token 的经验，各采 24 个 token。"""
     from distillab.batch import Example, Tokens, collate_examples
-    from distillab.config.schema import LossConfig, SamplingConfig, TrainingConfig
+    from distillab.config.schema import LossConfig, TrainingConfig
+    from distillab.config.sections import SamplingConfig
     from distillab.distributed.engine import make_optimizer
     from distillab.generate.generator import TextGenerator
     from distillab.models.interface import PretrainedLM

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from distillab.config.run_dir import environment
-from distillab.config.schema import LmEvalConfig
+from distillab.config.sections import LmEvalConfig
 from distillab.errors import DistillabError
 from distillab.evaluate.bootstrap import ratio_figure
 from distillab.evaluate.harness import evaluate_with_harness

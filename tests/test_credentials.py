@@ -5,7 +5,8 @@ import yaml
 from pydantic import ValidationError
 
 from distillab.config.recipes import dump_recipe, load_recipe, recipe_schema, shipped_recipes
-from distillab.config.schema import Recipe, ServerConfig
+from distillab.config.schema import Recipe
+from distillab.config.sections import ServerConfig
 from distillab.credentials import (
     bare_url,
     is_secret_name,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillab.config.schema import DataSection
+from distillab.config.sections import DataSection
 from distillab.data.pairs import load_pairs
 
 DEMO = Path(__file__).parents[1] / "recipes" / "experience" / "demo"

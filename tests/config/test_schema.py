@@ -6,14 +6,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from distillab.config.schema import (
-    DataSection,
-    LossConfig,
-    ModelConfig,
-    Recipe,
-    SynthesizeConfig,
-    TrainingConfig,
-)
+from distillab.config.schema import LossConfig, ModelConfig, Recipe, TrainingConfig
+from distillab.config.sections import DataSection, SynthesizeConfig
 
 
 def test_model_config_has_exactly_the_documented_fields_and_defaults():

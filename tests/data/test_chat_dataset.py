@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from distillab.batch import Example, Tokens, collate_examples
-from distillab.config.schema import DataSection
+from distillab.config.sections import DataSection
 from distillab.data.chat import render
 from distillab.data.chat_dataset import TOO_LONG, ChatDataset, DataReport, LengthGroupedSampler
 from distillab.data.pairs import load_pairs

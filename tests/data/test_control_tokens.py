@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distillab.config.schema import DataSection
+from distillab.config.sections import DataSection
 from distillab.config.style import Style
 from distillab.data.chat import (
     control_token,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from distillab.config.schema import DataSection
+from distillab.config.sections import DataSection
 from distillab.data.chat_dataset import ChatDataset
 from distillab.data.pairs import load_pairs, read_experience
 from distillab.errors import DistillabError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillab.batch import Example
-from distillab.config.schema import SamplingConfig
+from distillab.config.sections import SamplingConfig
 from distillab.data.chat import render, render_prompt, turn_end
 from distillab.data.packing import collate_rows
 from distillab.generate.generator import TextGenerator

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distillab.config.schema import LmEvalConfig
+from distillab.config.sections import LmEvalConfig
 from distillab.data.chunks import WikiDataset
 from distillab.evaluate.harness import evaluate_with_harness
 
@@ -353,7 +353,7 @@ def test_paired_chat_run_equals_transformers_on_response_tokens_of_both_views(ch
 
 def held_out_ids(count):
     """验证集里的对话：由训练集的划分得来，次序无关紧要。"""
-    from distillab.config.schema import DataSection
+    from distillab.config.sections import DataSection
     from distillab.data.chat_dataset import ChatDataset
     from distillab.data.pairs import load_pairs
 

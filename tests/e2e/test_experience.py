@@ -12,7 +12,7 @@ from kept_rows import kept_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distillab.batch import collate_examples
-from distillab.config.schema import DataSection
+from distillab.config.sections import DataSection
 from distillab.data.chat_dataset import ChatDataset
 from distillab.data.conversations import parse_conversation
 from distillab.data.pairs import Pair

@@ -23,7 +23,7 @@ import pytest
 from kept_rows import kept_rows
 from stub_server import completion
 
-from distillab.config.schema import FilterConfig, SamplingConfig, ServerConfig, SynthesizeConfig
+from distillab.config.sections import FilterConfig, SamplingConfig, ServerConfig, SynthesizeConfig
 from distillab.data.pairs import Task
 from distillab.errors import DistillabError
 from distillab.synthesize.questions import TOO_LONG

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from distillab.config.schema import GeneratorConfig
+from distillab.config.sections import GeneratorConfig
 from distillab.errors import DistillabError
 from distillab.evaluate.generated import generated
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lm_eval_tasks import write_tasks
 
-from distillab.config.schema import LmEvalConfig
+from distillab.config.sections import LmEvalConfig
 from distillab.errors import DistillabError
 from distillab.evaluate import harness
 from distillab.evaluate.harness import check_harness, evaluate_with_harness

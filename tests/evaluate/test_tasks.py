@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from distillab.config.schema import TaskConfig
+from distillab.config.sections import TaskConfig
 from distillab.data.chat import render_prompt
 from distillab.errors import DistillabError
 from distillab.evaluate.checks import merged

@@ -22,13 +22,8 @@ from report_runs import write_run
 from stub_server import Stub, completion
 
 from distillab.config.recipes import differences, dump_recipe, load_recipe, shipped_recipes
-from distillab.config.schema import (
-    EvaluateConfig,
-    ModelConfig,
-    SamplingConfig,
-    ServerConfig,
-    TrainingConfig,
-)
+from distillab.config.schema import EvaluateConfig, ModelConfig, TrainingConfig
+from distillab.config.sections import SamplingConfig, ServerConfig
 from distillab.data.articles import read_files, text_files
 from distillab.data.chat import render, render_prompt
 from distillab.data.chunks import WikiDataset

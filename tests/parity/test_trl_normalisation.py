@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 from distillab.batch import Example, collate_examples
-from distillab.config.schema import LossConfig, ResponsesConfig, SamplingConfig, TrainingConfig
+from distillab.config.schema import LossConfig, TrainingConfig
+from distillab.config.sections import ResponsesConfig, SamplingConfig
 from distillab.data.chat import render
 from distillab.generate.generator import TextGenerator
 from distillab.models.interface import PretrainedLM

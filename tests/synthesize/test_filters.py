@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillab.config.schema import FilterConfig
+from distillab.config.sections import FilterConfig
 from distillab.errors import DistillabError
 from distillab.synthesize.filters import make_filter, needs_answer, normalise
 

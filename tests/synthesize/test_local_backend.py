@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distillab.config.schema import SamplingConfig
+from distillab.config.sections import SamplingConfig
 from distillab.data.pairs import Task
 from distillab.errors import DistillabError
 from distillab.generate.sampling import filter_top_k, filter_top_p, sample_tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distillab import bars
-from distillab.config.schema import FilterConfig, SamplingConfig, SynthesizeConfig
+from distillab.config.sections import FilterConfig, SamplingConfig, SynthesizeConfig
 from distillab.data.pairs import Task
 from distillab.data.responses import read_rows
 from distillab.errors import DistillabError

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Batch, Example, collate_text
-from ..config.schema import Recipe, TextConfig
+from ..config.schema import Recipe
+from ..config.sections import TextConfig
 from ..data.chat import turn_end
 from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset

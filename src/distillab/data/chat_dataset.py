@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..batch import Example, Tokens
-from ..config.schema import DataSection
+from ..config.sections import DataSection
 from ..console import make_console
 from ..errors import DistillabError
 from .chat import control_token, render_ahead

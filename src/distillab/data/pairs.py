@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cache import expanded
-from ..config.schema import DataSection
-from ..config.sections import Experience
+from ..config.sections import DataSection, Experience
 from ..errors import DistillabError, shown, some
 from ..sources import SHIPPED, fetch, require_file
 from .conversations import Conversation, read_conversations

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config.schema import GeneratorConfig
+from ..config.sections import GeneratorConfig
 from ..data.conversations import Conversation
 from ..errors import DistillabError, foreign, nearest
 

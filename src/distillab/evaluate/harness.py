@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..config.schema import LmEvalConfig
+from ..config.sections import LmEvalConfig
 from ..errors import DistillabError, nearest
 from ..models.interface import LanguageModel, PretrainedLM
 from ..models.pretrained import load_pretrained, one_line_errors

@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from ..config.schema import SamplingConfig
+from ..config.sections import SamplingConfig
 from ..errors import DistillabError, nearest
 from ..generate.generator import TextGenerator, left_pad
 from ..generate.likelihood import likelihoods

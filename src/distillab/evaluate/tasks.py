@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from ..config.schema import DataSection, SamplingConfig, TaskConfig
+from ..config.sections import DataSection, SamplingConfig, TaskConfig
 from ..config.style import USUAL, Style
 from ..data.chat import render_prompt, text_ids
 from ..data.conversations import Conversation

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..config.schema import SamplingConfig
+from ..config.sections import SamplingConfig
 from ..errors import DistillabError, nearest
 
 __all__ = ["Strategy", "filter_top_k", "filter_top_p", "sample_tokens"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import FilterConfig
+from ..config.sections import FilterConfig
 from ..errors import DistillabError, foreign, nearest
 
 __all__ = ["Filter", "make_filter", "needs_answer", "normalise"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..config.schema import SamplingConfig
+from ..config.sections import SamplingConfig
 from ..data.pairs import Task
 from ..errors import DistillabError
 from ..generate.generator import TextGenerator, left_pad, until_stop

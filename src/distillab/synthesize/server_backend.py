@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..config.schema import SamplingConfig, ServerConfig
+from ..config.sections import SamplingConfig, ServerConfig
 from ..errors import DistillabError, reason
 from .questions import TOO_LONG, Answer, Outcome, Question, Unanswered
 

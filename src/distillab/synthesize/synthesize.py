@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bars import make_bar
-from ..config.schema import SynthesizeConfig
+from ..config.sections import SynthesizeConfig
 from ..data.pairs import Task
 from ..errors import DistillabError
 from ..signals import StopRequest

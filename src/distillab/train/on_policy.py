@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..batch import Batch, Example
-from ..config.schema import ResponsesConfig
+from ..config.sections import ResponsesConfig
 from ..models.interface import LanguageModel
 from .rollout import Rollout, RolloutSums, student_fraction
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..batch import Example, Tokens
-from ..config.schema import ResponsesConfig, SamplingConfig
+from ..config.sections import ResponsesConfig, SamplingConfig
 from ..errors import DistillabError
 from ..generate.generator import TextGenerator, left_pad, until_stop
 from ..generate.sampling import sampling_options
