@@ -10,16 +10,7 @@ class DistillabError(Exception):
 
 
 def nearest(found: str, choices: Iterable[str], otherwise: str | None = None) -> str:
-    """给出最接近 ``found`` 的合法选择，供错误信息结尾使用。
-
-    Args:
-        found: 使用者写下的名字。
-        choices: 合法的名字。
-        otherwise: 没有相近的时说什么；名字多得列不下才需要。
-
-    Returns:
-        ``"did you mean 'x'?"``；没有相近的就列出全部：``"choose from a, b"``。
-    """
+    """最接近 ``found`` 的合法选择，放在错误信息的结尾；没有相近的，是 ``otherwise`` 或列出全部。"""
     names = sorted(choices)
     close = difflib.get_close_matches(found, names, n=1)
     if close:
@@ -42,11 +33,18 @@ def reason(error: BaseException) -> str:
     """一个异常为什么发生，一行：它的第一行话；话里看不出所以然的，带上异常的名字。"""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    if not said:
-        return name
-    return f"{name}: {said}" if isinstance(error, (LookupError, AttributeError)) else said
+    if isinstance(error, (LookupError, AttributeError)) and _first_line(error):
+        return typed_reason(error)
+    return _first_line(error) or type(error).__name__
+
+
+def typed_reason(error: BaseException) -> str:
+    """异常的名字与第一行话：别人的程序抛出的，名字总要说。"""
+    return f"{type(error).__name__}: {_first_line(error) or 'no detail'}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 @contextmanager
@@ -54,13 +52,8 @@ def foreign(what: str) -> Iterator[None]:
     """读别人写的东西的边界：无论抛出什么，都变成 ``what: 原因`` 一行，原来的异常是 ``__cause__``。
 
     库对坏文件抛出的异常没有定数（``KeyError``、``RecursionError``、Rust 的 panic……），所以不列举。
-    只包住对库的调用，不包自己的逻辑：自己的错要看得见 traceback。
-
-    Args:
-        what: 读不了的是什么，例如 ``cannot load model 'x'``。
-
-    Raises:
-        DistillabError: 其中抛出了异常；``DistillabError``、Ctrl-C 与退出原样通过。
+    只包住对库的调用，不包自己的逻辑：自己的错要看得见 traceback。``DistillabError``、Ctrl-C 与退出
+    原样通过。
     """
     try:
         yield

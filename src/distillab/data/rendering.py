@@ -256,7 +256,7 @@ def _answers(library: Any, template: str, request: Any) -> list[tuple[str, list[
         except MemoryError:
             raise
         except Exception as error:  # 模板是别人的程序，什么都可能抛出
-            answers.append(("", [], _reason(error)))
+            answers.append(("", [], reason(error)))
             continue
         if len(texts[0]) > longest:
             raise _TooLongError(f"writes {len(texts[0]):,} characters for {turns} turns")
@@ -270,13 +270,6 @@ def _fix_date(template: Any, today: str | None) -> None:
         return day.strftime(form)
 
     template.globals["strftime_now"] = strftime_now
-
-
-def _reason(error: Exception) -> str:
-    from jinja2 import TemplateError
-
-    said = str(error).strip()
-    return said.splitlines()[0] if said and isinstance(error, TemplateError) else reason(error)
 
 
 def _limit_memory() -> None:

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import DistillabError, HungUp, Terminated, exit_code
+from ..errors import DistillabError, HungUp, Terminated, exit_code, reason, typed_reason
 from ..signals import grace_seconds
 
 if TYPE_CHECKING:
@@ -125,18 +125,18 @@ class Watch:
         )
         if lost and self._first(None) is None:
             time.sleep(SILENT)  # 没了的进程这时才看得出
-        first = str(error).partition("\n")[0]
-        reason = first or type(error).__name__
         if lost:
-            reason = f"waited for the others in vain ({_short(first)}); {self.positions()}"
-        elif not isinstance(error, (DistillabError, KeyboardInterrupt)):
-            reason = f"{type(error).__name__}: {reason}"
+            why = f"waited for the others in vain ({_short(reason(error))}); {self.positions()}"
+        elif isinstance(error, (DistillabError, KeyboardInterrupt)):
+            why = reason(error)
+        else:
+            why = typed_reason(error)
         code = exit_code(error) if isinstance(error, KeyboardInterrupt) else 1
         step, phase, _ = self._position
-        own = {"rank": self.rank, "step": step, "phase": phase, "reason": reason, "code": code}
+        own = {"rank": self.rank, "step": step, "phase": phase, "reason": why, "code": code}
         found = self._first(own) or own
         if found["rank"] != self.rank:  # 理由相同的是商量好一起停的
-            return None if found["reason"] == reason else _exception(found)
+            return None if found["reason"] == why else _exception(found)
         if isinstance(error, Exception):
             get_error_handler().record_exception(error)  # torchrun 的总结里有它
         if not lost and not isinstance(error, (DistillabError, KeyboardInterrupt)):

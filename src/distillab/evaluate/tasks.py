@@ -19,7 +19,7 @@ from ..config.style import USUAL, Style
 from ..data.chat import render_prompt, text_ids
 from ..data.conversations import Conversation
 from ..data.pairs import Pair, Task, load_pairs, with_experience
-from ..errors import DistillabError
+from ..errors import DistillabError, typed_reason
 from ..files import replace_file
 from ..generate.likelihood import likelihoods
 from ..models.interface import LanguageModel
@@ -248,7 +248,7 @@ class ResponseTask(TaskSet):
         except Exception as error:  # 使用者的函数可能抛出任何异常
             raise DistillabError(
                 f"evaluate.tasks.{self.name}.match failed on the response to {pair.key!r}: "
-                f"{type(error).__name__}: {(str(error).splitlines() or ['no detail'])[0]}"
+                f"{typed_reason(error)}"
             ) from error
         row = TaskRow(
             id=pair.key,

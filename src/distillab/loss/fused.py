@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..config.schema import LossConfig
+from ..errors import reason
 from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
 from .chunking import BUDGET_BYTES, Chunking
 from .losses import LossSums, check_targets
@@ -352,16 +353,10 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return (TorchDynamoException, InductorError)
 
 
-def compile_reason(error: Exception) -> str:
-    """编译不成的原因，一行英文。"""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
-
-
 def _give_up_compiling(error: Exception) -> None:
     global _compilation_failed
     _compilation_failed = True
     logger.warning(
         "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)",
-        compile_reason(error),
+        reason(error),
     )

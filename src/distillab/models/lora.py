@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import LoraConfig
-from ..errors import DistillabError, nearest, some
+from ..errors import DistillabError, nearest, reason, some
 from .interface import PROBE_TOKENS, PretrainedLM, evaluating
 
 logger = logging.getLogger("distillab")
@@ -173,9 +173,8 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        reason = next(iter(str(error).splitlines()), "not installed")
         raise DistillabError(
-            f"student.lora needs peft ({reason}): pip install 'distillab[peft]'"
+            f"student.lora needs peft ({reason(error)}): pip install 'distillab[peft]'"
         ) from None
     return peft
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..bars import make_bar
 from ..config.sections import SynthesizeConfig
 from ..data.pairs import Task
-from ..errors import DistillabError
+from ..errors import DistillabError, typed_reason
 from ..signals import StopRequest
 from .filters import Filter, make_filter, needs_answer
 from .questions import TOO_LONG, Answer, Backend, Question, Unanswered, check_tasks
@@ -235,8 +235,7 @@ def _keep(judge: Filter, task: Task, row: Mapping[str, Any]) -> bool:
         return judge(task.record, task.answer, response)
     except Exception as error:  # 使用者的函数可能抛出任何异常
         raise DistillabError(
-            f"synthesize.filter failed on the answer to {task.id!r}: "
-            f"{type(error).__name__}: {(str(error).splitlines() or ['no detail'])[0]}"
+            f"synthesize.filter failed on the answer to {task.id!r}: {typed_reason(error)}"
         ) from error
 
 

@@ -29,7 +29,7 @@ from ..config.schema import TrainingConfig
 from ..distributed.layout import Layout
 from ..distributed.optimizer_state import WholeOptimizer
 from ..distributed.sharding import place, reshard, shape, whole
-from ..errors import DistillabError
+from ..errors import DistillabError, reason
 from ..files import temporary_beside, writing
 from .checkpoint_files import (
     BEST,
@@ -171,13 +171,13 @@ def resume_newest(
         others = [text for text in gather_object([str(error or "")]) if text]  # 一起决定
         if state is not None and not others:
             if accelerator.is_main_process:
-                for bad, reason in damaged.items():
-                    logger.warning("%s; moved to %s", reason, set_aside(bad))
+                for bad, damage in damaged.items():
+                    logger.warning("%s; moved to %s", damage, set_aside(bad))
             accelerator.wait_for_everyone()
             return state, path
         damaged[path] = error or DamagedCheckpoint(others[0])
-    for reason in damaged.values():
-        raise reason
+    for damage in damaged.values():
+        raise damage
     return None
 
 
@@ -363,7 +363,7 @@ def _load(path: Path, saved: Saved, read: Callable[[], Any]) -> None:
     except Exception as error:
         if saved.files is not None:
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        first = reason(error).partition(". ")[0]
         raise DamagedCheckpoint(f"{path}: damaged checkpoint: {first}") from None
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..config.schema import TrainingConfig
-from ..loss.fused import compile_errors, compile_reason
+from ..errors import reason
+from ..loss.fused import compile_errors
 from ..models.interface import LanguageModel
 
 logger = logging.getLogger("distillab")
@@ -77,6 +78,6 @@ def _call(
             logger.warning(
                 "train.compile: torch.compile cannot be used here, the models run uncompiled: "
                 "same numbers, slower (%s)",
-                compile_reason(error),
+                reason(error),
             )
     return eager(*args, **kwargs)

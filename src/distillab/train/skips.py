@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from ..batch import Batch, FailedRow
-from ..errors import DistillabError
+from ..errors import DistillabError, typed_reason
 from .state import TrainerState
 
 logger = logging.getLogger("distillab")
@@ -51,7 +51,7 @@ class GuardedRows(Dataset[Any]):
         try:
             return _Row(index, self.data[index])
         except Exception as error:  # 数据集可能抛出任何异常
-            return _Row(index, None, _reason(error))
+            return _Row(index, None, typed_reason(error))
 
 
 class GuardedCollate:
@@ -92,7 +92,7 @@ class GuardedCollate:
             try:
                 self.collate([row.item])
             except Exception as error:  # 同上
-                return row._replace(reason=_reason(error))
+                return row._replace(reason=typed_reason(error))
         return row
 
     def _stand_in(self) -> Batch:
@@ -165,7 +165,3 @@ def skipped_step(
             f"not finite; try a lower train.learning_rate (now {learning_rate:g}), "
             f"more train.warmup_steps, or train.precision=fp32"
         )
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
