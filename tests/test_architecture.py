@@ -104,6 +104,7 @@ def test_recipe_files_are_read_by_the_run_directory_and_the_commands_alone():
         ("report.page, distillab.report.terminal_tables",
          "torch transformers pydantic matplotlib plotly"),
         ("config.recipes, distillab.config.run_dir", "torch transformers"),
+        ("plan.plan, distillab.plan.table", "torch transformers"),
     ],
 )  # fmt: skip
 def test_light_rooms_need_none_of_the_heavy_libraries(modules, heavy):

@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from distillab.config.recipes import load_recipe
 from distillab.config.schema import LoraConfig, LossConfig, ModelConfig
+from distillab.loss.chunking import BUDGET_BYTES
 from distillab.loss.fused import Chunks
 from distillab.loss.products import HeadProducts
 from distillab.loss.rows import RowSpec
 from distillab.models.interface import PretrainedLM
 from distillab.models.student import StudentModel
-from distillab.plan import memory
-from distillab.plan.memory import LOSS_BUFFERS, Step
+from distillab.plan.hardware import find_device
+from distillab.plan.memory import Step
+from distillab.plan.plan import plan
 from distillab.plan.shapes import SHAPES, Shape
 from distillab.targets import Head, HiddenTargets
 
@@ -120,21 +123,6 @@ def test_the_parts_that_gradients_of_one_step_need_at_its_end():
     assert window["embedding"]["gradients"] == tied.trained * 4 + 2 * head
 
 
-def test_the_numbers_of_other_modules_are_the_ones_that_they_use():
-    from distillab.generate import weights as sampling_weights
-    from distillab.loss import chunking
-    from distillab.models import kv_cache
-    from distillab.plan import plan
-    from distillab.train import on_policy
-
-    assert LOSS_BUFFERS == chunking.BUDGET_BYTES
-    assert memory.LOSS_TILE == chunking.CPU_TILE
-    assert memory.CACHE_ROOM == kv_cache._ROOM
-    assert memory.SAMPLING_STEPS == sampling_weights.MANY_STEPS
-    assert memory.SAMPLING_ROWS == sampling_weights.MANY_ROWS
-    assert plan.TOGETHER == on_policy.ROWS_TOGETHER
-
-
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])
 @pytest.mark.parametrize("vocab", [400, 49152, 151936])
 @pytest.mark.parametrize("teacher", [True, False])
@@ -145,7 +133,7 @@ def test_loss_buffers_are_those_of_the_loss(rows, vocab, teacher):
     targets = HiddenTargets(hidden, Head(torch.empty(vocab, 8, device="meta"))) if teacher else None
     spec = RowSpec.of(LossConfig(), vocab)
     chunks = Chunks(torch.empty(rows, 8), HeadProducts(torch.float32), targets, spec,
-                    LOSS_BUFFERS["cpu"])  # fmt: skip
+                    BUDGET_BYTES["cpu"])  # fmt: skip
     assert step.loss_buffers("cpu") == chunks.student.nbytes + chunks.teacher.nbytes
 
 
@@ -189,25 +177,20 @@ def test_a_step_of_the_chinese_student_has_the_known_number_of_operations():
         ("b", Shape.of(ModelConfig()), "Qwen2.5-0.5B", (1, 512)),
     ],
 )
-def test_a_recorded_step_took_about_what_is_computed(case, student, teacher, sizes):
+def test_a_recorded_step_took_what_is_computed_and_what_malloc_keeps(case, student, teacher, sizes):
     records = json.loads((RECORDS / "train_step-cpu.json").read_text())
     (record,) = (r for r in records if (r["case"], r["implementation"]) == (case, "distillab"))
     _, parts = Step(student, SHAPES[teacher], *sizes).peak("cpu")
     extra = sum(size for name, size in parts.items() if "weights" not in name)
-    assert record["extra_bytes"] == pytest.approx(extra - parts["optimizer"], rel=0.15)
+    assert 1 <= record["extra_bytes"] / (extra - parts["optimizer"]) <= 1.4
 
 
-def test_what_malloc_keeps_is_counted_on_a_cpu_and_nowhere_else():
-    plain = Step(SHAPES["SmolLM2-135M"], None, 1, 64)
-    assert all("allocator" not in parts for parts in plain.moments("cuda").values())
-    kept = plain.moments("cpu")
-    assert kept["loss"]["allocator"] == 0
-    assert kept["embedding"]["allocator"] == kept["loss"]["student activations"]
-    blocks = 30 * SHAPES["SmolLM2-135M"].block_matmuls * 4
-    window = replace(plain, accumulation=2).moments("cpu")["embedding"]
-    assert window["allocator"] == kept["embedding"]["allocator"] + blocks
-    long = replace(plain, seq_len=8192).moments("cpu")  # 每块都大于 32 MiB，用完就还
-    assert long["embedding"]["allocator"] == 0
-    outputs = 576 + 2 * 192 + 576 + 2 * 1536 + 576
-    lora = replace(plain, lora_rank=4).moments("cpu")
-    assert lora["loss"]["allocator"] == 2 * 64 * outputs * 4 * 30
+@pytest.mark.parametrize("record", json.loads((RECORDS / "plan-cpu.json").read_text()),
+                         ids=lambda record: record["planned"])  # fmt: skip
+def test_the_recorded_plans_are_what_is_computed(record):
+    found = plan(load_recipe(record["recipe"], record["overrides"]), find_device("cpu"))
+    parts = {name: size for name, size in found.parts.items() if name != "overhead"}
+    assert (found.moment, parts) == (record["moment"], record["parts"])
+    assert record["planned_bytes"] == sum(parts.values())
+    assert record["ratio"] == record["planned_bytes"] / record["peak_bytes"]
+    assert 1.05 < 1 / record["ratio"] < 1.5

@@ -316,6 +316,13 @@ def test_a_directory_without_a_config_and_an_unknown_device_are_refused(tmp_path
         find_device("H100")
 
 
+def test_a_plan_for_a_cpu_says_what_it_leaves_out():
+    assert "omitted: freed blocks that malloc keeps" in summary(
+        plan(load_recipe("wiki-zh"), CPU), 80
+    )
+    assert "omitted" not in summary(plan(load_recipe("wiki-zh"), T4), 80)
+
+
 def test_a_plan_loads_no_torch():
     code = (
         "import sys; sys.argv = ['distillab', 'plan', 'experience/demo-gkd', '--device', 't4']\n"

@@ -13,15 +13,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..limits import MANY_ROWS, MANY_STEPS
 from ..models.interface import LanguageModel
 from ..models.kv_cache import autocast_dtype
 from ..models.lora import adapters_off, is_plain_float32, mergeable_layers, merged_weight
-
-MANY_STEPS = 16
-"""至少要生成这么多步，才值得抄一遍权重。"""
-
-MANY_ROWS = 4
-"""至少有这么多行才按列存放：三行以内，MKL 对按行存放的权重另有快路。"""
 
 
 @contextmanager

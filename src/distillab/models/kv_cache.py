@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KVCache", "LayerCache", "dynamic_cache"]
+from ..limits import cache_room
 
-_ROOM = 64
-"""至少预留的 token 数；更长的缓存预留一半，抄写的总量因而与长度成正比。"""
+__all__ = ["KVCache", "LayerCache", "dynamic_cache"]
 
 
 class LayerCache:
@@ -63,7 +62,7 @@ def _grown(old: Tensor | None, new: Tensor, length: int) -> Tensor:
     """
     *outer, _, width = new.shape
     dtype = autocast_dtype(new.device)
-    room = new.new_empty(*outer, length + max(_ROOM, length // 2), width, dtype=dtype or new.dtype)
+    room = new.new_empty(*outer, cache_room(length), width, dtype=dtype or new.dtype)
     if old is not None:
         room[..., : old.shape[-2], :] = old
     return room

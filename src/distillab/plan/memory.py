@@ -1,29 +1,15 @@
 """一步训练要多少内存与多少次浮点运算：全由形状算出，不加载模型，不导入 torch。
 
-只算说得清出处的部分；分配器的碎片、CUDA context、库自己的缓冲区不在内。
+只算张量；CUDA context、库自己的缓冲区，与分配器留着不还的（CPU 上 malloc 的堆）不在内。
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from ..limits import MANY_ROWS, MANY_STEPS, cache_room
+from ..loss.chunking import BUDGET_BYTES, Chunking
 from .shapes import BYTES, Shape, forward_operations
-
-LOSS_BUFFERS = MappingProxyType({"cpu": 160 * 2**20, "cuda": 512 * 2**20})
-"""损失分块的缓冲区至多这么大，与 ``fused.BUDGET_BYTES`` 相同。"""
-
-LOSS_TILE = 8
-"""CPU 上损失的块是它的倍数，与 ``fused.CPU_TILE`` 相同。"""
-
-CACHE_ROOM = 64
-"""KV cache 至少多留这么多 token，与 ``kv_cache`` 的相同。"""
-
-SAMPLING_STEPS, SAMPLING_ROWS = 16, 4
-"""至少这么多步、这么多行，采样才另抄一份权重，与 ``sampling_weights`` 的相同。"""
-
-HEAP_BLOCK = 32 * 2**20
-"""glibc 的 malloc 直接向系统要、用完就还的，是比这更大的块。"""
 
 ZERO_BUCKET = 500_000_000
 """DeepSpeed 归约梯度的桶缺省有这么多个数。"""
@@ -34,7 +20,7 @@ class Sampling:
     """一次 rollout 里一起采样的那些行。
 
     Attributes:
-        rows: 几条一起，至多 ``on_policy.ROWS_TOGETHER``。
+        rows: 几条一起，至多 ``limits.ROWS_TOGETHER``。
         prompt: 最长的 prompt，token。
         new_tokens: 每条最多生成几个 token。
     """
@@ -45,10 +31,10 @@ class Sampling:
 
     @property
     def room(self) -> int:
-        """一行的 KV cache 能放几个 token：``kv_cache.LayerCache`` 每次多留一半，至少 64 个。"""
-        room = self.prompt + max(CACHE_ROOM, self.prompt // 2)
+        """一行的 KV cache 能放几个 token：放满了才另取更大的。"""
+        room = cache_room(self.prompt)
         while room < self.prompt + self.new_tokens:
-            room += 1 + max(CACHE_ROOM, (room + 1) // 2)
+            room = cache_room(room + 1)
         return room
 
 
@@ -225,35 +211,7 @@ class Step:
                 "student activations": layer * self.checkpointing + working,
             }
         )
-        if device == "cpu":
-            for name, size in self._not_returned(layers).items():
-                found[name]["allocator"] = size
         return found
-
-    def _not_returned(self, layers: int) -> dict[str, int]:
-        """已经放掉、CPU 的分配器却没有还给系统的，时刻 -> 字节。
-
-        glibc 的 malloc 把不超过 32 MiB 的块留在堆里，后来的块又很少正好放得进空出的地方。设
-        ``MALLOC_MMAP_THRESHOLD_=1048576`` 就会还，峰值果然低这么多。留下的有：
-
-        * 反向走过的各层的激活值；
-        * 累积时，加到已有梯度上之后放掉的各层的梯度；
-        * LoRA 的每个线性层前向里临时的两份输出：adapter 留下的秩为 r 的小块占住了空出的地方。
-        """
-        student, size = self.student, BYTES[self.precision]
-        wide = self.tokens * student.intermediate_size * size
-        left = after = 0
-        if wide <= HEAP_BLOCK:
-            after = layers
-            if self.lora_rank is not None and not self.checkpointing:
-                outputs = student.query_size + 2 * student.kv_size
-                outputs += 2 * student.hidden_size + 2 * student.intermediate_size
-                left = 2 * self.tokens * outputs * size * student.num_layers
-        if self.lora_rank is None and self.accumulation > 1:
-            matrix = student.hidden_size * student.intermediate_size * 4
-            gradients = student.num_layers * student.block_matmuls * 4
-            after += gradients if matrix <= HEAP_BLOCK else 0
-        return {"loss": left, "backward": left, "embedding": left + after}
 
     def _layer(self) -> int:
         """一层为反向留下的字节数，整个 micro-batch。"""
@@ -278,22 +236,13 @@ class Step:
         return found
 
     def loss_buffers(self, device: str) -> int:
-        """损失分块的缓冲区，字节；与 ``fused.Chunks`` 的切法相同。"""
-        rows, vocab = self.response_rows, self.student.vocab_size
+        """损失分块的缓冲区，字节。"""
         two = self.distils and self.teacher is not None
         half = device == "cuda" and self.precision != "fp32"
-        row_bytes = vocab * 4 * (1 + two)
-        limit = max(1, LOSS_BUFFERS[device] // (row_bytes + 2 * vocab * half))
-        if device == "cpu":
-            limit -= limit % LOSS_TILE if limit > LOSS_TILE else 0
-            size = -(-rows // -(-rows // limit))
-            size = -(-size // LOSS_TILE) * LOSS_TILE if size > LOSS_TILE else size
-        else:
-            size = 1 << (limit.bit_length() - 1)
-            while size > 64 and size // 2 >= rows:
-                size //= 2
+        row_bytes = self.student.vocab_size * (4 * (1 + two) + 2 * half)
+        chunking = Chunking.of(self.response_rows, row_bytes, device, BUDGET_BYTES[device])
         weight = 2 * self.student.head_parameters * half * (self.base_precision == "fp32")
-        return size * (row_bytes + 2 * vocab * half) + weight  # 半精度的 head 只在损失里有一份
+        return chunking.buffer_bytes + weight  # 半精度的 head 只在损失里有一份
 
     def _teacher(self) -> int:
         """教师前向里最宽的一刻：gate、silu(gate)、up，与几份 hidden state。"""
@@ -312,13 +261,13 @@ class Step:
         tokens = sampling.rows * sampling.room
         cache = 2 * student.kv_size * student.num_layers * size * tokens
         layers = student.num_layers * student.block_matmuls
-        by_column = device == "cpu" and sampling.rows >= SAMPLING_ROWS and size == 4
+        by_column = device == "cpu" and sampling.rows >= MANY_ROWS and size == 4
         weights = 0
         if self._shards("fsdp2", "zero3") > 1:  # 分片的学生收成完整的一份，整次采样都用它
             weights = self.sampling_weights
         elif size < BYTES[self.base_precision] or (
             size == 4
-            and sampling.new_tokens >= SAMPLING_STEPS
+            and sampling.new_tokens >= MANY_STEPS
             and (by_column or self.lora_rank is not None)
         ):
             weights = layers * size + student.head_parameters * 4 * by_column

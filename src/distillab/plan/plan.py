@@ -16,6 +16,7 @@ from ..config.schema import ModelConfig, Recipe
 from ..data.conversations import Conversation
 from ..data.pairs import load_pairs
 from ..errors import DistillabError
+from ..limits import ROWS_TOGETHER
 from ..sources import fetch, parse_source
 from .hardware import Device
 from .memory import Sampling, Step
@@ -23,9 +24,6 @@ from .model_shapes import Planned, find_shape
 from .shapes import Shape
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
-
-TOGETHER = 32
-"""一起采样的至多这么多条，与 ``on_policy.ROWS_TOGETHER`` 相同。"""
 
 BYTES_PER_TOKEN = 4.3
 """估计文本有多少 token：Qwen 的 tokenizer 读中文维基、SmolLM2 的读英文维基，都是 4.3 到 4.5。"""
@@ -289,7 +287,7 @@ def _planned(
 
     sampling = None
     if recipe.responses.on_policy:
-        rows = min(config.batch_size * config.gradient_accumulation_steps, TOGETHER)
+        rows = min(config.batch_size * config.gradient_accumulation_steps, ROWS_TOGETHER)
         sampling = Sampling(rows, lengths.prompt, lengths.student - lengths.prompt)
     chat = recipe.data.format == "chat"
     step = Step(

@@ -14,6 +14,7 @@ import torch
 
 from ..batch import Batch, Example
 from ..config.sections import ResponsesConfig
+from ..limits import ROWS_TOGETHER
 from ..models.interface import LanguageModel
 from .rollout import Rollout, RolloutSums, student_fraction
 
@@ -27,9 +28,6 @@ PREFIX = "rollout."
 
 TRUNCATED, REPEATED, EMPTY = 0.5, 0.5, 0.5
 """超过这些份额就在日志里说：被截断的 response、重复的 4-gram、空的 response。"""
-
-ROWS_TOGETHER = 32
-"""最多这么多条一起采样：KV cache 才有上限。"""
 
 LENGTH_CHANGE = 2.0
 """平均长度变到最初的这么多倍（或几分之一）就在日志里说。"""
