@@ -89,8 +89,8 @@ def train(
             if not run.report.exists() and os.environ.get("RANK", "0") == "0":
                 _report(run, done)
             return run, done
-        pairs, tasks = read_pairs(recipe), load_tasks(recipe)
-        parts = parts or build_models(recipe)
+        pairs, tasks = read_pairs(recipe.data, recipe.responses), load_tasks(recipe)
+        parts = parts or build_models(recipe.student, recipe.teacher, recipe.train)
         parameters = parts.parameters  # 分片之后就数不出来了
         logger.info(
             "parameters: %s",
@@ -149,8 +149,9 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     if config.server is not None:
         backend = ServerBackend(config.server, config.sampling)
     else:
-        tokenizer, teacher = build_teacher(recipe)
-        assert recipe.teacher is not None  # build_teacher 已查过
+        if recipe.teacher is None:
+            raise DistillabError("nobody can answer: set teacher.path, or synthesize.server")
+        tokenizer, teacher = build_teacher(recipe.teacher, recipe.train.precision)
         provenance["teacher"] = {
             "path": recipe.teacher.path,
             "sha256": recipe.teacher.sha256,
@@ -215,7 +216,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
             run.lock()
         else:
             sweep(filter(idle, leftovers(target.parent, target.name)))
-        parts = build_models(recipe)
+        parts = build_models(recipe.student, recipe.teacher, recipe.train)
         state = load_student(parts.student, path)
         rows = [row for row in read_metrics(run.metrics_file) if _has_metrics(row)]
         metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}

@@ -241,7 +241,7 @@ def test_student_from_a_pretrained_path_trains_too(command):
 
 def test_train_from_python_uses_the_models_it_is_given(workdir):
     recipe = load_recipe("recipe.yaml")
-    parts = build_models(recipe)
+    parts = build_models(recipe.student, recipe.teacher, recipe.train)
     before = {name: value.clone() for name, value in parts.student.state_dict().items()}
     run, summary = train(recipe, parts=parts)
     assert any(

@@ -207,9 +207,8 @@ def recipe(teacher, data, **student):
 def test_a_student_from_scratch_stops_where_its_teacher_does(tmp_path):
     teacher = families.build("llama3", tmp_path / "teacher")
     size = json.loads((teacher / "config.json").read_text())["vocab_size"]
-    parts = build_models(
-        recipe(teacher, {"format": "text", "source": "unused.jsonl"}, vocab_size=size)
-    )
+    config = recipe(teacher, {"format": "text", "source": "unused.jsonl"}, vocab_size=size)
+    parts = build_models(config.student, config.teacher, config.train)
     expected = set(parts.tokenizer.convert_tokens_to_ids(sorted(STOPS["llama3"])))
     assert stop_ids(parts.tokenizer, parts.student) == expected
 
@@ -245,7 +244,7 @@ def test_training_says_what_was_added_and_when_the_student_cannot_learn_to_stop(
     student = PretrainedLM(AutoModelForCausalLM.from_pretrained(directory))
     parts = Parts(tokenizer, None, student, Vocabulary(len(tokenizer)))
     with caplog.at_level("INFO", "distillab"):
-        build_data(config, parts, read_pairs(config))
+        build_data(config, parts, read_pairs(config.data, config.responses))
     stops = [line for line in caplog.messages if "stop" in line]
     assert len(stops) == len(said)
     assert all(part in line for part, line in zip(said, stops, strict=True))

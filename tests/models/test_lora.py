@@ -575,6 +575,10 @@ def recipe(tmp_path, monkeypatch, tiny_qwen2, tiny_tokenizer):
     return recipe
 
 
+def built(recipe):
+    return build_models(recipe.student, recipe.teacher, recipe.train)
+
+
 @pytest.mark.parametrize(
     ("teacher", "lora", "dtype"),
     [
@@ -589,7 +593,7 @@ def test_the_same_model_is_loaded_once_and_the_log_says_what_that_saves(
     recipe, teacher, lora, dtype, caplog, tiny_qwen2
 ):
     caplog.set_level(logging.INFO, "distillab")
-    parts = build_models(recipe(teacher, lora))
+    parts = built(recipe(teacher, lora))
     assert parts.teacher is parts.student
     assert isinstance(parts.local_teacher(), AdapterOffTeacher)
     assert {p.dtype for p in base_parameters(parts.student)} == {dtype}
@@ -602,7 +606,7 @@ def test_the_same_model_is_loaded_once_and_the_log_says_what_that_saves(
 
 
 def test_in_two_types_it_is_loaded_twice_and_the_log_says_why(recipe, caplog):
-    parts = build_models(recipe({"dtype": "bfloat16"}))
+    parts = built(recipe({"dtype": "bfloat16"}))
     assert parts.teacher is not parts.student
     assert type(parts.local_teacher()) is LocalTeacher
     assert parts.teacher.head.weight.dtype == torch.bfloat16
@@ -610,21 +614,21 @@ def test_in_two_types_it_is_loaded_twice_and_the_log_says_why(recipe, caplog):
 
 
 def test_code_of_its_own_makes_it_another_model(recipe):
-    parts = build_models(recipe({"trust_remote_code": True}))
+    parts = built(recipe({"trust_remote_code": True}))
     assert type(parts.local_teacher()) is LocalTeacher
 
 
 def test_another_model_is_an_ordinary_teacher(recipe, tiny_llama, tiny_tokenizer):
     tiny_llama.save_pretrained("other")
     tiny_tokenizer.save_pretrained("other")
-    parts = build_models(recipe({"path": "other"}))
+    parts = built(recipe({"path": "other"}))
     assert type(parts.local_teacher()) is LocalTeacher
     assert has_lora(parts.student)
     assert not has_lora(parts.teacher)
 
 
 def test_without_lora_the_same_model_is_loaded_twice(recipe):
-    parts = build_models(recipe(lora=None))
+    parts = built(recipe(lora=None))
     assert parts.teacher is not parts.student
     assert not has_lora(parts.student)
     assert parts.parameters["teacher"] == parts.parameters["student"]
@@ -636,7 +640,7 @@ def test_a_whole_run_exports_what_it_measured(recipe):
     assert summary["student_after"]["cross_entropy"] < summary["student_before"]["cross_entropy"]
     assert summary["parameters"]["teacher"] < summary["parameters"]["student"]
     loaded = PretrainedLM(AutoModelForCausalLM.from_pretrained(run.export))
-    parts = build_models(recipe())
+    parts = built(recipe())
     load_student(parts.student, run.path / "checkpoints" / "best")
     difference = loaded.logits(loaded(IDS)) - parts.student.logits(parts.student(IDS))
     assert difference.abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""配方里的字符串在这里、也只在这里变成对象；互相矛盾之处在训练之前查出来。"""
+"""教师、学生与 tokenizer：由配方里的字符串装配，互相矛盾之处在训练之前查出来。"""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import LoraConfig, ModelConfig, ModelSource, Recipe, StudentSection
+from ..config.schema import (
+    LoraConfig,
+    ModelConfig,
+    ModelSource,
+    Precision,
+    StudentSection,
+    TrainingConfig,
+)
 from ..data.left_out import check_left_out
 from ..distributed.engine import DTYPES, resolve_precision
-from ..errors import DistillabError
 from ..export.convert import student_from_teacher
 from ..generate.stops import stop_ids
 from ..models.interface import PretrainedLM
@@ -38,12 +44,8 @@ logger = logging.getLogger("distillab")
 class Parts:
     """一份配方装配出来的对象。
 
-    Attributes:
-        tokenizer: 学生的 tokenizer。
-        teacher: 教师，或 ``None``；关掉 adapter 的学生就是教师时，它就是 ``student`` 那个对象。
-        student: 尚未训练的学生；训练的参数是 float32。
-        vocabulary: 教师与学生的 tokenizer 定义相同的 token。
-        shard_teacher: 训练时教师的权重分到各进程。
+    关掉 adapter 的学生就是教师时，``teacher`` 就是 ``student`` 那个对象；``vocabulary`` 是两边定义
+    相同的 token；``shard_teacher`` 说训练时教师的权重分不分到各进程。
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,108 +78,77 @@ class Parts:
             yield self.teacher
 
 
-def build_models(recipe: Recipe) -> Parts:
-    """装配 tokenizer、教师与学生，并在训练之前查出互相矛盾之处。
-
-    Args:
-        recipe: 配方。
-
-    Returns:
-        ``Parts``。
-
-    Raises:
-        DistillabError: 来源读不到；tokenizer 与模型不符；两个 tokenizer 对同一个 id 说法不一。
-    """
-    set_seed(recipe.train.seed)
-    teacher_tokenizer = _teacher_tokenizer(recipe)
-    tokenizer = _student_tokenizer(recipe) or teacher_tokenizer
-    assert tokenizer is not None  # Recipe 已查过：没有教师时必有学生自己的
-    if teacher_tokenizer is None or tokenizer is teacher_tokenizer:
+def build_models(
+    student: StudentSection, teacher: ModelSource | None, train: TrainingConfig
+) -> Parts:
+    """装配 tokenizer、教师与学生；来源读不到、彼此不符的都在这里就是 ``DistillabError``。"""
+    set_seed(train.seed)
+    precision = train.precision
+    if teacher is None:
+        tokenizer, model = _tokenizer(student), _student(student, None, precision)
+        check_tokenizer_fits(tokenizer, model.vocab_size, "student")
+        return Parts(tokenizer, None, model, own_vocabulary(tokenizer))
+    theirs = _tokenizer(teacher)
+    tokenizer = _tokenizer(student) if student.tokenizer or student.path else theirs
+    if tokenizer is theirs:
         vocabulary = own_vocabulary(tokenizer)
     else:
-        vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer)
-    shared = _teacher_is_base_of_student(recipe)
-    teacher = None if shared else _teacher(recipe)
-    if teacher is not None:
-        check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
-    student = _student(recipe, teacher)
-    check_tokenizer_fits(tokenizer, student.vocab_size, "student")
-    if teacher is not None and isinstance(student, StudentModel):
-        # 从零开始的学生没有自己的配置：停在哪里也跟教师学。
-        student.eos_token_ids = frozenset(i for i in teacher.eos_token_ids if i in vocabulary)
-    if teacher is not None and recipe.teacher is not None:
-        teacher.to(frozen_dtype(recipe.teacher, recipe))
-    if shared:
-        assert isinstance(student, PretrainedLM)  # 有 LoRA 就是预训练的
-        teacher = student
-        check_tokenizer_fits(teacher_tokenizer or tokenizer, teacher.vocab_size, "teacher")
-        saved = sum(p.numel() * p.element_size() for p in base_parameters(student))
+        vocabulary = shared_vocabulary(tokenizer, theirs)
+    if _is_frozen_base(teacher, student, precision):
+        frozen = None
+    else:
+        dtype = torch.float32 if student.init else frozen_dtype(teacher, precision)
+        frozen = _load(teacher, dtype)
+        check_tokenizer_fits(theirs, frozen.vocab_size, "teacher")
+    model = _student(student, frozen, precision)
+    check_tokenizer_fits(tokenizer, model.vocab_size, "student")
+    if frozen is not None:
+        if isinstance(model, StudentModel):  # 它没有自己的配置：停在哪里也跟教师学
+            model.eos_token_ids = frozenset(i for i in frozen.eos_token_ids if i in vocabulary)
+        frozen.to(frozen_dtype(teacher, precision))
+    else:
+        assert isinstance(model, PretrainedLM)  # 有 LoRA 就是预训练的
+        frozen = model
+        check_tokenizer_fits(theirs, frozen.vocab_size, "teacher")
+        saved = sum(p.numel() * p.element_size() for p in base_parameters(frozen))
         logger.info(
-            "the teacher is the student without its adapters: no second copy, %s bytes saved",
-            f"{saved:,}",
+            f"the teacher is the student without its adapters: no second copy, {saved:,} bytes "
+            f"saved"
         )
-    if teacher is not None and teacher_tokenizer is not None:
-        check_left_out(
-            vocabulary,
-            [
-                ("student", tokenizer, stop_ids(tokenizer, student)),
-                ("teacher", teacher_tokenizer, stop_ids(teacher_tokenizer, teacher)),
-            ],
-        )
-    shard = recipe.teacher is not None and recipe.teacher.shard
-    return Parts(tokenizer, teacher, student, vocabulary, shard)
+    sides = (("student", tokenizer, model), ("teacher", theirs, frozen))
+    check_left_out(vocabulary, [(name, one, stop_ids(one, of)) for name, one, of in sides])
+    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard)
 
 
-def frozen_dtype(source: ModelSource | LoraConfig, recipe: Recipe) -> torch.dtype:
+def build_teacher(
+    teacher: ModelSource, precision: Precision
+) -> tuple[PreTrainedTokenizerBase, PretrainedLM]:
+    """只要教师与它的 tokenizer，供 ``distillab synthesize``。"""
+    tokenizer, model = _tokenizer(teacher), _load(teacher, frozen_dtype(teacher, precision))
+    check_tokenizer_fits(tokenizer, model.vocab_size, "teacher")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return tokenizer, model
+
+
+def frozen_dtype(source: ModelSource | LoraConfig, precision: Precision) -> torch.dtype:
     """冻结的权重的类型；``auto`` 跟随训练的计算精度。"""
     if source.dtype == "auto":
-        return DTYPES[resolve_precision(recipe.train.precision)]
+        return DTYPES[resolve_precision(precision)]
     dtype: torch.dtype = getattr(torch, source.dtype)
     return dtype
 
 
-def build_teacher(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedLM]:
-    """只要教师与它的 tokenizer，供 ``distillab synthesize``。
-
-    Raises:
-        DistillabError: 配方里没有教师，或读不了。
-    """
-    tokenizer = _teacher_tokenizer(recipe)
-    if recipe.teacher is None or tokenizer is None:
-        raise DistillabError("nobody can answer: set teacher.path, or synthesize.server")
-    teacher = _load(recipe.teacher.path, recipe.teacher, frozen_dtype(recipe.teacher, recipe))
-    check_tokenizer_fits(tokenizer, teacher.vocab_size, "teacher")
-    if torch.cuda.is_available():
-        teacher.to("cuda")
-    return tokenizer, teacher
+def _tokenizer(section: ModelSource | StudentSection) -> PreTrainedTokenizerBase:
+    source = section.tokenizer or section.path
+    assert source is not None  # Recipe 已查过：没有教师时必有学生自己的
+    sha256 = section.sha256 if source == section.path else None
+    return load_tokenizer(source, sha256=sha256, trust_remote_code=section.trust_remote_code)
 
 
-def _student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    """学生自己的 tokenizer；``None`` 表示沿用教师的。"""
-    student = recipe.student
-    source = student.tokenizer or student.path
-    if source is None:
-        return None
-    sha256 = student.sha256 if source == student.path else None
-    return load_tokenizer(source, sha256=sha256, trust_remote_code=student.trust_remote_code)
-
-
-def _teacher_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
-    sha256 = teacher.sha256 if teacher.tokenizer is None else None
-    return load_tokenizer(
-        teacher.tokenizer or teacher.path,
-        sha256=sha256,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-
-
-def _teacher_is_base_of_student(recipe: Recipe) -> bool:
+def _is_frozen_base(teacher: ModelSource, student: StudentSection, precision: Precision) -> bool:
     """教师是否就是学生冻结的基座：同一个来源，同样的类型。"""
-    student, teacher = recipe.student, recipe.teacher
-    if student.lora is None or student.path is None or teacher is None:
+    if student.lora is None or student.path is None:
         return False
     if teacher.trust_remote_code != student.trust_remote_code:
         return False  # 运行的可能不是同一份代码
@@ -185,49 +156,45 @@ def _teacher_is_base_of_student(recipe: Recipe) -> bool:
     base = resolve_model(student.path, sha256=student.sha256)
     if Path(found).resolve() != Path(base).resolve():
         return False
-    dtypes = [frozen_dtype(source, recipe) for source in (teacher, student.lora)]
+    dtypes = [frozen_dtype(source, precision) for source in (teacher, student.lora)]
     if dtypes[0] != dtypes[1]:
+        theirs, ours = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         logger.warning(
-            "the teacher is the student's base, in %s and %s: two copies; "
-            "give teacher.dtype and student.lora.dtype the same value to keep one",
-            *(str(dtype).removeprefix("torch.") for dtype in dtypes),
+            f"the teacher is the student's base, in {theirs} and {ours}: two copies; give "
+            f"teacher.dtype and student.lora.dtype the same value to keep one"
         )
     return dtypes[0] == dtypes[1]
 
 
-def _load(path: str, source: ModelSource | StudentSection, dtype: torch.dtype) -> PretrainedLM:
+def _load(section: ModelSource | StudentSection, dtype: torch.dtype) -> PretrainedLM:
+    assert section.path is not None
     return PretrainedLM(
         load_pretrained(
-            path,
+            section.path,
             dtype=dtype,
-            sha256=source.sha256,
-            trust_remote_code=source.trust_remote_code,
+            sha256=section.sha256,
+            trust_remote_code=section.trust_remote_code,
         )
     )
 
 
-def _teacher(recipe: Recipe) -> PretrainedLM | None:
-    source = recipe.teacher
-    if source is None:
-        return None
-    dtype = torch.float32 if recipe.student.init else frozen_dtype(source, recipe)
-    return _load(source.path, source, dtype)
-
-
-def _student(recipe: Recipe, teacher: PretrainedLM | None) -> StudentModel | PretrainedLM:
-    section = recipe.student
-    if section.path is not None:
-        dtype = torch.float32 if section.lora is None else frozen_dtype(section.lora, recipe)
-        student = _load(section.path, section, dtype)
-        if section.lora is not None:
-            add_lora(student, section.lora)
-            logger.info(
-                "LoRA: %s trained parameters over a frozen base of %s in %s",
-                *(f"{sum(p.numel() for p in part):,}"
-                  for part in (adapter_parameters(student), base_parameters(student))),
-                str(frozen_dtype(section.lora, recipe)).removeprefix("torch."),
-            )  # fmt: skip
+def _student(
+    section: StudentSection, teacher: PretrainedLM | None, precision: Precision
+) -> StudentModel | PretrainedLM:
+    if section.lora is not None:
+        dtype = frozen_dtype(section.lora, precision)
+        student = _load(section, dtype)
+        add_lora(student, section.lora)
+        trained, base = (
+            sum(p.numel() for p in part(student)) for part in (adapter_parameters, base_parameters)
+        )
+        logger.info(
+            f"LoRA: {trained:,} trained parameters over a frozen base of {base:,} in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
         return student
+    if section.path is not None:
+        return _load(section, torch.float32)
     if section.init is not None:
         assert teacher is not None  # Recipe 已查过
         layers = section.init.layers or (section.config or ModelConfig()).num_layers

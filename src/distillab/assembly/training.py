@@ -1,4 +1,4 @@
-"""由配方装配数据与训练循环；模型在 ``parts.py`` 里装配。"""
+"""由配方与装配好的模型得出数据与训练循环。"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..batch import Batch, Example, collate_text
 from ..config.schema import Recipe
-from ..config.sections import TextConfig
+from ..config.sections import DataSection, ResponsesConfig, TextConfig
 from ..data.chat import turn_end
 from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset
@@ -35,17 +35,13 @@ from .parts import Parts
 
 logger = logging.getLogger("distillab")
 
+_TEXT_KEYS = ("text_field", "subset", "split", "sha256", "size_mb")
+"""配方里说文本在哪里、取多少的键，与 ``WikiDataset.build`` 的参数同名。"""
+
 
 @dataclass
 class Data:
-    """训练循环要的数据。
-
-    Attributes:
-        train: 训练集。
-        validation: 验证集。
-        collate: 把若干项拼成 ``Batch``。
-        sampler: 训练集的次序；``None`` 为随机打乱。
-    """
+    """训练循环要的数据；``sampler`` 是训练集的次序，``None`` 为随机打乱。"""
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -53,35 +49,34 @@ class Data:
     sampler: Sampler[int] | None = None
 
 
-def read_pairs(recipe: Recipe) -> list[Pair]:
-    """对话数据读入并查对，不需要模型：写错的数据不必等几十亿参数装好才发现。
-
-    Returns:
-        各对；数据是文本时为空。
-
-    Raises:
-        DistillabError: 见 ``load_pairs``。
-    """
-    if recipe.data.format != "chat":
+def read_pairs(data: DataSection, responses: ResponsesConfig) -> list[Pair]:
+    """对话数据读入并查对，不需要模型：写错的数据不必等几十亿参数装好才发现。文本没有对话。"""
+    if data.format != "chat":
         return []
-    pairs, notes = load_pairs(recipe.data, need_response=not recipe.responses.only_sampled)
+    pairs, notes = load_pairs(data, need_response=not responses.only_sampled)
     for note in notes:
         logger.info("%s", note)
     return pairs
 
 
 def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
-    """装配训练与验证数据。
-
-    Args:
-        recipe: 配方。
-        parts: 装配好的模型。
-        pairs: ``read_pairs`` 的返回值。
+    """训练与验证数据；``pairs`` 是 ``read_pairs`` 的返回值。
 
     Raises:
         DistillabError: 数据读不了，序列长度超过模型的上限，或有教师读不了的 token。
     """
-    data = _data(recipe, parts, pairs)
+    models = {"student": parts.student, "teacher": parts.teacher}
+    longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
+    length = recipe.data.max_seq_len
+    for name, limit in longest.items():
+        if length is not None and length > limit:
+            raise DistillabError(
+                f"data.max_seq_len={length} is above the {name}'s longest sequence {limit}"
+            )
+    if recipe.data.format == "chat":
+        data = _chat_data(recipe, parts, pairs, length or min(longest.values()))
+    else:
+        data = _text_data(recipe, parts, length or longest["student"])
     left = LeftOut.of("student", parts.tokenizer, parts.vocabulary)
     rows = None if parts.teacher is None else parts.teacher.vocab_size
     for name, part in (("training data", data.train), ("validation data", data.validation)):
@@ -97,98 +92,74 @@ def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
         yield from item if isinstance(item, tuple) else (item,)
 
 
-def _data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
-    data = recipe.data
-    models = {"student": parts.student, "teacher": parts.teacher}
-    longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
-    for name, limit in longest.items():
-        if data.max_seq_len is not None and data.max_seq_len > limit:
-            raise DistillabError(
-                f"data.max_seq_len={data.max_seq_len} is above the {name}'s longest sequence "
-                f"{limit}"
-            )
-    if data.format == "chat":
-        return _chat_data(recipe, parts, pairs, data.max_seq_len or min(longest.values()))
-    train, validation = text_splits(
-        recipe, parts.tokenizer, data.max_seq_len or parts.student.max_seq_len
-    )
-    separator = document_separator(parts.tokenizer) if _packs(recipe, parts) else None
+def _text_data(recipe: Recipe, parts: Parts, max_seq_len: int) -> Data:
+    splits = text_splits(recipe.data, parts.tokenizer, max_seq_len, recipe.train.seed)
+    packed = _packs(recipe.data, recipe.responses, parts)
+    separator = document_separator(parts.tokenizer) if packed else None
     collate = partial(collate_text, vocabulary=parts.vocabulary, separator=separator)
-    return Data(train, validation, collate)
+    return Data(*splits, collate)
 
 
 def text_splits(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int
 ) -> tuple[WikiDataset | TextStream, WikiDataset]:
-    """文本数据的训练集（或流）与验证集；切好的存在缓存里，第二次很快。
+    """文本数据的训练集（或流）与验证集，每条 ``max_seq_len`` 个 token。
 
-    Args:
-        recipe: 配方，``data.format`` 是 ``text``。
-        tokenizer: 学生的 tokenizer。
-        max_seq_len: 每条序列的 token 数。
-
-    Raises:
-        DistillabError: 见 ``WikiDataset.build``。
+    切好的存在缓存里，第二次很快；错误见 ``WikiDataset.build``。
     """
-    data = recipe.data
-    options: dict[str, Any] = {
-        "max_seq_len": max_seq_len,
-        "size_mb": data.size_mb,
-        "validation_fraction": data.validation_fraction,
-        "text_field": data.text_field,
-        "subset": data.subset,
-        "split": data.split,
-        "seed": recipe.train.seed,
-        "sha256": data.sha256,
-    }
+    options = data.model_dump(include={*_TEXT_KEYS, "validation_fraction"})
+    options |= {"max_seq_len": max_seq_len, "seed": seed}
     if data.streaming:
         options["shuffle_buffer"] = data.shuffle_buffer
-        stream, validation = TextStream.build(data.source, tokenizer, **options)
+        stream, held_out = TextStream.build(data.source, tokenizer, **options)
         logger.info(
-            "streaming the training text; %s tokens for validation, from its beginning, in "
-            "sequences of %d", f"{validation.num_tokens:,}", max_seq_len,
-        )  # fmt: skip
-        return stream, validation
+            f"streaming the training text; {held_out.num_tokens:,} tokens for validation, from "
+            f"its beginning, in sequences of {max_seq_len}"
+        )
+        return stream, held_out
     train, validation = WikiDataset.build(data.source, tokenizer, **options)
     logger.info(
-        "%s training tokens, %s for validation, in sequences of %d",
-        f"{train.num_tokens:,}", f"{validation.num_tokens:,}", train.max_seq_len,
-    )  # fmt: skip
+        f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} for validation, "
+        f"in sequences of {max_seq_len}"
+    )
     return train, validation
 
 
+def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDataset:
+    """``evaluate.texts`` 的一项：这份文本的验证部分；错误见 ``WikiDataset.build``。"""
+    options = config.model_dump(include={*_TEXT_KEYS, "max_seq_len"})
+    return WikiDataset.build(config.source, tokenizer, **options)[1]
+
+
 def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
+    only_prompts = recipe.responses.only_sampled
     train, validation, report = ChatDataset.build(
         pairs,
         recipe.data,
         parts.tokenizer,
         max_seq_len=max_seq_len,
         seed=recipe.train.seed,
-        only_prompts=recipe.responses.only_sampled,
+        only_prompts=only_prompts,
     )
     for line in report.lines():
         logger.info("%s", line)
     generator = TextGenerator(parts.student, parts.tokenizer)
     _check_stops(train, generator, recipe.data.template_options)
-    config = recipe.train
-    window = config.batch_size * config.gradient_accumulation_steps * _processes()
-    collate = partial(
-        collate_rows,
-        pad_id=generator.pad_id,
-        vocabulary=parts.vocabulary,
-    )
-    if _packs(recipe, parts):
+    config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
+    window = config.batch_size * config.gradient_accumulation_steps * processes
+    collate = partial(collate_rows, pad_id=generator.pad_id, vocabulary=parts.vocabulary)
+    if _packs(recipe.data, recipe.responses, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)
+        of_student, of_teacher = rows.filled
         logger.info(
-            "packed %s conversations into %s rows of %d tokens: %.1f%% of the student's are "
-            "filled, %.1f%% of the teacher's",
-            f"{len(train):,}", f"{len(rows):,}", max_seq_len, *(100 * f for f in rows.filled),
-        )  # fmt: skip
+            f"packed {len(train):,} conversations into {len(rows):,} rows of {max_seq_len} tokens: "
+            f"{of_student:.1%} of the student's are filled, {of_teacher:.1%} of the teacher's"
+        )
         # 行一样长，所以只是打乱；一轮仍是整数步，怎样切成 micro-batch、分给几个进程都相同。
         shuffled = LengthGroupedSampler([max_seq_len] * len(rows), window, config.seed)
         return Data(rows, validation, collate, shuffled)
     sampler = LengthGroupedSampler(train.lengths, window, config.seed)
-    if recipe.responses.only_sampled and parts.teacher is not None:
+    if only_prompts and parts.teacher is not None:
         return Data(train, _answered(validation, recipe, parts), collate, sampler)
     return Data(train, validation, collate, sampler)
 
@@ -200,39 +171,36 @@ def _check_stops(
     turn = turn_end(generator.tokenizer, template_options)
     if turn is not None and turn.unwritten:
         logger.info(
-            "the chat template writes nothing after the last response: %r is trained there, "
-            "so that the student learns to stop", turn.text,
-        )  # fmt: skip
+            f"the chat template writes nothing after the last response: {turn.text!r} is trained "
+            f"there, so that the student learns to stop"
+        )
     unstopped = train.unstopped(generator.stop_ids)
     if unstopped > len(train) / 2:
         logger.warning(
-            "%s of %s responses do not end with a token that stops generation: the student "
-            "cannot learn to stop; the chat template's generation blocks may leave it "
-            "out, or data.max_seq_len may cut it off", f"{unstopped:,}", f"{len(train):,}",
-        )  # fmt: skip
+            f"{unstopped:,} of {len(train):,} responses do not end with a token that stops "
+            f"generation: the student cannot learn to stop; the chat template's generation blocks "
+            f"may leave it out, or data.max_seq_len may cut it off"
+        )
 
 
-def _packs(recipe: Recipe, parts: Parts) -> bool:
+def _packs(data: DataSection, responses: ResponsesConfig, parts: Parts) -> bool:
     """要不要、也能不能让一行里的几段互不相见；不能就在日志里说。"""
-    if not recipe.data.packing:
+    if not data.packing:
         return False
-    if recipe.responses.on_policy:
+    instead = "padding batches of similar length instead"
+    if responses.on_policy:
         logger.warning(
-            "data.packing: sampled responses have no length before they are sampled: "
-            "padding batches of similar length instead"
+            f"data.packing: sampled responses have no length before they are sampled: {instead}"
         )
         return False
+    if data.format != "chat":
+        instead = "letting them see each other instead"
     for name, model in {"student": parts.student, "teacher": parts.teacher}.items():
         if model is not None and not keeps_documents_apart(model):
-            instead = (
-                "padding batches of similar length"
-                if recipe.data.format == "chat"
-                else "letting them see each other"
-            )
             logger.warning(
-                "data.packing: the attention of the %s does not keep documents apart: %s instead",
-                name, instead,
-            )  # fmt: skip
+                f"data.packing: the attention of the {name} does not keep documents apart: "
+                f"{instead}"
+            )
             return False
     return True
 
@@ -254,39 +222,17 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
         ]
 
 
-def build_text(config: TextConfig, parts: Parts) -> WikiDataset:
-    """``evaluate.texts`` 的一项：这份文本的验证部分。
-
-    Raises:
-        DistillabError: 读不了，或比一条序列还短。
-    """
-    return WikiDataset.build(
-        config.source,
-        parts.tokenizer,
-        max_seq_len=config.max_seq_len,
-        size_mb=config.size_mb,
-        text_field=config.text_field,
-        subset=config.subset,
-        split=config.split,
-        sha256=config.sha256,
-    )[1]
-
-
 def build_trainer(
     recipe: Recipe, parts: Parts, run_dir: Path, pairs: list[Pair]
 ) -> DistillationTrainer:
-    """装配训练循环；参数见 ``build_data``。"""
+    """训练循环；参数见 ``build_data``。"""
     data = build_data(recipe, parts, pairs)
     on_policy = None
     if recipe.responses.on_policy:
         generator = TextGenerator(parts.student, parts.tokenizer, parts.vocabulary)
         limit = None if parts.teacher is None else parts.teacher.max_seq_len
-        on_policy = OnPolicy(
-            Rollout(generator, recipe.sampling, limit),
-            recipe.responses,
-            data.collate,
-            recipe.train.seed,
-        )
+        rollout = Rollout(generator, recipe.sampling, limit)
+        on_policy = OnPolicy(rollout, recipe.responses, data.collate, recipe.train.seed)
     return DistillationTrainer(
         parts.student,
         parts.local_teacher(),
@@ -301,7 +247,3 @@ def build_trainer(
         train_sampler=data.sampler,
         on_policy=on_policy,
     )
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -63,7 +63,7 @@ class Checks:
         collate = partial(collate_text, vocabulary=parts.vocabulary)
         self.texts = {
             name: trainer.evaluation_loader(
-                build_text(config, parts), collate, config.max_sequences
+                build_text(config, parts.tokenizer), collate, config.max_sequences
             )
             for name, config in recipe.evaluate.texts.items()
         }

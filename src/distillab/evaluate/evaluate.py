@@ -164,8 +164,8 @@ def _prepare(recipe: Recipe) -> _Bench:
             f"evaluate.texts.{VALIDATION}: this name is the run's own validation data; "
             f"name the text differently"
         )
-    pairs, tasks = read_pairs(recipe), load_tasks(recipe)
-    parts = build_models(recipe)
+    pairs, tasks = read_pairs(recipe.data, recipe.responses), load_tasks(recipe)
+    parts = build_models(recipe.student, recipe.teacher, recipe.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):
         if model is not None:
@@ -176,7 +176,7 @@ def _prepare(recipe: Recipe) -> _Bench:
     texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():
         try:
-            examples = examples_of(build_text(config, parts), config.max_sequences)
+            examples = examples_of(build_text(config, parts.tokenizer), config.max_sequences)
         except DistillabError as error:
             raise DistillabError(f"evaluate.texts.{name}: {error}") from error
         texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocabulary)
