@@ -31,7 +31,7 @@ def counter(monkeypatch):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(compilation, "_failed", False)
+    monkeypatch.setattr(compilation.COMPILER, "failed", False)
     yield counter
     torch.compiler.reset()
 
@@ -167,9 +167,9 @@ def test_the_blocks_are_those_of_the_body(tiny_qwen2, tiny_llama):
 @pytest.mark.slow
 def test_the_c_compiler_gives_the_same_numbers(make, monkeypatch):
     torch.compiler.reset()
-    monkeypatch.setattr(compilation, "_failed", False)
+    monkeypatch.setattr(compilation.COMPILER, "failed", False)
     eager, compiled = make("eager", max_steps=3), make("compiled", max_steps=3, compile=True)
     eager.train()
     compiled.train()
-    assert not compilation._failed
+    assert not compilation.COMPILER.failed
     assert_same(compiled, eager)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import psutil
@@ -24,7 +24,7 @@ from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
 from .chunking import BUDGET_BYTES, Chunking
 from .losses import LossSums, check_targets
 from .products import HeadProducts, compute_dtype, head_products
-from .rows import RowSpec, dense_rows
+from .rows import RowSpec, RowValues, dense_rows
 from .sparse import sparse_rows
 
 logger = logging.getLogger("distillab")
@@ -102,12 +102,13 @@ def fused_distillation_loss(
     spec = RowSpec.of(objective, vocab)._replace(
         scale=scale, softcap=softcap, excluded=0 if excluded is None else len(excluded)
     )
-    sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+    total, sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden, student_weight, bias, labels, targets, excluded, spec, memory_budget
     )
     if reduction == "mean":
-        sums = [value / max(len(student_hidden), 1) for value in sums]
-    return LossSums(*sums)
+        rows = max(len(student_hidden), 1)
+        total, sums = total / rows, sums / rows
+    return LossSums(total, *sums.unbind())
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -122,25 +123,61 @@ class _FusedLoss(torch.autograd.Function):
         excluded: Tensor | None,
         spec: RowSpec,
         memory_budget: int | None,
-    ) -> tuple[Tensor, ...]:
-        needs = ctx.needs_input_grad[:3]
-        spec = spec._replace(gradient=any(needs))
+    ) -> tuple[Tensor, Tensor]:
+        """``(total, 其余五项 [5])``；逐块把梯度也算完，留给 ``backward``。"""
+        inputs, vocab = (hidden, weight, bias), spec.vocab
+        spec = spec._replace(gradient=any(ctx.needs_input_grad[:3]))
+        sums = torch.zeros(len(RowValues._fields), dtype=torch.float64, device=hidden.device)
         with head_products(hidden.device.type, compute_dtype(hidden)) as products:
-            chunks = Chunks(hidden, products, targets, spec, memory_budget)
-            sums, ctx.gradients = _run(
-                chunks, products, hidden, weight, bias, labels, targets, excluded, needs
-            )
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+            d_hidden, d_weight, d_bias = ctx.gradients = [
+                torch.zeros(part.shape, dtype=products.dtype, device=part.device)
+                if part is not None and needed
+                else None
+                for part, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+            ]
+            chunks = Chunks(hidden, products, targets, spec, memory_budget, labels, bias)
+            student_weight = products.weight(weight[:vocab])
+            if isinstance(targets, HiddenTargets):
+                head = targets.head.weight[:vocab]
+                # 教师就是关掉 adapter 的学生时，只转换一份
+                shared = head.is_set_to(weight[:vocab])
+                teacher_weight = student_weight if shared else products.weight(head)
+            for rows in chunks:
+                count = rows.stop - rows.start
+                student, teacher = chunks.student[:count], chunks.teacher[:count]
+                student_rows = products.rows(hidden.detach()[rows])
+                products.logits(student_rows, student_weight, out=student)
+                if isinstance(targets, HiddenTargets):
+                    products.logits(products.rows(targets.hidden[rows]), teacher_weight, teacher)
+                elif isinstance(targets, DenseTargets):
+                    teacher.copy_(targets.logits[rows, :vocab])
+                if excluded is not None:
+                    student.index_fill_(1, excluded, -torch.inf)
+                    teacher.index_fill_(1, excluded, -torch.inf)
+                sums += chunks.row_values(rows)
+                if not spec.gradient:
+                    continue
+                if excluded is not None:
+                    student.index_fill_(1, excluded, 0)
+                if d_bias is not None:
+                    d_bias[:vocab] += student.sum(0)
+                d_logits = products.d_logits(student)
+                if d_hidden is not None:
+                    d_hidden[rows] = products.d_rows(d_logits, student_weight)
+                if d_weight is not None:
+                    products.add_d_weight(d_weight[:vocab], d_logits, student_rows)
+        ctx.dtypes = [None if part is None else part.dtype for part in inputs]
         divergence, cross_entropy = sums[:2]
-        total = spec.alpha * spec.temperature**2 * divergence
-        total = (total if spec.alpha > 0 else 0) + (1 - spec.alpha) * cross_entropy
-        result = tuple(value.to(products.dtype) for value in (total, *sums))
-        ctx.mark_non_differentiable(*result[1:])
-        return result
+        total = (1 - spec.alpha) * cross_entropy
+        if spec.alpha > 0:
+            total = spec.alpha * spec.temperature**2 * divergence + total
+        sums = sums.to(products.dtype)
+        ctx.mark_non_differentiable(sums)
+        return total.to(products.dtype), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "the fused loss keeps its gradients for one backward pass only; compute it again"
@@ -154,71 +191,8 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _run(
-    chunks: Chunks,
-    products: HeadProducts,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    targets: Targets | None,
-    excluded: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """逐块计算；返回 ``RowValues`` 的总和 ``[5]`` 与三个梯度。"""
-    vocab = chunks.spec.vocab
-
-    def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-        if like is None or not needed:
-            return None
-        return torch.zeros(like.shape, dtype=products.dtype, device=like.device)
-
-    d_hidden, d_weight, d_bias = map(zeros, (hidden, weight, bias), needs)
-    student_weight = products.weight(weight[:vocab])
-    student_bias = None if bias is None else bias.detach()[:vocab]
-    if isinstance(targets, HiddenTargets):
-        head = targets.head.weight[:vocab]
-        shared = head.is_set_to(weight[:vocab])  # 教师就是关掉 adapter 的学生：只转换一份
-        teacher_weight = student_weight if shared else products.weight(head)
-    sums = torch.zeros(5, dtype=torch.float64, device=hidden.device)
-    for rows in chunks:
-        count = rows.stop - rows.start
-        student_rows = products.rows(hidden.detach()[rows])
-        student = chunks.student[:count]
-        products.logits(student_rows, student_weight, out=student)
-        if isinstance(targets, HiddenTargets):
-            teacher_rows = products.rows(targets.hidden[rows])
-            products.logits(teacher_rows, teacher_weight, out=chunks.teacher[:count])
-        elif isinstance(targets, DenseTargets):
-            chunks.teacher[:count] = targets.logits[rows, :vocab]
-        if excluded is not None:
-            student.index_fill_(1, excluded, -torch.inf)
-            chunks.teacher[:count].index_fill_(1, excluded, -torch.inf)
-        sums += chunks.row_values(rows, student_bias, labels, targets)
-        if not any(needs):
-            continue
-        if excluded is not None:
-            student.index_fill_(1, excluded, 0)
-        if d_bias is not None:
-            d_bias[:vocab] += student.sum(0)
-        d_logits = products.d_logits(student)
-        if d_hidden is not None:
-            d_hidden[rows] = products.d_rows(d_logits, student_weight)
-        if d_weight is not None:
-            products.add_d_weight(d_weight[:vocab], d_logits, student_rows)
-    return sums, [d_hidden, d_weight, d_bias]
-
-
 class Chunks:
-    """行的切分，与各块轮流使用的缓冲区。
-
-    Args:
-        hidden: ``[P, H_s]``，只看行数与设备。
-        products: 决定缓冲区的 dtype。
-        targets: 决定要几份缓冲区。
-        spec: 决定缓冲区的宽度。
-        memory_budget: 见 ``fused_distillation_loss``。
-    """
+    """行的切分，各块轮流使用的缓冲区，与一块里的逐行算术。"""
 
     def __init__(
         self,
@@ -227,104 +201,82 @@ class Chunks:
         targets: Targets | None,
         spec: RowSpec,
         memory_budget: int | None,
+        labels: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
-        self.spec, self.rows = spec, len(hidden)
-        self.device = hidden.device.type
+        self.spec, self.rows, self.labels, self.targets = spec, len(hidden), labels, targets
+        self.bias = None if bias is None else bias.detach()[: spec.vocab]
+        device = hidden.device
         two = isinstance(targets, HiddenTargets | DenseTargets)
         row_bytes = spec.vocab * (products.dtype.itemsize * (1 + two) + products.d_logits_bytes)
-        budget = default_budget(hidden.device) if memory_budget is None else memory_budget
-        chunking = Chunking.of(self.rows, row_bytes, self.device, budget)
+        budget = default_budget(device) if memory_budget is None else memory_budget
+        chunking = Chunking.of(self.rows, row_bytes, device.type, budget)
         self.size, self.tile = chunking.size, chunking.tile
-        self.compiled = self.device != "cpu" or self.rows * spec.vocab >= COMPILE_ELEMENTS
+        self.compiled = device.type != "cpu" or self.rows * spec.vocab >= COMPILE_ELEMENTS
         shape = (chunking.buffer_rows, spec.vocab)
-        self.student = torch.empty(shape, dtype=products.dtype, device=hidden.device)
+        self.student = torch.empty(shape, dtype=products.dtype, device=device)
         self.teacher = torch.empty_like(self.student) if two else self.student[:0]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.rows, self.size):
             yield slice(start, min(start + self.size, self.rows))
 
-    def row_values(
-        self,
-        rows: slice,
-        bias: Tensor | None,
-        labels: Tensor | None,
-        targets: Targets | None,
-    ) -> Tensor:
+    def row_values(self, rows: slice) -> Tensor:
         """缓冲区里的一块：``RowValues`` 的总和 ``[5]``，float64；学生的缓冲区变成梯度。"""
-        tiles = range(0, rows.stop - rows.start, self.tile)
         parts = [
-            self._tile(
-                slice(start, start + self.tile),
-                slice(rows.start + start, min(rows.start + start + self.tile, rows.stop)),
-                bias,
-                labels,
-                targets,
-            )
-            for start in tiles
+            self._tile(start - rows.start, slice(start, min(start + self.tile, rows.stop)))
+            for start in range(rows.start, rows.stop, self.tile)
         ]
         return torch.stack(parts).sum(0)
 
-    def _tile(
-        self,
-        place: slice,
-        rows: slice,
-        bias: Tensor | None,
-        labels: Tensor | None,
-        targets: Targets | None,
-    ) -> Tensor:
-        """``place`` 是缓冲区里的行，``rows`` 是全部 P 行里的；最后一片的缓冲区可能更长。"""
+    def _tile(self, first: int, rows: slice) -> Tensor:
+        """``first`` 是这一片在缓冲区里的第一行，``rows`` 是它在全部 P 行里的。
+
+        要编译时，形状总是整片：最后一片不足的补上，补的行不计。
+        """
         count = rows.stop - rows.start
-        padding = self.tile - count if self.compiled else 0
-        student = self.student[place][: count + padding]
-        own = student[:count]
+        size = self.tile if self.compiled else count
+        student = self.student[first : first + size]
+        own, targets, spec = student[:count], self.targets, self.spec
 
-        def padded(tensor: Tensor) -> Tensor:
-            pairs = [0, 0] * (tensor.ndim - 1) + [0, padding]
-            return F.pad(tensor, pairs) if padding else tensor
+        def pad(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or size == count:
+                return tensor
+            return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, size - count])
 
-        label_product = None
-        if labels is not None:
-            labels = labels[rows]
-            label_product = padded(own.gather(1, labels[:, None])[:, 0])
-        padded_labels = None if labels is None else padded(labels)
+        labels = None if self.labels is None else self.labels[rows]
+        label_product = None if labels is None else own.gather(1, labels[:, None])[:, 0]
         if isinstance(targets, SparseTargets):
             ids, probs = targets.ids[rows], targets.probs[rows].to(own.dtype)
             entropy = None if targets.entropy is None else targets.entropy[rows].to(own.dtype)
-            id_product = own.gather(1, ids)
+            narrow = own.gather(1, ids), ids, probs, entropy, label_product, labels
             if targets.tail != "sampled":
                 own.scatter_(1, ids, -torch.inf)
             values, id_gradient, label_gradient = self._call(
-                sparse_rows, student, padded(id_product), padded(ids), padded(probs),
-                None if entropy is None else padded(entropy), label_product, padded_labels,
-                bias, targets.tail, self.spec,
-            )  # fmt: skip
-            if self.spec.gradient:
+                sparse_rows, student, *map(pad, narrow), self.bias, targets.tail, spec
+            )
+            if spec.gradient:
                 write = own.scatter_add_ if targets.tail == "sampled" else own.scatter_
                 write(1, ids, id_gradient[:count])
         else:
-            spec, teacher, teacher_bias = self.spec, None, None
-            if targets is not None:
-                teacher = self.teacher[place][: count + padding]
+            teacher = None if targets is None else self.teacher[first : first + size]
+            teacher_bias = None
             if isinstance(targets, HiddenTargets):
                 head = targets.head
                 spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
                 teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
+            narrow = pad(label_product), pad(labels)
             values, label_gradient = self._call(
-                dense_rows, student, teacher, label_product, padded_labels, bias, teacher_bias,
-                spec,
-            )  # fmt: skip
-        if labels is not None and self.spec.gradient:
+                dense_rows, student, teacher, *narrow, self.bias, teacher_bias, spec
+            )
+        if labels is not None and spec.gradient:
             own.scatter_add_(1, labels[:, None], label_gradient[:count, None])
         return torch.stack(list(values))[:, :count].sum(-1, dtype=torch.float64)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self.compiled and not _compilation_failed:
-            try:
-                return _compiled(function)(*arguments)
-            except compile_errors() as error:
-                _give_up_compiling(error)
-        return function(*arguments)
+        if not self.compiled:
+            return function(*arguments)
+        return COMPILER.call(_compiled(function), function, *arguments)
 
 
 def default_budget(device: torch.device) -> int:
@@ -337,26 +289,35 @@ def default_budget(device: torch.device) -> int:
     return min(free // 10, BUDGET_BYTES.get(device.type, BUDGET_BYTES["cuda"]))
 
 
-_compilation_failed = False
-
-
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def compile_errors() -> tuple[type[Exception], ...]:
-    """没有编译器、或编译不成时 ``torch.compile`` 抛出的。"""
+class Compiler:
+    """没有编译器、或编译不成的机器上，从此逐个算子执行：数相同，只是慢，在日志里说一次。"""
+
+    def __init__(self, warning: str) -> None:
+        self.warning, self.failed = warning, False
+
+    def call(
+        self, compiled: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``compiled`` 的结果；不成则是 ``eager`` 的。"""
+        if not self.failed:
+            try:
+                return compiled(*args, **kwargs)
+            except _compile_errors() as error:
+                self.failed = True
+                logger.warning("%s: same numbers, slower (%s)", self.warning, reason(error))
+        return eager(*args, **kwargs)
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
     return (TorchDynamoException, InductorError)
 
 
-def _give_up_compiling(error: Exception) -> None:
-    global _compilation_failed
-    _compilation_failed = True
-    logger.warning(
-        "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)",
-        reason(error),
-    )
+COMPILER = Compiler("torch.compile cannot be used here, the loss runs uncompiled")

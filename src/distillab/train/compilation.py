@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from ..config.schema import TrainingConfig
-from ..errors import reason
-from ..loss.fused import compile_errors
+from ..loss.fused import Compiler
 from ..models.interface import LanguageModel
 
 logger = logging.getLogger("distillab")
@@ -24,8 +23,9 @@ logger = logging.getLogger("distillab")
 VARIANTS = 32
 """同一段代码至多编译这么多种：有无 mask、长度变不变、教师与学生、adapter 开关各算一种。"""
 
+COMPILER = Compiler("train.compile: torch.compile cannot be used here, the models run uncompiled")
+
 _in_step = False
-_failed = False
 
 
 def prepare_bodies(
@@ -33,10 +33,7 @@ def prepare_bodies(
 ) -> None:
     """按 ``config`` 设好模型的主体：重算激活、编译。要在引擎包装之前。
 
-    Args:
-        student: 学生。
-        teacher: 教师；``None`` 是没有。关掉 adapter 的学生就是教师时，与 ``student`` 是同一个。
-        config: 训练超参数。
+    关掉 adapter 的学生就是教师时，``teacher`` 与 ``student`` 是同一个。
     """
     if config.activation_checkpointing:
         student.enable_activation_checkpointing()
@@ -69,15 +66,4 @@ def training_step() -> Iterator[None]:
 def _call(
     eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    global _failed
-    if _in_step and not _failed:
-        try:
-            return compiled(*args, **kwargs)
-        except compile_errors() as error:
-            _failed = True
-            logger.warning(
-                "train.compile: torch.compile cannot be used here, the models run uncompiled: "
-                "same numbers, slower (%s)",
-                reason(error),
-            )
-    return eager(*args, **kwargs)
+    return COMPILER.call(compiled, eager, *args, **kwargs) if _in_step else eager(*args, **kwargs)
