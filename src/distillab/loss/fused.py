@@ -265,9 +265,9 @@ class Chunks:
                 head = targets.head
                 spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
                 teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
-            narrow = pad(label_product), pad(labels)
+            at_label = pad(label_product), pad(labels)
             values, label_gradient = self._call(
-                dense_rows, student, teacher, *narrow, self.bias, teacher_bias, spec
+                dense_rows, student, teacher, *at_label, self.bias, teacher_bias, spec
             )
         if labels is not None and spec.gradient:
             own.scatter_add_(1, labels[:, None], label_gradient[:count, None])

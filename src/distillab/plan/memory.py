@@ -286,11 +286,6 @@ class Step:
         rest = self.student.parameters - layers
         return layers * BYTES[self.sampling_precision] + rest * BYTES[self.base_precision]
 
-    def dense_logits(self) -> int:
-        """若把两个模型的 logits 以 float32 整个放下要多少字节；distillab 从不这样做。"""
-        both = self.student.vocab_size + (self.teacher.vocab_size if self.teacher else 0)
-        return both * self.response_rows * 4
-
     def operations(self) -> dict[str, float]:
         """一个 micro-batch 的浮点运算次数（乘与加各算一次）。
 
