@@ -6,6 +6,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from random import Random
 
 import families
 import pytest
@@ -75,6 +76,34 @@ def test_qwen_ids_equal_tiktoken_on_real_articles(qwen, tiktoken_qwen, wiki_json
     ids = qwen(articles, add_special_tokens=False).input_ids
     assert ids == tiktoken_qwen.encode_ordinary_batch(articles)
     assert qwen.batch_decode(ids) == articles
+
+
+def mixed_texts(count: int) -> list[str]:
+    """几种文字随意拼成的；含半个 emoji 序列、叠起来的变音符、没有定义的码位。"""
+    random = Random(0)
+    kinds = [
+        lambda: chr(random.randrange(0x4E00, 0x9FFF)),
+        lambda: random.choice("etaoinshrdluETAOINSHRDLU' "),
+        lambda: random.choice(["the ", " of", "distil", "'ll", "THEY'RE", "知识", "蒸馏", "。"]),
+        lambda: random.choice(" \t\n\r\u3000\u00a0\u200b"),
+        lambda: random.choice("0123456789.,"),
+        lambda: random.choice(["\u200d", "\ufe0f", chr(random.randrange(0x1F300, 0x1FAFF))]),
+        lambda: random.choice("abeoAu가ก") + chr(random.randrange(0x300, 0x36F)),
+        lambda: random.choice(["\treturn {k: v}\n", "a[i]+=b;", "</div>", "//", "  ", "#!", "::"]),
+        lambda: chr(random.choice([random.randrange(0xD800), random.randrange(0xE000, 0x110000)])),
+    ]
+    texts = (
+        "".join(kind() for kind in random.choices(kinds, k=6) for _ in range(random.randrange(12)))
+        for _ in range(count)
+    )
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+def test_qwen_ids_equal_tiktoken_on_ten_thousand_mixed_texts(qwen, tiktoken_qwen):
+    texts = mixed_texts(10_000)
+    assert qwen(texts, add_special_tokens=False).input_ids == (
+        tiktoken_qwen.encode_ordinary_batch(texts)
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
