@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from ..config.schema import Precision, TrainingConfig
 from ..errors import DistillabError
 from ..loss.products import has_bfloat16_units
-from .optimizer_state import parameter_groups
+from .sharding import parameter_groups
 
 logger = logging.getLogger("distillab")
 
@@ -39,12 +40,7 @@ def resolve_precision(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
 
 
 def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
-    """按 ``config`` 造出引擎。
-
-    Raises:
-        DistillabError: 设备不支持 ``config.precision``；``report_to`` 的库没有安装；
-            本进程已用过别的精度；启动时要的引擎在这里用不了。
-    """
+    """按 ``config`` 造出引擎；这台机器、这个进程或装着的库做不到的，是 ``DistillabError``。"""
     cuda = torch.cuda.is_available()
     precision = resolve_precision(config.precision)
     if precision == "fp16" and not cuda:
@@ -99,6 +95,51 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """一步怎样分给各进程：几个进程，每批几条，每步几批；存进检查点，换了就要换算位置。"""
+
+    engine: str
+    processes: int
+    batch_size: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, config: TrainingConfig) -> Layout:
+        """现在的。"""
+        return cls(
+            engine_name(accelerator),
+            accelerator.num_processes,
+            config.batch_size,
+            config.gradient_accumulation_steps,
+        )
+
+    def moved(self, batches: int, path: Path, now: Layout) -> int:
+        """本轮里每个进程用掉的 micro-batch 数，换算成 ``now`` 的，并在日志里说变了什么。
+
+        一步的序列数变了，学习率的日程与数据的位置都对不上，是 ``DistillabError``。
+        """
+        before, after = (
+            each.processes * each.batch_size * each.accumulation for each in (self, now)
+        )
+        if before != after:
+            raise DistillabError(
+                f"{path}: an optimizer step had {before} sequences and now has {after} "
+                f"({now.processes} process(es) x train.batch_size={now.batch_size} x "
+                f"train.gradient_accumulation_steps={now.accumulation}): change the last two to "
+                f"make {before}"
+            )
+        used = batches * self.processes * self.batch_size
+        logger.info(
+            f"the checkpoint was written by {self.engine} with {self.processes} process(es), "
+            f"this is {now.engine} with {now.processes}: weights and optimizer moments are split "
+            f"anew, the data continues after sequence {used} of the epoch"
+        )
+        if self.processes != now.processes:
+            logger.info("random states (dropout) are seeded anew: they belonged to each process")
+        return used // (now.processes * now.batch_size)
 
 
 def _asked_for(engine: Literal["FSDP", "DEEPSPEED"]) -> bool:
@@ -164,20 +205,12 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 def prepare(
     accelerator: Accelerator, module: nn.Module, config: TrainingConfig, total_steps: int
 ) -> tuple[Any, Any, Any]:
-    """交给引擎：``(包装好的 module, optimizer, scheduler)``。
-
-    Args:
-        accelerator: 引擎。
-        module: 学生与损失。
-        config: 训练超参数。
-        total_steps: 学习率的日程有多长。
-    """
-    if warmup_steps(config, total_steps) >= total_steps:
+    """交给引擎：``(包装好的 module, optimizer, scheduler)``；日程长 ``total_steps``。"""
+    if (warmup := _warmup_steps(config, total_steps)) >= total_steps:
         logger.warning(
-            "train.warmup_steps=%d is not below the %d steps of this run: "
-            "the learning rate never reaches its peak",
-            warmup_steps(config, total_steps), total_steps,
-        )  # fmt: skip
+            f"train.warmup_steps={warmup} is not below the {total_steps} steps of this run: "
+            f"the learning rate never reaches its peak"
+        )
     optimizer = make_optimizer(module, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, config)
@@ -186,7 +219,7 @@ def prepare(
     return prepared
 
 
-def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+def _warmup_steps(config: TrainingConfig, total_steps: int) -> int:
     """预热的步数；``warmup_ratio`` 优先，向上取整（与 transformers 相同）。"""
     if config.warmup_ratio is None:
         return config.warmup_steps
@@ -195,13 +228,12 @@ def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
     """第 ``step`` 步（从 0 起）的学习率与峰值之比：线性预热，再退火到 ``min_learning_rate``。"""
-    warmup = warmup_steps(config, total_steps)
+    warmup = _warmup_steps(config, total_steps)
     if step < warmup:
         return (step + 1) / warmup
     if config.scheduler == "constant":
         return 1.0
     floor = config.min_learning_rate / config.learning_rate
-    done = (step - warmup) / max(1, total_steps - warmup)
-    done = min(done, 1.0)
+    done = min((step - warmup) / max(1, total_steps - warmup), 1.0)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.scheduler == "cosine" else 1 - done
     return floor + (1 - floor) * shape

@@ -22,18 +22,9 @@ def engine_config(engine: Engine) -> Path:
 
 
 def launch(engine: Engine, processes: int, arguments: Sequence[str]) -> int:
-    """起 ``processes`` 个进程，各跑一条 ``distillab``，等它们都结束。
+    """在这台机器上起 ``processes`` 个进程，各跑一条 ``distillab ARGUMENTS``，等它们都结束。
 
-    Args:
-        engine: 哪个引擎。
-        processes: 这台机器上几个进程；有 GPU 时每个一块。
-        arguments: ``distillab`` 的参数。
-
-    Returns:
-        退出码：最先失败的那个进程的；被信号停下则是 128 加信号的编号。
-
-    Raises:
-        DistillabError: GPU 不够，没有安装 DeepSpeed，或 FSDP2 遇上没有 GPU 的机器。
+    返回退出码：最先失败的那个进程的；被信号停下则是 128 加信号的编号。
     """
     import torch
 
@@ -48,12 +39,8 @@ def launch(engine: Engine, processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = [
-        "--config_file", str(engine_config(engine)),
-        "--num_processes", str(processes),
-        "--main_process_port", "0",
-        "--module", "distillab", *arguments,
-    ]  # fmt: skip
+    options = f"--num_processes {processes} --main_process_port 0 --module distillab".split()
+    options = ["--config_file", str(engine_config(engine)), *options, *arguments]
     try:
         launch_command(launch_command_parser().parse_args(options))
     except ChildFailedError as error:

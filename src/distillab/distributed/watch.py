@@ -46,10 +46,6 @@ class Watch:
     """训练期间的守望；只有一个进程时什么也不做。可以嵌套，最外一层才启停。
 
     with 里的代码出错，原因先告诉其余的进程；因此而等不到它的进程，抛出的也是它的原因。
-
-    Args:
-        accelerator: 引擎，进程组已经建好。
-        timeout_minutes: 进程组等待的上限。
     """
 
     def __init__(self, accelerator: Accelerator, timeout_minutes: float) -> None:
@@ -64,12 +60,7 @@ class Watch:
         self._warned: tuple[int, str, float] | None = None
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """本进程开始做 ``phase`` 了；出错或久等时，日志里的就是它。
-
-        Args:
-            phase: 英文的名字，如 ``sampling``。
-            step: 从 1 起的步数；缺省为上一次的。
-        """
+        """本进程在第 ``step`` 步（从 1 起，缺省不变）开始做 ``phase``；出错或久等时的日志里有。"""
         self._position = (self._position[0] if step is None else step, phase, time.monotonic())
 
     def __enter__(self) -> Watch:
@@ -125,21 +116,20 @@ class Watch:
         )
         if lost and self._first(None) is None:
             time.sleep(SILENT)  # 没了的进程这时才看得出
+        own_fault = not lost and not isinstance(error, (DistillabError, KeyboardInterrupt))
+        why = typed_reason(error) if own_fault else reason(error)
         if lost:
-            why = f"waited for the others in vain ({_short(reason(error))}); {self.positions()}"
-        elif isinstance(error, (DistillabError, KeyboardInterrupt)):
-            why = reason(error)
-        else:
-            why = typed_reason(error)
+            why = f"waited for the others in vain ({_short(why)}); {self.positions()}"
         code = exit_code(error) if isinstance(error, KeyboardInterrupt) else 1
         step, phase, _ = self._position
         own = {"rank": self.rank, "step": step, "phase": phase, "reason": why, "code": code}
         found = self._first(own) or own
         if found["rank"] != self.rank:  # 理由相同的是商量好一起停的
-            return None if found["reason"] == why else _exception(found)
+            kind = _STOPS.get(found["code"], DistillabError)
+            return None if found["reason"] == why else kind(_sentence(found))
         if isinstance(error, Exception):
             get_error_handler().record_exception(error)  # torchrun 的总结里有它
-        if not lost and not isinstance(error, (DistillabError, KeyboardInterrupt)):
+        if own_fault:
             logger.error("%s", _sentence(found))  # 另外几种自己会印
         if self.rank == 0 and grace_seconds() is None:
             time.sleep(2 * PERIOD)  # 消息存在本进程里：等其余的读到
@@ -191,16 +181,16 @@ class Watch:
             logger.error("rank %d: torchrun is gone", self.rank)
             os.kill(os.getpid(), signal.SIGTERM)
             wait = self.limit
-        gone = {"rank": 0, "step": self._position[0], "phase": "an unknown point",
-                "reason": "it is gone", "code": 2}  # fmt: skip
-        self._end(gone, wait)
+        step = self._position[0]
+        gone = {"rank": 0, "step": step, "phase": "an unknown point", "reason": "it is gone"}
+        self._end(gone | {"code": 2}, wait)
 
     def _end(self, failed: dict[str, Any], wait: float) -> None:
         """主线程多半卡在等不来的通信里，或卡住的正是它：等一会儿，再替它结束进程。"""
         if self._done.wait(wait):
             return
-        logger.error("rank %d ends, stuck in %s: %s",
-                     self.rank, self._position[1], _sentence(failed))  # fmt: skip
+        phase = self._position[1]
+        logger.error("rank %d ends, stuck in %s: %s", self.rank, phase, _sentence(failed))
         faulthandler.dump_traceback(all_threads=True)
         os._exit(failed["code"] if failed["code"] in _STOPS else 2)
 
@@ -216,10 +206,6 @@ def _where(row: dict[str, Any]) -> str:
 
 def _sentence(failed: dict[str, Any]) -> str:
     return f"rank {failed['rank']} at {_where(failed)}: {failed['reason']}"
-
-
-def _exception(failed: dict[str, Any]) -> BaseException:
-    return _STOPS.get(failed["code"], DistillabError)(_sentence(failed))
 
 
 def _short(text: str) -> str:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ..config.run_dir import run_id
 from ..config.schema import TrainingConfig
-from ..distributed.layout import Layout
-from ..distributed.optimizer_state import WholeOptimizer
-from ..distributed.sharding import place, reshard, shape, whole
+from ..distributed.engine import Layout
+from ..distributed.sharding import WholeOptimizer, place, reshard, whole
+from ..distributed.zero import shape
 from ..errors import DistillabError, reason
 from ..files import temporary_beside, writing
 from .checkpoint_files import (

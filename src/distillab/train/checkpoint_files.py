@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..cache import file_sha256
 from ..config.schema import TrainingConfig
-from ..distributed.layout import Layout
+from ..distributed.engine import Layout
 from ..errors import DistillabError
 from ..files import leftovers, remove, settle, sweep, sync
 from .state import TrainerState
