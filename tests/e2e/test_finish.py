@@ -127,7 +127,7 @@ def test_a_damaged_best_is_replaced_by_the_last_step_and_says_so(recipe, caplog)
         assert "the last step takes its place" in caplog.text
         assert found["best_step"] == found["steps"]
         assert same(found) == same(before | {"best_step": found["steps"]})
-        assert checkpoint_files.read_state(best).current_step == found["steps"]
+        assert checkpoint_files.read_saved(best).state.current_step == found["steps"]
         aside = [best.with_name(f"damaged-best{end}") for end in ("", "-2")][: number + 1]
         assert all(path.is_dir() for path in aside)
 

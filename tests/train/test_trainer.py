@@ -29,7 +29,7 @@ from distillab.models.student import StudentModel
 from distillab.run_file_shapes import read_metrics
 from distillab.teachers.in_process import LocalTeacher
 from distillab.train.checkpoint import load_student
-from distillab.train.checkpoint_files import checkpoints, read_state
+from distillab.train.checkpoint_files import checkpoints, read_saved
 from distillab.train.trainer import DistillationTrainer
 from distillab.vocabulary import Vocabulary
 
@@ -491,7 +491,7 @@ def test_checkpoint_holds_the_documented_contents(make):
     trainer = make(max_steps=12)
     trainer.train()
     path = checkpoints(trainer.checkpoint_dir)[-1]
-    state = read_state(path)
+    state = read_saved(path).state
     assert (state.current_epoch, state.current_step) == (1, 12)
     assert state.best_val_loss is not None
     saved = json.loads((path / "trainer_state.json").read_text())

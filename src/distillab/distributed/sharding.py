@@ -82,7 +82,9 @@ class WholeOptimizer:
         self._inner = optimizer.optimizer
         self._zero = not isinstance(self._inner, torch.optim.Optimizer)
         self._main = accelerator.is_main_process
-        groups = parameter_groups(accelerator.unwrap_model(module))
+        module = accelerator.unwrap_model(module)
+        reshard(module)
+        groups = parameter_groups(module)
         self._sizes = [len(group) for group in groups]
         self._parameters = [parameter for group in groups for parameter in group]
 
@@ -146,8 +148,8 @@ class WholeCopy(Generic[Model]):
     ) -> Iterator[Model]:
         """装满 ``model``（分片了的同一个）的权重的拷贝，退出时放掉。所有进程都要调用。
 
-        不 ``keep`` 的进程只参加通信，得到空壳。``compute`` 是用它时 autocast 的类型：层里线性层的参数
-        直接装成它，结果逐位相同，内存少近一半。
+        不 ``keep`` 的进程只参加通信，得到空壳。``compute`` 是用它时 autocast 的类型：线性层的参数
+        就装成它，结果逐位相同，内存少近一半。
         """
         reshard(model)
         parameters = list(self._shell.parameters())

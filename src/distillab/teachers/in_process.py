@@ -1,7 +1,4 @@
-"""教师分布从哪里来：本机上的模型，每步现算。
-
-可以是每个进程一份的另一个模型、分到各进程的另一个模型，也可以是关掉 adapter 的学生。
-"""
+"""教师就是本机上的模型，分布每步现算：每个进程一份的，分到各进程的，或关掉 adapter 的学生。"""
 
 from __future__ import annotations
 
@@ -55,9 +52,17 @@ class LocalTeacher:
             ``HiddenTargets``，``hidden [P, H_t]``。
         """
         with torch.autocast(view.input_ids.device.type, enabled=False):
-            hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
-            hidden = view.rows(hidden)
+            hidden = self._hidden(view)
         return HiddenTargets(hidden, self.model.head.cut(vocabulary))
+
+    def _hidden(self, view: View) -> Tensor:
+        return _response_hidden(self.model, view)
+
+
+def _response_hidden(model: LanguageModel, view: View) -> Tensor:
+    """``[P, H_t]``：预测每个 response token 的隐状态。"""
+    hidden = model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
+    return view.rows(hidden)
 
 
 class ShardedTeacher(LocalTeacher):
@@ -82,14 +87,10 @@ class ShardedTeacher(LocalTeacher):
             fully_shard(block)
         fully_shard(reader)  # 其余的：embedding、最后的 norm 与 head
 
-    @torch.no_grad()
-    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
-        """见 ``LocalTeacher.targets``；head 到 ``release`` 为止有效。所有进程都要调用。"""
-        if self._reader is None:
-            return super().targets(view, vocabulary)
-        with torch.autocast(view.input_ids.device.type, enabled=False):
-            hidden = self._reader(view)
-        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
+    def _hidden(self, view: View) -> Tensor:
+        """所有进程都要调用；目标里的 head 到 ``release`` 为止有效。"""
+        hidden: Tensor = super()._hidden(view) if self._reader is None else self._reader(view)
+        return hidden
 
     def release(self) -> None:
         """放掉收齐的 head。"""
@@ -114,8 +115,7 @@ class _Reader(nn.Module):
         self.model = model
 
     def forward(self, view: View) -> Tensor:
-        hidden = self.model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
-        return view.rows(hidden)
+        return _response_hidden(self.model, view)
 
 
 class AdapterOffTeacher(LocalTeacher):

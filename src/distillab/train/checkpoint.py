@@ -1,10 +1,8 @@
 """一次训练能从什么地方接着来：完整的检查点、``best``、写到一半被杀也不留下坏文件。
 
-``checkpoints/step-00000100/`` 是学生、optimizer、scheduler 与各进程的随机数，加上
-``trainer_state.json``；``checkpoints/best/`` 只有学生的权重。冻结的参数（LoRA 的基座）不存：它们
-从未变过，配方说了从哪里读。权重与 optimizer 总是完整的张量，与引擎和进程数无关：分片的收齐了再写，
-换一个引擎、换几个进程也读得回来。要不要信一个检查点由主进程来查（``checkpoint_files.py``），别的
-进程听它的。
+``step-00000100/`` 是学生、optimizer、scheduler、各进程的随机数与 ``trainer_state.json``；``best/``
+只有学生。冻结的参数（LoRA 的基座）不存：它们从未变过，配方说了从哪里读。权重与 optimizer 总是完整的
+张量，换一个引擎、换几个进程也读得回来。要不要信一个检查点由主进程来查，别的进程听它的。
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ from __future__ import annotations
 import logging
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,23 +70,19 @@ def save_checkpoint(
         检查点的路径。
     """
     target = directory / f"step-{state.current_step:08d}"
-
-    (module,), (optimizer,) = accelerator._models, accelerator._optimizers
-
-    def write(temporary: Path) -> None:
+    module, optimizer, schedulers = _prepared(accelerator)
+    wanted = 3 * _bytes(accelerator, module)  # AdamW 的状态是权重的两倍
+    with _replacing(accelerator, target, state, config, wanted) as temporary:
         save_accelerator_state(
             str(temporary),
             [_weights(accelerator, module)],
-            [WholeOptimizer(accelerator, optimizer, module)],
-            accelerator._schedulers,
+            [optimizer],
+            schedulers,
             dataloaders=[],
             process_index=accelerator.process_index,
             step=accelerator.step,
             scaler=accelerator.scaler,
         )
-
-    # AdamW 的状态是权重的两倍。
-    _write_then_rename(accelerator, target, state, config, write, 3 * _bytes(accelerator, module))
     if accelerator.is_main_process:
         for old in checkpoints(directory)[: -config.max_checkpoints]:
             discard(old)
@@ -102,29 +97,16 @@ def save_best(
     config: TrainingConfig,
 ) -> None:
     """把学生的权重写进 ``directory/best``，替换原来的。所有进程都要调用。"""
-
-    def write(temporary: Path) -> None:
+    target, wanted = directory / BEST, _bytes(accelerator, module)
+    with _replacing(accelerator, target, state, config, wanted) as temporary:
         weights = _weights(accelerator, module)
         accelerator.save(weights, temporary / WEIGHTS_FILE, safe_serialization=True)
 
-    target, wanted = directory / BEST, _bytes(accelerator, module)
-    _write_then_rename(accelerator, target, state, config, write, wanted)
-
 
 def begin(accelerator: Accelerator, run_dir: Path, directory: Path, fresh: bool) -> str:
-    """训练之前：清掉上次被杀留下的，定下运行的 id。所有进程都要调用。
+    """训练之前：清掉上次被杀留下的，返回运行的 id。所有进程都要调用。
 
-    Args:
-        accelerator: 引擎。
-        run_dir: 运行目录。
-        directory: 检查点目录。
-        fresh: 从头开始；那里就不该有检查点。
-
-    Returns:
-        运行的 id。
-
-    Raises:
-        DistillabError: 已有别的训练的检查点，或 id 读不出。
+    ``fresh`` 是从头开始：``directory`` 里已有别的训练的检查点，是 ``DistillabError``。
     """
 
     def look() -> str:
@@ -214,25 +196,21 @@ def load_checkpoint(
 
     saved = _agreed(accelerator, checked)
     state, layout = saved.state, saved.layout
-    (module,), (optimizer,) = accelerator._models, accelerator._optimizers
-    scaler = accelerator.scaler if (path / SCALER_NAME).is_file() else None
+    module, optimizer, schedulers = _prepared(accelerator)
     same = layout.processes == accelerator.num_processes
-
-    def read() -> None:
+    with _reading(path, saved):
         _load_weights(accelerator.unwrap_model(module), path)
         load_accelerator_state(
             str(path),
             models=[],
-            optimizers=[WholeOptimizer(accelerator, optimizer, module)],
-            schedulers=accelerator._schedulers,
+            optimizers=[optimizer],
+            schedulers=schedulers,
             dataloaders=[],
             process_index=accelerator.process_index,
-            scaler=scaler,
+            scaler=accelerator.scaler if (path / SCALER_NAME).is_file() else None,
         )
         if same:
             _check_random(path / f"random_states_{accelerator.process_index}.pkl")
-
-    _load(path, saved, read)
     if config is None or layout == (now := Layout.of(accelerator, config)):
         return state
     if not same:
@@ -269,7 +247,8 @@ def load_student(
     saved = checked() if accelerator is None else _agreed(accelerator, checked)
     holder = nn.Module()
     holder.student = student  # 检查点存的是 DistillationModule，权重名带 student. 前缀
-    _load(path, saved, lambda: _load_weights(holder, path))
+    with _reading(path, saved):
+        _load_weights(holder, path)
     return saved.state
 
 
@@ -285,6 +264,12 @@ def _agreed(accelerator: Accelerator, look: Callable[[], Found]) -> Found:
     if agreed[1] is not None:
         raise agreed[1]
     return agreed[0]
+
+
+def _prepared(accelerator: Accelerator) -> tuple[nn.Module, WholeOptimizer, list[Any]]:
+    """交给引擎的模型、optimizer 与 scheduler；Accelerate 记着它们，却没有公开的名字。"""
+    (module,), (optimizer,) = accelerator._models, accelerator._optimizers
+    return module, WholeOptimizer(accelerator, optimizer, module), accelerator._schedulers
 
 
 def _frozen(module: nn.Module) -> set[str]:
@@ -350,10 +335,11 @@ def _check_random(file: Path) -> None:
         raise ValueError(f"{file.name} holds no random states")
 
 
-def _load(path: Path, saved: Saved, read: Callable[[], Any]) -> None:
+@contextmanager
+def _reading(path: Path, saved: Saved) -> Iterator[None]:
     """没有摘要的旧检查点，读不出就是坏了；对过摘要的不会坏，出的错是别的原因。"""
     try:
-        read()
+        yield
     except DistillabError:
         raise
     except pickle.UnpicklingError:  # torch 只肯读张量与数；别的对象一读就会运行代码
@@ -367,17 +353,13 @@ def _load(path: Path, saved: Saved, read: Callable[[], Any]) -> None:
         raise DamagedCheckpoint(f"{path}: damaged checkpoint: {first}") from None
 
 
-def _write_then_rename(
-    accelerator: Accelerator,
-    target: Path,
-    state: TrainerState,
-    config: TrainingConfig,
-    write: Callable[[Path], None],
-    wanted: int,
-) -> None:
-    """写进临时目录，落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。
+@contextmanager
+def _replacing(
+    accelerator: Accelerator, target: Path, state: TrainerState, config: TrainingConfig, wanted: int
+) -> Iterator[Path]:
+    """给出临时目录，写好、落盘后再改名：任何时刻被杀，``target`` 要么是旧的，要么是完整的新的。
 
-    放不下时说需要 ``wanted`` 字节。
+    放不下时说需要 ``wanted`` 字节。所有进程都要调用。
     """
     main = accelerator.is_main_process
     temporary = gather_object([temporary_beside(target)])[0]  # 名字是随机的，各进程用主进程的
@@ -385,7 +367,7 @@ def _write_then_rename(
         if main:
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        write(temporary)
+        yield temporary
         accelerator.wait_for_everyone()
         if main:
             seal(temporary, state, Layout.of(accelerator, config), config)

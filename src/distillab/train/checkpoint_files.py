@@ -1,7 +1,7 @@
 """一个检查点在磁盘上的样子：有哪些文件，缺了、坏了、是别的运行的，都看得出来。
 
-``trainer_state.json`` 最后写，记着其余每个文件的大小与 sha256，也记着它自己的：读之前先对一遍。
-较早的检查点没有摘要，只查 zip 自带的校验。
+``trainer_state.json`` 最后写，记着每个文件的大小与 sha256，也记着它自己的：读之前先对一遍。较早的
+检查点没有摘要，只查 zip 自带的校验。
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ class DamagedCheckpoint(DistillabError):
 
 @dataclass(frozen=True)
 class Digest:
-    """一个文件写下时的样子。
-
-    Attributes:
-        bytes: 大小。
-        sha256: 64 位小写十六进制。
-    """
+    """一个文件写下时的大小与 sha256。"""
 
     bytes: int
     sha256: str
@@ -58,13 +53,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class Saved:
-    """``trainer_state.json`` 的内容。
-
-    Attributes:
-        state: 训练进度。
-        layout: 一步怎样分给各进程。
-        files: 其余的文件；``None`` 是没有摘要的旧检查点。
-    """
+    """``trainer_state.json`` 的内容；``files`` 是其余的文件，没有摘要的旧检查点是 ``None``。"""
 
     state: TrainerState
     layout: Layout
@@ -75,22 +64,18 @@ _ADAPTER = TypeAdapter(Saved)
 
 
 def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingConfig) -> None:
-    """别的文件都写好之后，写下它们的摘要与训练进度，一起落盘。
-
-    Args:
-        directory: 写到一半的检查点。
-        state: 训练进度。
-        layout: 一步怎样分给各进程。
-        config: 训练超参数，只作记录。
-    """
+    """别的文件都写好之后，写下它们的摘要与训练进度，一起落盘；``config`` 只作记录。"""
     files = sorted(directory.iterdir())
     with ThreadPoolExecutor() as pool:  # 算摘要不占解释器
-        digests = pool.map(_digest, files)
+        digests = list(pool.map(file_sha256, files))
     values = {
         "state": asdict(state),
         "layout": asdict(layout),
         "training_config": config.model_dump(mode="json"),
-        "files": {file.name: asdict(digest) for file, digest in zip(files, digests, strict=True)},
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": digest}
+            for file, digest in zip(files, digests, strict=True)
+        },
     }
     values = json.loads(json.dumps(values))
     text = json.dumps(values | {"sha256": _sha256(values)}, indent=1)
@@ -99,15 +84,9 @@ def seal(directory: Path, state: TrainerState, layout: Layout, config: TrainingC
 
 
 def read_saved(path: Path, run: str | None = None) -> Saved:
-    """读 ``trainer_state.json``。
+    """读 ``trainer_state.json``；损坏是 ``DamagedCheckpoint``，是别的运行的是 ``DistillabError``。
 
-    Args:
-        path: 检查点目录。
-        run: 现在的运行的 id；``None`` 则不问是谁的。
-
-    Raises:
-        DamagedCheckpoint: 不是检查点，或文件损坏。
-        DistillabError: 是别的运行的。
+    ``run`` 是现在的运行的 id，``None`` 则不问是谁的。
     """
     damaged = DamagedCheckpoint(f"{path}: damaged checkpoint: {STATE_FILE} is not readable")
     try:
@@ -133,22 +112,8 @@ def read_saved(path: Path, run: str | None = None) -> Saved:
     return saved
 
 
-def read_state(path: Path) -> TrainerState:
-    """检查点的训练进度；见 ``read_saved``。"""
-    return read_saved(path).state
-
-
 def check_files(path: Path, saved: Saved, names: Collection[str]) -> None:
-    """要读的文件都在，也都是写下时的样子。
-
-    Args:
-        path: 检查点目录。
-        saved: ``read_saved`` 的返回值。
-        names: 要读哪些。
-
-    Raises:
-        DamagedCheckpoint: 不是。
-    """
+    """要读的文件 ``names`` 都在，也都是写下时的样子；否则是 ``DamagedCheckpoint``。"""
     for name in names:
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"{path}: damaged checkpoint: {name} is missing")
@@ -174,11 +139,7 @@ def check_files(path: Path, saved: Saved, names: Collection[str]) -> None:
 
 
 def check_whole(path: Path, saved: Saved) -> None:
-    """一个完整的检查点的每个文件，不多也不少；别人放进来的说明之类不管。
-
-    Raises:
-        DamagedCheckpoint: 缺了、多了，或损坏。
-    """
+    """``check_files`` 一个完整的检查点的每个文件，不多也不少；别人放进来的说明之类不管。"""
     names = {WEIGHTS_FILE, "optimizer.bin", "scheduler.bin"}
     names |= {f"random_states_{rank}.pkl" for rank in range(saved.layout.processes)}
     if saved.files is None:
@@ -195,26 +156,18 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def find_checkpoint(directory: Path, name: str) -> Path:
-    """由名字找到一个检查点。
-
-    Args:
-        directory: 检查点目录。
-        name: ``best``、``last``、``directory`` 里的名字，或检查点的路径。
-
-    Raises:
-        DistillabError: 没有这样的检查点。
-    """
+    """``best``、``last``、``directory`` 里的名字或一个路径所指的检查点。"""
+    saved = checkpoints(directory)
     if name == BEST:
         path = directory / BEST
     elif name == "last":
-        saved = checkpoints(directory)
         if not saved:
             raise DistillabError(f"{directory}: no checkpoint saved yet")
         path = saved[-1]
     else:
         path = next((p for p in (directory / name, Path(name)) if p.is_dir()), Path(name))
     if not path.is_dir():
-        names = ", ".join(["last", *(p.name for p in checkpoints(directory))])
+        names = ", ".join(["last", *(p.name for p in saved)])
         raise DistillabError(f"{path}: no such checkpoint; choose from best, {names}")
     return path
 
@@ -260,11 +213,6 @@ def tidy(directory: Path) -> None:
         aside.rename(best)
     old = [path for path in directory.glob(".*") if _LEFTOVER.fullmatch(path.name)]
     sweep([*old, *leftovers(directory)])
-
-
-def _digest(file: Path) -> Digest:
-    digest = file_sha256(file)
-    return Digest(file.stat().st_size, digest)
 
 
 def _sha256(values: dict[str, Any]) -> str:
