@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ from .signals import terminable
 from .terminal import (
     Commands,
     ResumeAuto,
+    main_process,
     print_samples,
     print_tables,
     print_written,
@@ -91,7 +91,7 @@ def train(
         directory, summary = runs.train(resolved, resume, profile=profile)
     except KeyboardInterrupt as stop:
         again = Path("runs") / resolved.name / "recipe.yaml"
-        if os.environ.get("RANK", "0") == "0":
+        if main_process():
             say(f"{what(stop)}; to continue: distillab train {again} --resume", error=True)
         raise typer.Exit(exit_code(stop)) from None
     if not summary:  # 不是主进程

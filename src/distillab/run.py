@@ -1,11 +1,10 @@
-"""命令背后的流程：训练一份配方，导出、续写它的结果；评测在 ``evaluate.py``。"""
+"""命令背后的流程：训练一份配方，导出、续写它的结果；评测在 ``evaluate/``。"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,12 +17,12 @@ import torch
 from .assembly.parts import Parts, build_models, build_teacher
 from .assembly.training import build_trainer, read_pairs
 from .config.recipes import dump_recipe
-from .config.run_dir import RUNS, RunDirectory, exported_model
+from .config.run_dir import RUNS, RunDirectory, checkpoint_dir, exported_model
 from .config.schema import Recipe
 from .config.style import USUAL, Style
 from .data.chat import question_prompt, render_prompt, writes_date
 from .data.pairs import Task, load_pairs
-from .errors import DistillabError
+from .errors import DistillabError, typed_reason
 from .evaluate.checks import Checks, load_tasks, merged, whole_parts
 from .export.card import model_card
 from .export.convert import export_student
@@ -42,11 +41,11 @@ from .synthesize.response_file import ResponseFile
 from .synthesize.server_backend import ServerBackend
 from .synthesize.synthesize import SynthesisReport
 from .synthesize.synthesize import synthesize as ask
+from .terminal import main_process
 from .train.checkpoint import load_student, save_best
 from .train.checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
 from .train.metrics import write_first
 from .train.profiling import peak_memory_bytes, profiling
-from .train.state import TrainerState
 from .train.trainer import DistillationTrainer
 from .train.validation import Metrics
 
@@ -66,76 +65,66 @@ def train(
 ) -> tuple[RunDirectory, dict[str, Any]]:
     """走完一次训练：评测训练前、训练、再评测、生成样例、导出、画图、写 ``summary.json``。
 
-    Args:
-        recipe: 配方；运行目录是 ``runs/<recipe.name>``。
-        resume: 运行目录已存在时接着来；已经走完的直接返回它的结果。
-        parts: ``build_models(recipe)`` 刚装配好、没有训练过的模型；缺省为在这里装配。
-        on_metrics: 见 ``DistillationTrainer.train``。
-        profile: 剖析前面的几步，写进运行目录的 ``profile/``；见 ``StepProfile``。
-
-    Returns:
-        ``(运行目录, summary.json 的内容)``。
-
-    Raises:
-        DistillabError: 配方、来源、数据或检查点有误。
-        KeyboardInterrupt: Ctrl-C 或 SIGTERM（``Terminated``）；训练中的检查点已存好。
+    运行目录是 ``runs/<recipe.name>``；``resume`` 接着已有的来，已经走完的直接给出它的
+    ``summary.json``。``parts`` 是刚装配好、没有训练过的模型，缺省为在这里装配；``on_metrics`` 见
+    ``DistillationTrainer.train``；``profile`` 剖析前面的几步。Ctrl-C 与 SIGTERM 抛出时检查点已存。
     """
     with RunDirectory(RUNS / recipe.name) as run:
         recipe = run.dated(recipe)
-        if os.environ.get("RANK", "0") == "0":  # 多进程时只有主进程管理目录
+        if main_process():  # 只有它管理目录
             run.open(recipe, resume)
         if (done := run.summary) is not None:
             logger.info("%s is complete already", run.path)
-            if not run.report.exists() and os.environ.get("RANK", "0") == "0":
+            if not run.report.exists() and main_process():
                 _report(run, done)
             return run, done
         pairs, tasks = read_pairs(recipe.data, recipe.responses), load_tasks(recipe)
         parts = parts or build_models(recipe.student, recipe.teacher, recipe.train)
         parameters = parts.parameters  # 分片之后就数不出来了
-        logger.info(
-            "parameters: %s",
-            ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in parameters.items()),
-        )
+        counts = (f"{name} {n / 1e6:.1f}M" for name, n in parameters.items())
+        logger.info("parameters: %s", ", ".join(counts))
         trainer = build_trainer(recipe, parts, run.path, pairs)
         checks = Checks(recipe, tasks, parts, trainer, run.checks)
         main = trainer.accelerator.is_main_process
         with trainer.watch:
-            reference = _reference(run, trainer)
+            measured = _reference(run, trainer)
             before = checks.measure("student_before")
             with profiling(run.path / "profile" if profile and main else None):
                 state = trainer.train(resume, on_metrics)
-            best_step, after = _load_best(run, trainer)
+            best_step, measured["student_after"] = _load_best(run, trainer)
             checked = merged(before, checks.measure("student_after"))
         with whole_parts(parts, trainer, main) as parts:
             if not main:
                 return run, {}
+            metrics = {model: measured[model] for model in MODELS if model in measured}
             summary = {
                 "name": recipe.name,
-                **_in_order({**reference, "student_after": after}),
+                **metrics,
                 **checked,
                 "best_step": best_step,
                 "steps": state.current_step,
                 "skipped_steps": state.skipped_steps,
                 "failed_rows": state.failed_rows,
-                **_cost(state),
+                "tokens": state.tokens,
+                "seconds": round(state.seconds, 1),
+                "tokens_per_second": round(state.tokens / (state.seconds or math.inf), 1),
+                "peak_memory_bytes": peak_memory_bytes(),
                 "parameters": parameters,
             }
-            _finish(recipe, run, parts, state.tokens, summary)
+            if recipe.evaluate.prompts:
+                _samples(recipe, run, parts)
+            shutil.rmtree(run.export, ignore_errors=True)
+            _export(recipe, parts, run.export, state.tokens, metrics)
+            plot_run(run.path)
+            _report(run, summary)
+            run.write_summary(summary)  # 它说的是「都走完了」，所以最后才写
     return run, summary
 
 
 def synthesize(recipe: Recipe) -> SynthesisReport:
-    """教师读着经验回答配方 ``data`` 的每个问题，写成 ``synthesize.output``。
+    """教师读着经验回答配方 ``data`` 的每个问题，写成 ``synthesize.output``；中断时答好的都已存下。
 
-    Args:
-        recipe: 配方；``data.responses`` 不读，它往往就是要写的文件。
-
-    Returns:
-        报告。
-
-    Raises:
-        DistillabError: 数据、教师或服务有误，或已有的文件来历不同；答好的都已存下。
-        KeyboardInterrupt: Ctrl-C；答好的都已存下。
+    ``data.responses`` 不读，它往往就是要写的文件。
     """
     data, config = recipe.data, recipe.synthesize
     if data.format != "chat":
@@ -145,9 +134,8 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
         logger.info("%s", note)
     tasks = [pair.task("teacher") for pair in pairs]
     provenance: dict[str, Any] = {"recipe": recipe.name}
-    backend: Backend
     if config.server is not None:
-        backend = ServerBackend(config.server, config.sampling)
+        backend: Backend = ServerBackend(config.server, config.sampling)
     else:
         if recipe.teacher is None:
             raise DistillabError("nobody can answer: set teacher.path, or synthesize.server")
@@ -191,23 +179,13 @@ def _synthesis_style(
 
 
 def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = False) -> Path:
-    """把一次运行的检查点导出成普通的 Hugging Face 目录。
+    """把一次运行的检查点（``best``、``last`` 或它的路径）导出成普通的 Hugging Face 目录。
 
-    Args:
-        name: 运行目录的名字或路径。
-        checkpoint: ``best``、``last``，或检查点的路径。
-        output: 目标目录；缺省为运行目录里的 ``export/``。
-        trust: 不是在这里开始的运行，也运行它的配方指名的代码。
-
-    Returns:
-        写下的目录。
-
-    Raises:
-        DistillabError: 目标目录已有内容，没有这样的检查点，或要写进正在训练的运行目录。
+    缺省写进运行目录的 ``export/``；目录须是空的，运行须没有正在训练。返回写下的目录。
     """
     run = RunDirectory.find(name)
     recipe = run.trusted_recipe(trust)
-    path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
+    path = find_checkpoint(checkpoint_dir(run.path, recipe.train.checkpoint_dir), checkpoint)
     target = output or run.export
     if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型
         raise DistillabError(f"{target} exists already; name another directory with --output")
@@ -218,11 +196,9 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
             sweep(filter(idle, leftovers(target.parent, target.name)))
         parts = build_models(recipe.student, recipe.teacher, recipe.train)
         state = load_student(parts.student, path)
-        rows = [row for row in read_metrics(run.metrics_file) if _has_metrics(row)]
-        metrics = {row["model"]: _metrics(row) for row in rows if row["kind"] == "reference"}
-        for row in rows:
-            if row["kind"] == "validation" and row["step"] == state.current_step:
-                metrics["student_after"] = _metrics(row)
+        metrics, after = _recorded(run)
+        if state.current_step in after:
+            metrics["student_after"] = after[state.current_step]
         _export(recipe, parts, target, state.tokens, metrics)
     return target
 
@@ -247,10 +223,33 @@ def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> lis
     return [question_prompt(prompt, generator.tokenizer, options, style) for prompt in prompts]
 
 
+def _recorded(run: RunDirectory) -> tuple[dict[str, Metrics], dict[int, Metrics]]:
+    """``metrics.jsonl`` 里的成绩：训练前的各个模型，与各步的学生。"""
+    reference: dict[str, Metrics] = {}
+    validation: dict[int, Metrics] = {}
+    for row in read_metrics(run.metrics_file):
+        if not row.keys() >= Metrics.__annotations__.keys():
+            continue
+        perplexity, cross_entropy = (
+            math.nan if row[key] is None else row[key]  # 不是有限值的写成了 null
+            for key in ("perplexity", "cross_entropy")
+        )
+        metrics = Metrics(
+            perplexity=perplexity,
+            cross_entropy=cross_entropy,
+            kl=row["kl"],
+            top1_agreement=row["top1_agreement"],
+        )
+        if row["kind"] == "reference":
+            reference[row["model"]] = metrics
+        elif row["kind"] == "validation":
+            validation[row["step"]] = metrics
+    return reference, validation
+
+
 def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Metrics]:
     """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
-    rows = [row for row in read_metrics(run.metrics_file) if row["kind"] == "reference"]
-    known = {row["model"]: _metrics(row) for row in rows if _has_metrics(row)}
+    known, _ = _recorded(run)
     if known.keys() >= {"student_before"} | ({"teacher"} if trainer.teacher is not None else set()):
         return known
     logger.info("evaluating before training")
@@ -259,24 +258,15 @@ def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Met
     if teacher is not None:
         reference["teacher"] = teacher
     if trainer.accelerator.is_main_process:
-        write_first(
-            run.metrics_file,
-            (
-                {"kind": "reference", "step": 0, "model": model, **metrics}
-                for model, metrics in reference.items()
-            ),
-        )
+        rows = ({"kind": "reference", "step": 0, "model": m, **reference[m]} for m in reference)
+        write_first(run.metrics_file, rows)
     for model, metrics in reference.items():
         logger.info("%s: perplexity %s", model.replace("_", " "), f"{metrics['perplexity']:,.1f}")
     return reference
 
 
 def _load_best(run: RunDirectory, trainer: DistillationTrainer) -> tuple[int, Metrics]:
-    """训练后的学生：``best``；它损坏了就用最后一步的，并说出来。所有进程都要调用。
-
-    Returns:
-        ``(它在哪一步, 它的成绩)``。
-    """
+    """训练后的学生在哪一步，成绩如何：``best``；它损坏了就用最后一步的。所有进程都要调用。"""
     path, state, accelerator = trainer.checkpoint_dir / BEST, trainer.state, trainer.accelerator
     try:
         step = load_student(trainer.student, path, state.run, accelerator).current_step
@@ -288,24 +278,7 @@ def _load_best(run: RunDirectory, trainer: DistillationTrainer) -> tuple[int, Me
                 file.unlink()
         save_best(accelerator, trainer.module, path.parent, state, trainer.config)
         step = state.current_step
-    for row in read_metrics(run.metrics_file):
-        if (row["kind"], row["step"]) == ("validation", step) and _has_metrics(row):
-            return step, _metrics(row)
-    return step, trainer.evaluate()[0]
-
-
-def _finish(
-    recipe: Recipe, run: RunDirectory, parts: Parts, tokens: int, summary: dict[str, Any]
-) -> None:
-    """样例、导出、图、报告；``summary.json`` 说的是「都走完了」，所以最后才写。"""
-    if recipe.evaluate.prompts:
-        _samples(recipe, run, parts)
-    shutil.rmtree(run.export, ignore_errors=True)
-    metrics = {model: summary[model] for model in MODELS if model in summary}
-    _export(recipe, parts, run.export, tokens, metrics)
-    plot_run(run.path)
-    _report(run, summary)
-    run.write_summary(summary)
+    return step, _recorded(run)[1].get(step) or trainer.evaluate()[0]
 
 
 def _report(run: RunDirectory, summary: dict[str, Any]) -> None:
@@ -313,25 +286,23 @@ def _report(run: RunDirectory, summary: dict[str, Any]) -> None:
     try:
         write_report([run.path], run.report, summary=summary)
     except Exception as error:
-        logger.warning("no report: %s: %s; try: distillab report %s",
-                       type(error).__name__, error, run.path.name)  # fmt: skip
+        why = typed_reason(error)
+        logger.warning("no report: %s; try: distillab report %s", why, run.path.name)
 
 
 def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
-    generator = TextGenerator(parts.student, parts.tokenizer)
-    prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-    asked: Sequence[str] | Sequence[list[int]] = prompts
-    if recipe.data.format == "chat":  # 问题要经模板，否则学生是在续写它
-        options = recipe.data.template_options
-        asked = [
-            question_prompt(prompt, parts.tokenizer, options, recipe.data.style)
-            for prompt in prompts
-        ]
-    completions = generator.generate(asked, strategy="greedy", max_new_tokens=length)
-    rows = [
+    config, data = recipe.evaluate, recipe.data
+    asked: Sequence[str] | Sequence[list[int]] = config.prompts
+    if data.format == "chat":  # 问题要经模板，否则学生是在续写它
+        options, style = data.template_options, data.style
+        asked = [question_prompt(p, parts.tokenizer, options, style) for p in config.prompts]
+    completions = TextGenerator(parts.student, parts.tokenizer).generate(
+        asked, strategy="greedy", max_new_tokens=config.max_new_tokens
+    )
+    rows = (
         {"prompt": prompt, "student": text}
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]
+        for prompt, text in zip(config.prompts, completions, strict=True)
+    )
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(run.samples_file, "".join(lines))
 
@@ -349,30 +320,3 @@ def _export(
     )
     export_student(parts.student, parts.tokenizer, target, vocabulary=parts.vocabulary, card=card)
     logger.info("exported to %s", target)
-
-
-def _has_metrics(row: dict[str, Any]) -> bool:
-    return row.keys() >= Metrics.__annotations__.keys()
-
-
-def _metrics(row: dict[str, Any]) -> Metrics:
-    nan = math.nan  # 不是有限值的写成了 null
-    return Metrics(
-        perplexity=nan if row["perplexity"] is None else row["perplexity"],
-        cross_entropy=nan if row["cross_entropy"] is None else row["cross_entropy"],
-        kl=row["kl"],
-        top1_agreement=row["top1_agreement"],
-    )
-
-
-def _in_order(metrics: dict[str, Metrics]) -> dict[str, Metrics]:
-    return {model: metrics[model] for model in MODELS if model in metrics}
-
-
-def _cost(state: TrainerState) -> dict[str, Any]:
-    return {
-        "tokens": state.tokens,
-        "seconds": round(state.seconds, 1),
-        "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }

@@ -38,6 +38,11 @@ class ResumeAuto(TyperCommand):
         return super().parse_args(ctx, kept)
 
 
+def main_process() -> bool:
+    """不是多进程，或者是其中管理运行目录、说话的那一个；不必等引擎起来。"""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def what(stop: KeyboardInterrupt) -> str:
     """为什么停下，一个词。"""
     if isinstance(stop, HungUp):
@@ -87,8 +92,7 @@ def quiet_libraries() -> None:
     handler.setFormatter(SafeFormatter())
     logger = logging.getLogger("distillab")
     logger.handlers, logger.propagate = [handler], False
-    main_process = os.environ.get("RANK", "0") == "0"  # 多进程时每句话只说一遍
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    logger.setLevel(logging.INFO if main_process() else logging.ERROR)  # 每句话只说一遍
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
