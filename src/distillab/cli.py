@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 RecipeName = Annotated[
     str,
     typer.Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes)."),
@@ -110,7 +111,7 @@ def launch(
     recipe: RecipeName,
     processes: Annotated[int, typer.Option(help="How many on this machine; one per GPU.")],
     engine: Annotated[
-        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        Engine,
         typer.Option(help="What is split over them: nothing, or the student's states."),
     ] = "ddp",
     overrides: Overrides = None,
@@ -144,7 +145,7 @@ def plan(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="One for each GPU.")] = 1,
     engine: Annotated[
-        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        Engine,
         typer.Option(help="How several processes share the work."),
     ] = "ddp",
 ) -> None:
@@ -368,8 +369,8 @@ def recipes() -> None:
 
     from .config.recipes import load_recipe, shipped_recipes
 
-    table = Table("name", "description", caption="run one: distillab train NAME",
-                  caption_justify="left")  # fmt: skip
+    caption = "run one: distillab train NAME"
+    table = Table("name", "description", caption=caption, caption_justify="left")
     for name in shipped_recipes():
         table.add_row(name, load_recipe(name).description)
     make_console().print(table)

@@ -31,13 +31,7 @@ def safe(text: str) -> str:
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:
-    """印一段文字，立即可见。
-
-    Args:
-        text: 文字，或有 ``str`` 的东西。
-        error: 印到 stderr。
-        end: 结尾。
-    """
+    """印一段文字，或有 ``str`` 的东西，立即可见。"""
     print(safe(str(text)), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
@@ -67,19 +61,18 @@ def outlive_terminal() -> None:
         if stream is None:  # 启动时就关着
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
             continue
-        raw = _Outlives(stream.fileno(), "wb", closefd=False)
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(raw), stream.encoding, stream.errors,
-            line_buffering=stream.line_buffering, write_through=stream.write_through,
-        ))  # fmt: skip
+        outliving = io.TextIOWrapper(
+            io.BufferedWriter(_Outlives(stream.fileno(), "wb", closefd=False)),
+            stream.encoding,
+            stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, outliving)
 
 
 def make_console(**options: Any) -> Console:
-    """Rich 的终端，文字里的控制字符与标记都只是文字。
-
-    Args:
-        **options: 同 ``rich.console.Console``。
-    """
+    """Rich 的终端，文字里的控制字符与标记都只是文字；选项同 ``rich.console.Console``。"""
     kind: type[Console] = _console_class()
     return kind(**{"markup": False, "emoji": False, **options})
 

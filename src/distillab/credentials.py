@@ -34,11 +34,7 @@ _USER_INFO = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#]*@\S*")
 
 
 def is_secret_name(name: str) -> bool:
-    """叫这个名字的字段放的是不是密钥：``api_key``、``X-Auth-Token``、``password``……
-
-    Args:
-        name: 字段或 HTTP 头的名字，大小写与分隔符不论。
-    """
+    """叫这个名字的字段或 HTTP 头放的是不是密钥；大小写与分隔符不论。"""
     words = [word.lower() for word in _WORD.findall(name)]
     if not words:
         return False
@@ -58,15 +54,7 @@ def is_secret_value(text: str) -> bool:
 
 
 def secrets_in(values: Any, prefix: str = "") -> Iterator[str]:
-    """逐级找出放着密钥的键；不说密钥是什么。
-
-    Args:
-        values: 由 YAML 或 JSON 读出的值。
-        prefix: 它自己的键。
-
-    Yields:
-        键，如 ``synthesize.server.extra_body.api_key``。
-    """
+    """由 YAML 或 JSON 读出的值里，逐级找出放着密钥的键，如 ``server.api_key``；不说密钥是什么。"""
     if isinstance(values, Mapping):
         for key, value in values.items():
             shown = HIDDEN if is_secret_value(str(key)) else str(key)
@@ -83,12 +71,7 @@ def secrets_in(values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def without_secrets(values: Any, prefix: str = "") -> Any:
-    """同样的值，密钥换成 ``***``：较早写下的文件里也许有。
-
-    Args:
-        values: 由 YAML 或 JSON 读出的值。
-        prefix: 它自己的键。
-    """
+    """同样的值，密钥换成 ``***``：较早写下的文件里也许有。"""
     if isinstance(values, Mapping):
         cleaned = {}
         for key, value in values.items():

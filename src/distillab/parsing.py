@@ -20,18 +20,7 @@ MAX_YAML_VALUES = 100_000
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """读一段 JSON。
-
-    Args:
-        text: 文字，或 UTF-8 的字节。
-        where: 出处，写进错误信息；错在后面的行时会加上行号。
-
-    Returns:
-        解出的值。
-
-    Raises:
-        DistillabError: 不是 JSON，或套了 ``MAX_DEPTH`` 层以上。
-    """
+    """读一段 JSON，文字或 UTF-8 的字节；``where`` 是出处，错在后面的行时会加上行号。"""
     with foreign(f"{where}: not valid JSON"):
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
@@ -49,18 +38,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """读一段 YAML；``*别名`` 展开成各自的值，改一处不会处处都变。
-
-    Args:
-        text: 文字。
-        where: 出处，写进错误信息。
-
-    Returns:
-        解出的值；``3e-4`` 是数。
-
-    Raises:
-        DistillabError: 不是 YAML，有重复的键，或者太大、太深。
-    """
+    """读一段 YAML，``3e-4`` 是数，重复的键是错误；``*别名`` 展开成各自的值，改一处不会处处都变。"""
     if len(text) > MAX_YAML_LENGTH:
         raise DistillabError(
             f"{where}: holds {len(text):,} characters, expected at most {MAX_YAML_LENGTH:,}"

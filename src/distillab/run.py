@@ -17,7 +17,7 @@ import torch
 from .assembly.parts import Parts, build_models, build_teacher
 from .assembly.training import build_trainer, read_pairs
 from .config.recipes import dump_recipe
-from .config.run_dir import RUNS, RunDirectory, checkpoint_dir, exported_model
+from .config.run_dir import RUNS, RunDirectory, exported_model
 from .config.schema import Recipe
 from .config.style import USUAL, Style
 from .data.chat import question_prompt, render_prompt, writes_date
@@ -185,7 +185,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
     """
     run = RunDirectory.find(name)
     recipe = run.trusted_recipe(trust)
-    path = find_checkpoint(checkpoint_dir(run.path, recipe.train.checkpoint_dir), checkpoint)
+    path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     target = output or run.export
     if target.exists() and any(target.iterdir()):  # 先查，再花时间装配模型
         raise DistillabError(f"{target} exists already; name another directory with --output")

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -25,18 +25,14 @@ class StopRequest:
     """把第一次 Ctrl-C、SIGTERM 或 SIGHUP 变成「走完这一步再停」；第二次 Ctrl-C 立即退出。
 
     几个进程收到信号有先有后，有的根本收不到：``votes`` 与每步本来就有的归约一起走，``agree`` 记下
-    结果，所有进程便停在同一步。
-
-    Attributes:
-        received: 本进程收到的第一个信号。
-        agreed: 各进程一致的决定；只有归约之后才有。
+    结果，所有进程便停在同一步。``received`` 是本进程收到的第一个信号，``agreed`` 是各进程一致的。
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None
         self._warned = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handling = ExitStack()
         self._speaking = _thread.allocate_lock()
 
     @property
@@ -65,11 +61,10 @@ class StopRequest:
         if limit is not None and seconds > limit and not self._warned:
             self._warned = True
             logger.warning(
-                "this step, with validation and saving, took %d s, but torchrun ends a process "
-                "%g s after SIGTERM: give it --shutdown-timeout, and set "
-                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the same",
-                seconds, limit,
-            )  # fmt: skip
+                f"this step, with validation and saving, took {int(seconds)} s, but torchrun ends a "
+                f"process {limit:g} s after SIGTERM: give it --shutdown-timeout, and set "
+                f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the same"
+            )
 
     def stopped(self, text: str) -> KeyboardInterrupt:
         """停下来时要抛出的；``text`` 说停在哪里。"""
@@ -79,13 +74,11 @@ class StopRequest:
         return HungUp(text) if signal.SIGHUP in got else KeyboardInterrupt(text)
 
     def __enter__(self) -> StopRequest:
-        self._previous = _installed(SIGNALS, self._handle)
+        self._handling.enter_context(_handling(SIGNALS, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._previous = {}
+        self._handling.close()
         if self._speaking.acquire(timeout=SPEAKING_SECONDS):  # 先说要停，再说停在哪里
             self._speaking.release()
 
@@ -125,27 +118,26 @@ def terminable() -> Iterator[None]:
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise HungUp if signum == signal.SIGHUP else Terminated
 
-    previous = _installed((signal.SIGHUP, signal.SIGTERM), terminate)
+    with _handling((signal.SIGHUP, signal.SIGTERM), terminate):
+        yield
+
+
+@contextmanager
+def _handling(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """其间由 ``handler`` 处理信号；nohup 要忽略的 SIGHUP 仍旧忽略。"""
+    previous: dict[signal.Signals, Any] = {}
     try:
+        for number in numbers:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            with suppress(ValueError):  # 只有主线程能装信号处理
+                previous[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _installed(
-    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
-) -> dict[signal.Signals, Any]:
-    """装上信号处理，返回原来的；nohup 要忽略的 SIGHUP 仍旧忽略。"""
-    previous: dict[signal.Signals, Any] = {}
-    for number in numbers:
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue
-        try:
-            previous[number] = signal.signal(number, handler)
-        except ValueError:  # 只有主线程能装信号处理
-            break
-    return previous
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _limit_hint() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ class ResumeAuto(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """去掉紧跟着 ``--resume`` 的 ``auto``。"""
         args = ["--resume" if arg == "--resume=auto" else arg for arg in args]
-        kept = [arg for before, arg in zip(["", *args], args, strict=False)
-                if (before, arg) != ("--resume", "auto")]  # fmt: skip
+        kept = [b for a, b in pairwise(["", *args]) if (a, b) != ("--resume", "auto")]
         return super().parse_args(ctx, kept)
 
 

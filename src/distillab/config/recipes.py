@@ -22,27 +22,17 @@ OVERRIDE = "--set"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """随包发布的配方：名字到文件。"""
-    directory = shipped_directory()
-    found = {
-        path.relative_to(directory).with_suffix("").as_posix(): path
-        for path in sorted(directory.rglob("*.yaml"))
-        if path.name[0] != "_"  # 只供 extends
-    }
-    # 旁边的数据与引擎配置也可能是 YAML。
-    return {
-        name: path
-        for name, path in found.items()
-        if name.count("/") < 2 and not name.startswith("accelerate/")
-    }
+    """随包发布的配方：名字到文件；``_`` 开头的只供 ``extends``，旁边的数据与引擎配置不是配方。"""
+    directory, found = shipped_directory(), {}
+    for path in sorted(directory.rglob("*.yaml")):
+        name = path.relative_to(directory).with_suffix("").as_posix()
+        if path.name[0] != "_" and name.count("/") < 2 and not name.startswith("accelerate/"):
+            found[name] = path
+    return found
 
 
 def find_recipe(name: str) -> Path:
-    """把命令行上的 RECIPE 变成文件：一个路径，或随包配方的名字。
-
-    Raises:
-        DistillabError: 没有这个文件，也没有叫这个名字的配方。
-    """
+    """把命令行上的 RECIPE 变成文件：一个路径，或随包配方的名字。"""
     path = expanded(name)
     if path.is_file():
         return path
@@ -55,17 +45,9 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """读出一份配方。
+    """读出一份配方：文件路径或随包配方的名字，加上 ``train.seed=1`` 这样的覆盖项，后者胜。
 
-    Args:
-        name: 文件路径或随包配方的名字。
-        overrides: 形如 ``train.learning_rate=1e-4`` 的覆盖项，后者胜。
-
-    Returns:
-        校验过的 ``Recipe``；``name`` 缺省为文件名。
-
-    Raises:
-        DistillabError: 读不了、不是合法 YAML、或有不合法的键与值；信息只有一行。
+    ``name`` 这个键缺省为文件名。读不了、有不合法的键与值都是一行的 ``DistillabError``。
     """
     path = find_recipe(name)
     origins: dict[str, str] = {}
@@ -80,12 +62,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe, *, public: bool = False) -> str:
-    """解析后的配方，写成可以原样再读的 YAML。
-
-    Args:
-        recipe: 配方。
-        public: 要交给别人的一份：没有 ``synthesize.server``，那是自己的服务。
-    """
+    """解析后的配方，可以原样再读的 YAML；``public`` 的没有 ``synthesize.server``：那是自己的。"""
     values = recipe.values()
     if public:
         del values["synthesize"]["server"]
@@ -123,9 +100,9 @@ def _read(path: Path) -> dict[str, Any]:
     if values is None:
         raise DistillabError(f"{path}: empty; a recipe needs at least data.source")
     if not isinstance(values, dict):
+        found = type(values).__name__
         raise DistillabError(
-            f"{path}: found a {type(values).__name__}, expected a mapping with keys like "
-            f"student, teacher, data"
+            f"{path}: found a {found}, expected a mapping with keys like student, teacher, data"
         )
     return values
 
@@ -187,10 +164,10 @@ def _override(text: str) -> dict[str, Any]:
             f"{OVERRIDE} {key.partition(':')[0]}: expected KEY=VALUE, as in "
             f"train.learning_rate=1e-4"
         )
-    nested: Any = parse_yaml(value, f"{OVERRIDE} {key}")
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    override: dict[str, Any] = nested
+    *outer, last = key.split(".")
+    override = {last: parse_yaml(value, f"{OVERRIDE} {key}")}
+    for part in reversed(outer):
+        override = {part: override}
     return override
 
 
@@ -210,7 +187,9 @@ def _problem(key: str, detail: Any) -> str:
     kind, parent = detail["type"], detail["loc"][:-1]
     if kind == "secret":
         return str(detail["msg"])
-    found = _Found(detail["input"], hidden=detail["loc"][:2] == ("synthesize", "server"))
+    found = repr(detail["input"])
+    if detail["loc"][:2] == ("synthesize", "server"):  # 那一节里，写错了地方的多半就是密钥
+        found = f"a {type(detail['input']).__name__}"
     if kind == "extra_forbidden":
         return f"unknown key '{key}'; {nearest(key.rpartition('.')[2], _fields(parent))}"
     if kind == "missing":
@@ -220,24 +199,14 @@ def _problem(key: str, detail: Any) -> str:
         return f"{key}: {message}" if key else message
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        return f"{key}: found {found!r}; {nearest(str(detail['input']), choices)}"
+        return f"{key}: found {found}; {nearest(str(detail['input']), choices)}"
     if kind == "model_type":
         keys = ", ".join(_fields(detail["loc"]))
-        return f"{key}: found {found!r}, expected a mapping with keys {keys}"
+        return f"{key}: found {found}, expected a mapping with keys {keys}"
     if kind == "string_pattern_mismatch":
-        return f"{key}: found {found!r}, expected text that matches {detail['ctx']['pattern']}"
+        return f"{key}: found {found}, expected text that matches {detail['ctx']['pattern']}"
     expected = re.sub(r"^(Input should be (a valid )?|\w+ should have )", "", detail["msg"])
-    return f"{key}: found {found!r}, expected {expected}"
-
-
-class _Found:
-    """写进报错的值；``hidden`` 的只说种类：服务的一节里，写错了地方的多半就是密钥。"""
-
-    def __init__(self, value: Any, hidden: bool) -> None:
-        self.value, self.hidden = value, hidden
-
-    def __repr__(self) -> str:
-        return f"a {type(self.value).__name__}" if self.hidden else repr(self.value)
+    return f"{key}: found {found}, expected {expected}"
 
 
 def _fields(location: Sequence[Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -52,11 +53,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers",
 
 
 class RunDirectory:
-    """一个运行目录；打开期间加锁，两次训练不会写进同一个目录。
-
-    Attributes:
-        path: 目录本身。
-    """
+    """一个运行目录；打开期间加锁，两次训练不会写进同一个目录。"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,11 +71,7 @@ class RunDirectory:
 
     @classmethod
     def find(cls, name: str) -> RunDirectory:
-        """按路径或名字找到已有的运行目录。
-
-        Raises:
-            DistillabError: 没有这样的运行目录。
-        """
+        """按路径或名字找到已有的运行目录。"""
         for path in (Path(name), RUNS / name):
             if (path / "recipe.yaml").is_file():
                 return cls(path)
@@ -92,14 +85,7 @@ class RunDirectory:
         return load_recipe(str(self.recipe_file))
 
     def trusted_recipe(self, trust: bool) -> Recipe:
-        """要装配、要评测的配方：它指名的代码会被运行。
-
-        Args:
-            trust: 使用者说了 ``--trust``。
-
-        Raises:
-            DistillabError: 它指名了代码，而这次运行不是在这里开始的。
-        """
+        """要装配、要评测的配方：它指名的代码会被运行，见 ``check_trusted``。"""
         recipe = self.recipe
         check_trusted(self.recipe_file, recipe, trust)
         return recipe
@@ -130,11 +116,7 @@ class RunDirectory:
         return None
 
     def open(self, recipe: Recipe, resume: bool) -> None:
-        """为训练打开目录：新建，或在 ``resume`` 时接着用；加锁，直到退出 with。
-
-        Raises:
-            DistillabError: 已存在而没有 ``resume``；正被另一个进程使用；配方与上次不同。
-        """
+        """为训练打开目录：新建，或在 ``resume`` 时接着用同一份配方；加锁，直到退出 with。"""
         begun = self._begun()
         if begun and not self.recipe_file.exists():
             raise DistillabError(f"{self.path} exists but is not a run: it has no recipe.yaml")
@@ -151,27 +133,22 @@ class RunDirectory:
         run_id(self.path)
         if self.summary_file.exists() and self.summary is None:
             aside = self.summary_file.replace(self.path / "damaged-summary.json")
-            logger.warning("%s is not a summary: moved to %s, written anew",
-                           self.summary_file, aside)  # fmt: skip
+            logger.warning(f"{self.summary_file} is not a summary: moved to {aside}, written anew")
         replace_file(self.recipe_file, dump_recipe(recipe))
         remember(self.recipe_file, recipe)
         replace_file(self.environment_file, json.dumps(environment(), indent=1))
 
     def lock(self) -> None:
-        """加锁，直到退出 with；清掉上次被杀留下的。
-
-        Raises:
-            DistillabError: 正被另一个进程使用。
-        """
+        """加锁，直到退出 with；清掉上次被杀留下的。"""
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise DistillabError(f"{self.path} is in use by another process") from None
-        shared = [*leftovers(self.path, self.report.name),  # 写它们的命令不拿锁
-                  *leftovers(self.path, self.evaluation_file.name)]  # fmt: skip
+        unlocked = (self.report, self.evaluation_file)  # 写它们的命令不拿锁
+        shared = {left for file in unlocked for left in leftovers(self.path, file.name)}
         own = {left for place in (self.path, self.checks, self.plots) for left in leftovers(place)}
         old = {path for path in self.path.glob("*") if _OLD_LEFTOVER.fullmatch(path.name)}
-        sweep((own - set(shared)) | old | set(filter(idle, shared)))
+        sweep((own - shared) | old | set(filter(idle, shared)))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -214,15 +191,7 @@ class RunDirectory:
 
 
 def checkpoint_dir(run: Path, name: str) -> Path:
-    """运行目录里的检查点目录，还不一定存在。
-
-    Args:
-        run: 运行目录。
-        name: ``train.checkpoint_dir``。
-
-    Raises:
-        DistillabError: 它经符号链接到了运行目录之外：别的运行也许在用。
-    """
+    """运行目录里的检查点目录，还不一定存在；经符号链接到了外面的不行：别的运行也许在用。"""
     path = run / name
     if not path.resolve().is_relative_to(run.resolve()):
         raise DistillabError(
@@ -233,11 +202,7 @@ def checkpoint_dir(run: Path, name: str) -> Path:
 
 
 def run_id(run: Path) -> str:
-    """这次运行的 id，每个检查点都带着它；第一次问时随机定下，写进 ``run_id``。只由主进程调用。
-
-    Raises:
-        DistillabError: 文件里不是一个 id。
-    """
+    """这次运行的 id，每个检查点都带着它；第一次问时随机定下，写进 ``run_id``。只由主进程调用。"""
     file = run / ID_FILE
     if not file.exists():
         run.mkdir(parents=True, exist_ok=True)
@@ -252,11 +217,7 @@ def run_id(run: Path) -> str:
 
 
 def exported_model(name: str) -> str:
-    """一个模型的来源：运行目录的是它的 ``export/``，其余的原样返回。
-
-    Raises:
-        DistillabError: 运行目录还没有导出。
-    """
+    """一个模型的来源：运行目录的是它的 ``export/``，其余的原样返回。"""
     try:
         run = RunDirectory.find(name)
     except DistillabError:
@@ -286,18 +247,14 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _free_name(path: Path) -> str:
-    number = 2
-    while path.with_name(f"{path.name}-{number}").exists():
-        number += 1
-    return f"{path.name}-{number}"
+    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not path.with_name(name).exists())

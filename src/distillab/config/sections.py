@@ -46,9 +46,10 @@ class Section(BaseModel):
         # 先于其余的检查：它们的报错会引用找到的值。
         if (key := next(secrets_in(values), None)) is not None:
             raise PydanticCustomError(
-                "secret", "{key} holds a key, a token or a password: {way_out}",
+                "secret",
+                "{key} holds a key, a token or a password: {way_out}",
                 {"key": key, "way_out": WAY_OUT},
-            )  # fmt: skip
+            )
         return values
 
 

@@ -9,13 +9,7 @@ from pydantic import BeforeValidator
 
 
 class Style(NamedTuple):
-    """内容里的控制 token 怎样办，模板写哪一天。
-
-    Attributes:
-        control_tokens: 内容里的控制 token：``split`` 当作普通文字，``keep`` 当作控制 token，
-            ``refuse`` 不许有。
-        today: 写日期的模板写哪一天；``None`` 为渲染的那一天。
-    """
+    """内容里的控制 token 当作普通文字、控制 token 还是不许有；模板写哪一天，缺省为渲染的那天。"""
 
     control_tokens: Literal["split", "keep", "refuse"] = "split"
     today: date | None = None

@@ -20,23 +20,12 @@ logger = logging.getLogger("distillab")
 
 
 def state_dir() -> Path:
-    """只属于这个使用者的目录；不是缓存，缓存可以几个人共用。
-
-    Returns:
-        ``XDG_STATE_HOME`` 所指之下，没有设置则在 ``~/.local/state`` 之下；不保证已存在。
-
-    Raises:
-        DistillabError: 不知道家目录在哪里。
-    """
+    """只属于这个使用者的目录，不保证已存在；不是缓存，缓存可以几个人共用。"""
     return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "distillab"
 
 
 def code_in(recipe: Recipe) -> Iterator[str]:
-    """训练与评测这份配方时会运行的、配方自己指名的代码。
-
-    Yields:
-        ``键=值``。
-    """
+    """训练与评测这份配方时会运行的、配方自己指名的代码：``键=值``。"""
     for name, task in recipe.evaluate.tasks.items():
         if task.match is not None and task.match.function is not None:
             yield f"evaluate.tasks.{name}.match.function={task.match.function!r}"
@@ -50,12 +39,7 @@ def code_in(recipe: Recipe) -> Iterator[str]:
 
 
 def remember(file: Path, recipe: Recipe) -> None:
-    """记下这份配方是在这里、由这个使用者开始训练的；没有代码的不必记。
-
-    Args:
-        file: 运行目录里的 ``recipe.yaml``，刚刚写好。
-        recipe: 它的内容。
-    """
+    """记下运行目录里刚写好的 ``file`` 是在这里、由这个使用者开始训练的；没有代码的不必记。"""
     if not any(code_in(recipe)):
         return
     try:
@@ -63,21 +47,13 @@ def remember(file: Path, recipe: Recipe) -> None:
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         record.touch(mode=0o600)
     except (OSError, DistillabError) as error:
-        logger.warning("cannot note that this run is yours (%s): to evaluate or export it, "
-                       "give --trust", error)  # fmt: skip
+        logger.warning(
+            f"cannot note that this run is yours ({error}): to evaluate or export it, give --trust"
+        )
 
 
 def check_trusted(file: Path, recipe: Recipe, trust: bool) -> None:
-    """运行配方指名的代码之前：没有代码、记得它，或使用者说了 ``--trust``。
-
-    Args:
-        file: 运行目录里的 ``recipe.yaml``。
-        recipe: 它的内容。
-        trust: 使用者信任它。
-
-    Raises:
-        DistillabError: 这份配方不是在这里开始训练的，或者后来改过。
-    """
+    """运行 ``file`` 这份配方指名的代码之前：没有代码、记得它，或使用者说了 ``--trust``。"""
     code = next(code_in(recipe), None)
     if code is None or trust:
         return

@@ -24,20 +24,10 @@ def model_card(
     metrics: Mapping[str, Mapping[str, Any]],
     license: str | None = None,
 ) -> str:
-    """生成带 YAML front matter 的模型卡（Markdown）。
+    """带 YAML front matter 的模型卡（Markdown）。
 
-    Args:
-        name: 模型名。
-        recipe_yaml: 解析后的配方原文。
-        teacher: 教师的来源；``None`` 表示没有教师。
-        data: 训练数据的来源。
-        tokens: 训练过的 response token 数。
-        metrics: ``{"teacher" | "student_before" | "student_after": {指标名: 值}}``，
-            ``None`` 的留空。
-        license: SPDX 名，如 ``"apache-2.0"``；``None`` 则不写。
-
-    Returns:
-        模型卡全文。
+    ``tokens`` 是训练过的 response token 数；``metrics`` 是 ``_CARD_ROWS`` 的键到 ``{指标名: 值}``，
+    ``None`` 的留空；``license`` 是 SPDX 名。
     """
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license is not None:

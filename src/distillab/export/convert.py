@@ -30,25 +30,9 @@ from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "evenly_spaced_layers",
-    "export_student",
-    "from_hf",
-    "student_from_teacher",
-    "to_hf_state_dict",
-]
-
 # 权重只在这些字段相同时才有同样的含义；层数、最大长度与 dropout 可以另选。
-_FIXED_BY_TEACHER = (
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "vocab_size",
-    "rope_theta",
-    "norm_eps",
-)
-
+_CHOSEN = ("num_layers", "max_seq_len", "dropout")
+_FIXED_BY_TEACHER = [name for name in ModelConfig.model_fields if name not in _CHOSEN]
 _GENERATION = "generation_config.json"
 
 # ---------------------------------------------------------------- 导入
@@ -72,24 +56,11 @@ def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> 
         model = _unwrap(model_or_directory)
         hf_config, generation, state = model.config, model.generation_config, model.state_dict()
     config = config_from_hf(hf_config)
-    student = _load(state, hf_config, config, range(config.num_layers))
-    student.eos_token_ids = declared_eos(generation, hf_config)
-    return student
+    return _load(state, hf_config, generation, config, range(config.num_layers))
 
 
 def evenly_spaced_layers(total: int, keep: int) -> list[int]:
-    """从 ``total`` 层里均匀挑 ``keep`` 层，含首尾两层。
-
-    Args:
-        total: 教师的层数。
-        keep: 保留的层数。只留一层时取第一层。
-
-    Returns:
-        升序、互不相同的层号。
-
-    Raises:
-        DistillabError: ``keep`` 不在 ``[1, total]`` 之内。
-    """
+    """从教师的 ``total`` 层里均匀挑 ``keep`` 层的层号，升序，含首尾两层；只留一层时取第一层。"""
     if not 1 <= keep <= total:
         raise DistillabError(f"init.layers={keep}, expected 1 to {total}, the teacher's layers")
     if keep == 1:
@@ -104,18 +75,10 @@ def student_from_teacher(
     layers: int | None = None,
     config: ModelConfig | None = None,
 ) -> StudentModel:
-    """由教师均匀挑出的若干层初始化学生，Embedding 与最终归一化照抄。
+    """由 Qwen2 或 Llama 结构的教师均匀挑出的 ``layers`` 层初始化学生，float32。
 
-    Args:
-        teacher: Qwen2 或 Llama 结构的教师。
-        layers: 保留的层数；``None`` 表示 ``config.num_layers``，再没有就全部保留。
-        config: 学生的结构，用来另定 ``max_seq_len`` 与 ``dropout``；宽度必须与教师一致。
-
-    Returns:
-        float32 的 ``StudentModel``。
-
-    Raises:
-        DistillabError: 教师的结构不受支持，层数越界，或 ``config`` 与教师不一致。
+    Embedding 与最终归一化照抄。``config`` 用来另定 ``max_seq_len`` 与 ``dropout``，宽度必须与教师
+    一致；``layers`` 缺省为 ``config.num_layers``，再没有就全部保留。
     """
     model = _unwrap(teacher)
     own = config_from_hf(model.config)
@@ -135,9 +98,7 @@ def student_from_teacher(
         layers = config.num_layers
     picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
     config = (config or own).model_copy(update={"num_layers": len(picks)})
-    student = _load(model.state_dict(), model.config, config, picks)
-    student.eos_token_ids = declared_eos(model.generation_config, model.config)
-    return student
+    return _load(model.state_dict(), model.config, model.generation_config, config, picks)
 
 
 def _unwrap(model: PreTrainedModel | PretrainedLM) -> Any:
@@ -166,10 +127,15 @@ def _read_directory(directory: Path) -> tuple[Any, Any, dict[str, Tensor]]:
 
 
 def _load(
-    state: Mapping[str, Tensor], hf_config: Any, config: ModelConfig, layers: Sequence[int]
+    state: Mapping[str, Tensor],
+    hf_config: Any,
+    generation: Any,
+    config: ModelConfig,
+    layers: Sequence[int],
 ) -> StudentModel:
-    """新建学生并抄入权重；``layers[i]`` 是学生第 i 层的来源。"""
+    """新建学生，抄入权重与停止 token；``layers[i]`` 是学生第 i 层的来源。"""
     student = StudentModel(config)
+    student.eos_token_ids = declared_eos(generation, hf_config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             source = hf_name(name, layers)
@@ -199,17 +165,9 @@ def _load(
 def to_hf_state_dict(
     student: StudentModel, vocabulary: Vocabulary | None = None
 ) -> dict[str, Tensor]:
-    """学生的权重，按 Qwen2 命名；绑定的 ``lm_head.weight`` 不重复存。
+    """学生的权重，按 Qwen2 命名，float32，在 CPU 上连续；绑定的 ``lm_head.weight`` 不重复存。
 
-    Args:
-        student: 学生。
-        vocabulary: 训练时参与的 token；其余的行换成它们的均值。
-
-    Returns:
-        名字 → float32 张量（CPU，连续）。
-
-    Raises:
-        DistillabError: ``vocabulary`` 比学生的词表大。
+    给出训练时的 ``vocabulary`` 时，没有参与的行换成参与的均值。
     """
     layers = range(student.config.num_layers)
     state = {
@@ -258,7 +216,8 @@ def export_student(
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DistillabError(f"{target}: already exists, expected a new or empty directory")
-    with replacing_directory(target, _bytes(model)) as partial:
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    with replacing_directory(target, size) as partial:
         if isinstance(model, PretrainedLM):
             whole = merged_copy(model) if has_lora(model) else model.model
             _write_pretrained(whole, generation_ids(tokenizer, model), partial)
@@ -268,11 +227,6 @@ def export_student(
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
     return target
-
-
-def _bytes(model: torch.nn.Module) -> int:
-    """权重一共多少字节。"""
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _write_model(

@@ -44,28 +44,13 @@ def hf_name(name: str, layers: Sequence[int]) -> str:
 
 
 def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:
-    """把 Qwen2 或 Llama 的配置译成 ``ModelConfig``。
-
-    Args:
-        hf_config: transformers 的 ``Qwen2Config`` 或 ``LlamaConfig``。
-        num_layers: 改用这个层数；``None`` 表示与对方相同。
-
-    Returns:
-        等价的 ``ModelConfig``，dropout 为 0。
-
-    Raises:
-        DistillabError: ``StudentModel`` 表达不了对方的某个设置。
-    """
+    """Qwen2 或 Llama 的配置译成等价的 ``ModelConfig``，层数可以另给；表达不了的设置是错误。"""
     _refuse_unsupported(hf_config)
     values = {ours: getattr(hf_config, theirs) for ours, theirs in CONFIG_NAMES.items()}
-    values["rope_theta"] = _rope_parameters(hf_config)["rope_theta"]
+    values["rope_theta"] = hf_config.rope_parameters["rope_theta"]
     if num_layers is not None:
         values["num_layers"] = num_layers
     return ModelConfig(**values)
-
-
-def _rope_parameters(hf_config: Any) -> dict[str, Any]:
-    return dict(hf_config.rope_parameters or {})
 
 
 def _refuse_unsupported(hf_config: Any) -> None:
@@ -74,7 +59,7 @@ def _refuse_unsupported(hf_config: Any) -> None:
         raise DistillabError(
             f"model_type={hf_config.model_type}, expected qwen2 or llama: {REMEDY}"
         )
-    rope = _rope_parameters(hf_config)
+    rope = hf_config.rope_parameters or {}
     heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     sliding = "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
