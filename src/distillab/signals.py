@@ -61,8 +61,8 @@ class StopRequest:
         if limit is not None and seconds > limit and not self._warned:
             self._warned = True
             logger.warning(
-                f"this step, with validation and saving, took {int(seconds)} s, but torchrun ends a "
-                f"process {limit:g} s after SIGTERM: give it --shutdown-timeout, and set "
+                f"this step, with validation and saving, took {int(seconds)} s, but torchrun ends "
+                f"a process {limit:g} s after SIGTERM: give it --shutdown-timeout, and set "
                 f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the same"
             )
 
