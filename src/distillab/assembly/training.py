@@ -187,19 +187,19 @@ def _packs(data: DataSection, responses: ResponsesConfig, parts: Parts) -> bool:
     """要不要、也能不能让一行里的几段互不相见；不能就在日志里说。"""
     if not data.packing:
         return False
-    instead = "padding batches of similar length instead"
     if responses.on_policy:
         logger.warning(
-            f"data.packing: sampled responses have no length before they are sampled: {instead}"
+            "data.packing: sampled responses have no length before they are sampled: "
+            "padding batches of similar length instead"
         )
         return False
-    if data.format != "chat":
-        instead = "letting them see each other instead"
+    chat = data.format == "chat"
+    otherwise = "padding batches of similar length" if chat else "letting them see each other"
     for name, model in {"student": parts.student, "teacher": parts.teacher}.items():
         if model is not None and not keeps_documents_apart(model):
             logger.warning(
                 f"data.packing: the attention of the {name} does not keep documents apart: "
-                f"{instead}"
+                f"{otherwise} instead"
             )
             return False
     return True
