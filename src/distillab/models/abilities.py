@@ -1,7 +1,6 @@
 """一个模型的缓存与填充可不可信：用几个 token 试出来，不按名字列举。
 
-线性注意力与循环的模型各有各的缓存，有的不看 ``attention_mask``，有的悄悄不用缓存；试一次十几个
-token，总比列一张迟早过时的表可靠。
+线性注意力与循环的模型各有各的缓存，有的不看 ``attention_mask``，有的悄悄不用缓存。
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import reason
-from .head_fit import tolerance
+from .head_fit import relative_error, tolerance
 from .kv_cache import autocast_dtype
 
 PROMPT, NEW = 8, 4
@@ -23,10 +22,8 @@ PROMPT, NEW = 8, 4
 class Abilities(NamedTuple):
     """生成时可以倚靠什么。
 
-    Attributes:
-        cached: 接着缓存算的与从头算的相同，丢掉几行之后也是。
-        pads_left: 左边的填充不影响真实的 token。
-        why_uncached: ``cached`` 为假的原因，一行。
+    ``cached``：接着缓存算的与从头算的相同，丢掉几行之后也是；不然 ``why_uncached`` 是一行原因。
+    ``pads_left``：左边的填充不影响真实的 token。
     """
 
     cached: bool
@@ -36,12 +33,7 @@ class Abilities(NamedTuple):
 
 @torch.no_grad()
 def find_abilities(model: Any, new_cache: Callable[[], Any]) -> Abilities:
-    """试出 ``model`` 的缓存与左填充可不可信。
-
-    Args:
-        model: 任何 ``LanguageModel``，处于 eval；权重是完整的。
-        new_cache: 给出一份空的缓存。
-    """
+    """试出 ``model`` 的缓存（``new_cache()``）与左填充可不可信；它处于 eval，权重是完整的。"""
     head = model.head
     size, device = head.weight.shape[0], head.weight.device
     # 两行互不相同，行与行之间串了也看得出来。
@@ -78,11 +70,7 @@ def _cache_error(
 
 
 def _pads_left(
-    model: Any,
-    new_cache: Callable[[], Any] | None,
-    ids: Tensor,
-    expected: Tensor,
-    allowed: float,
+    model: Any, new_cache: Callable[[], Any] | None, ids: Tensor, expected: Tensor, allowed: float
 ) -> bool:
     """第一行去掉开头的几个 token 再补齐，与它单独算的是否相同。"""
     gone = PROMPT // 2
@@ -107,17 +95,12 @@ def _pads_left(
     if any(_differs(part, alone[:, -part.shape[1] :], allowed) for part in found):
         return False
     # 换一种填充，同样的形状：看得见填充的，离它最近的 token 变得最多。
-    changed = _errors(padded[:1, gone:], other[:1, gone:])
+    changed = relative_error(padded[:1, gone:], other[:1, gone:], dim=-1)
     return bool((changed <= allowed).all()) and not _differs(padded[1:], expected[1:], allowed)
 
 
 def _differs(found: Tensor, expected: Tensor, allowed: float) -> bool:
     """每个位置都不同才算：舍入与专家的翻转只在个别位置，缓存错了则处处都错。"""
-    return found.shape != expected.shape or not bool((_errors(found, expected) <= allowed).any())
-
-
-def _errors(found: Tensor, expected: Tensor) -> Tensor:
-    """``[..., H]`` 各位置的相对误差 ``[...]``。"""
-    size: Tensor = expected.double().norm(dim=-1).clamp(min=1e-30)
-    difference: Tensor = (found.double() - expected.double()).norm(dim=-1)
-    return difference / size
+    if found.shape != expected.shape:
+        return True
+    return not bool((relative_error(found, expected, dim=-1) <= allowed).any())

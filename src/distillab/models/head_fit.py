@@ -1,7 +1,4 @@
-"""由模型自己的 logits 定出 ``Head``：配置里的名字只是线索，算出来相同才算数。
-
-同一件事各家名字不同，同一个名字各家乘除不同，还有写在配置里而模型从不看的。
-"""
+"""由模型自己的 logits 定出 ``Head``：配置里的名字只是线索，各家不同，算出来相同才算数。"""
 
 from __future__ import annotations
 
@@ -18,10 +15,11 @@ ROWS = 8192
 """至多比较词表里均匀的这么多行：大词表的 float32 拷贝有好几 GB。"""
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|``（均方根），与整体的大小无关；有 NaN 则是 NaN。"""
-    difference = (found.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp(min=1e-30))
+def relative_error(found: Tensor, expected: Tensor, dim: int | None = None) -> Tensor:
+    """``|found - expected| / |expected|``（均方根），整体的或 ``dim`` 上的；有 NaN 则是 NaN。"""
+    found, expected = found.double(), expected.double()
+    error: Tensor = (found - expected).norm(dim=dim) / expected.norm(dim=dim).clamp(min=1e-30)
+    return error
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -30,21 +28,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def fit_head(head: Head, hidden: Tensor, logits: Tensor, values: Mapping[str, Any]) -> Head:
-    """给 ``head`` 补上 scale 与 softcap，使它由 ``hidden`` 算出模型自己的 ``logits``。
+    """给 ``head`` 补上 scale 与 softcap，使它由 ``hidden [N, H]`` 算出模型的 ``logits [N, V]``。
 
-    scale 由最小二乘得出；配置里有这个数（或它的倒数），就取准确的那个。
-
-    Args:
-        head: 只有 ``weight [V, H]`` 与 ``bias``。
-        hidden: ``[N, H]``。
-        logits: ``[N, V]``，模型自己算的。
-        values: 模型的配置。
-
-    Returns:
-        同样的权重，加上 scale 与 softcap。
-
-    Raises:
-        DistillabError: 没有这样的 scale 与 softcap，或模型的 logits 不是有限的。
+    scale 由最小二乘得出；配置 ``values`` 里有这个数（或它的倒数），就取准确的那个。没有这样的 scale
+    与 softcap，或 logits 不是有限的，是 ``DistillabError``。
     """
     size = head.weight.shape[0]
     if hidden.shape[-1] != head.weight.shape[1] or logits.shape[-1] != size:
@@ -72,7 +59,7 @@ def fit_head(head: Head, hidden: Tensor, logits: Tensor, values: Mapping[str, An
         if abs(exact - scale) <= allowed * abs(scale):
             scale = exact
         finished = Head(part.weight, None, scale, softcap).finish(plain)
-        error = relative_error(finished, own)
+        error = float(relative_error(finished, own))
         found.append((error, finished, Head(head.weight, head.bias, scale, softcap)))
     error, finished, best = min(found, key=lambda one: one[0])
     if error > allowed:

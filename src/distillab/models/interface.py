@@ -266,9 +266,9 @@ class PretrainedLM(LanguageModel):
             found = find_abilities(self, self._empty_cache)
         if not found.cached:
             logger.warning(
-                "model_type '%s': generating without a cache, which is slower: %s",
-                self._config.model_type, found.why_uncached,
-            )  # fmt: skip
+                f"model_type '{self._config.model_type}': generating without a cache, which is "
+                f"slower: {found.why_uncached}"
+            )
         return found
 
     def _empty_cache(self) -> Any:

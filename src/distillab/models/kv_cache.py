@@ -1,7 +1,7 @@
-"""生成时各层已算过的键值，使每一步只需算新 token。
+"""生成时各层已算过的键值，使每一步只需算新 token；就地写入，不能反向。
 
-接上新 token 不复制旧的：每层预留余地，写进空着的位置。``torch.cat`` 每步把整个缓存抄一遍，
-批大、句长时比模型本身还慢。只用于生成：就地写入，不能反向。
+接上新 token 不复制旧的：每层预留余地，写进空着的位置；``torch.cat`` 每步把整个缓存抄一遍，批大、
+句长时比模型本身还慢。
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ from torch import Tensor
 
 from ..limits import cache_room
 
-__all__ = ["KVCache", "LayerCache", "dynamic_cache"]
-
 
 class LayerCache:
-    """一层的键与值，各 ``[B, nkv, S, hd]``；只存 nkv 个头，GQA 省的就是这里。
+    """一层的键与值，各 ``[B, nkv, S, hd]``，空时为 ``None``；只存 nkv 个头，GQA 省的就是这里。
 
-    Attributes:
-        keys: 已写入的部分，预留空间的一个视图；空时为 ``None``。
-        values: 同 ``keys``。
+    ``keys`` 与 ``values`` 是已写入的部分，预留空间的一个视图。
     """
 
     def __init__(self) -> None:
@@ -37,10 +33,7 @@ class LayerCache:
         end = start + key.shape[-2]
         store = self._store
         if store is None or end > store[0].shape[-2]:
-            store = self._store = (
-                _grown(self.keys, key, end),
-                _grown(self.values, value, end),
-            )
+            store = self._store = _grown(self.keys, key, end), _grown(self.values, value, end)
         for room, new in zip(store, (key, value), strict=True):
             room[..., start:end, :] = new
         self.keys, self.values = (room[..., :end, :] for room in store)
@@ -75,11 +68,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class KVCache:
-    """``StudentModel`` 的缓存。
-
-    Args:
-        num_layers: 层数。
-    """
+    """``StudentModel`` 的缓存。"""
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(num_layers)]
@@ -99,14 +88,8 @@ class KVCache:
 def dynamic_cache(config: Any) -> Any:
     """空的 ``transformers.DynamicCache``，其中完整注意力的层换成预留余地的。
 
-    滑动窗口、线性注意力等层的状态本来就不随长度增长，原样保留。
-
-    Args:
-        config: Hugging Face 模型的配置。
-
-    Returns:
-        除了 ``DynamicCache`` 的一切，还有 ``length``：已缓存的 token 数（含填充）。只有线性注意力
-        的模型没有别处可数，由使用它的一方累加。
+    滑动窗口、线性注意力等层的状态本来就不随长度增长，原样保留。多一项 ``length``：已缓存的 token 数
+    （含填充），由使用它的一方累加，只有线性注意力的模型没有别处可数。
     """
     from transformers.cache_utils import DynamicLayer
 

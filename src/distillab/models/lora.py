@@ -27,22 +27,17 @@ _KEY = "student.lora.target_modules"
 
 
 def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
-    """就地装上 adapter：基座冻结，adapter 是 float32，B 为 0，输出因而不变。
+    """就地装上 adapter：基座冻结，adapter 是 float32，B 为 0，输出因而不变；返回的处于 eval。
 
-    不用 transformers 的 ``add_adapter``：它对 peft 的版本另有要求，之后的 ``save_pretrained``
-    也只写 adapter。
-
-    Args:
-        model: 预训练的模型，参数的类型不变。
-        config: 秩、倍数与目标层；``dtype`` 由读入权重的一方负责。
-
-    Returns:
-        同一个 ``model``，处于 eval。
-
-    Raises:
-        DistillabError: 没有安装 peft；目标不是线性层，是输出层，或者 adapter 在那里不起作用。
+    不用 transformers 的 ``add_adapter``：它另有要求，之后只会存 adapter。没有 peft，目标不是线性层、是
+    输出层，或 adapter 在那里不起作用，是 ``DistillabError``。
     """
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise DistillabError(
+            f"student.lora needs peft ({reason(error)}): pip install 'distillab[peft]'"
+        ) from None
     linear = _linear_layers(model)
     beyond = _beyond_adapters(model, linear)
     _check_targets(model, config, linear, beyond)
@@ -142,15 +137,9 @@ def is_plain_float32(weight: Tensor) -> bool:
 
 
 def merged_copy(model: PretrainedLM) -> Any:
-    """把 adapter 并进权重的一份拷贝，不再含 peft 的任何东西；``model`` 不变。
+    """把 adapter 并进权重的一份拷贝，CPU 上的 ``PreTrainedModel``，不再含 peft 的任何东西。
 
     拷贝总是 float32：半精度的基座恰好落在半精度的格点上，小于半格的更新加上去会被整个舍掉。
-
-    Args:
-        model: ``add_lora`` 的返回值。
-
-    Returns:
-        CPU 上的 ``transformers.PreTrainedModel``。
     """
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(
@@ -167,16 +156,6 @@ def merged_copy(model: PretrainedLM) -> Any:
         layer.merge()
         plain.set_submodule(name, layer.get_base_layer())
     return plain.to("cpu", torch.float32).eval()
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise DistillabError(
-            f"student.lora needs peft ({reason(error)}): pip install 'distillab[peft]'"
-        ) from None
-    return peft
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -227,9 +206,10 @@ def _beyond_adapters(model: PretrainedLM, linear: dict[str, nn.Module]) -> set[s
         for hook in hooks:
             hook.remove()
     mixers = {
-        f"{name}.out_proj" for name, part in model.named_modules()
+        f"{name}.out_proj"
+        for name, part in model.named_modules()
         if hasattr(part, "A_log") and hasattr(part, "D")
-    }  # fmt: skip
+    }
     # 没有轮到的专家也没有算过，但同名的层里总有算过的。
     unread = {name for name in linear if name.rpartition(".")[2] not in called}
     return odd | unread | (mixers & linear.keys())

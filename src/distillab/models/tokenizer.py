@@ -77,16 +77,9 @@ def load_tokenizer(
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """文章之间的分隔 token。
+    """文章之间的分隔 token 的 id：词表里的 ``<|endoftext|>`` 或 ``<|end_of_text|>``，否则 eos。
 
-    聊天模型的 eos 往往是 ``<|im_end|>`` 或 ``<|eot_id|>``，而预训练时隔开文章的是
-    ``<|endoftext|>`` 或 ``<|end_of_text|>``。
-
-    Args:
-        tokenizer: 任意分词器。
-
-    Returns:
-        词表里有这两个之一就是它的 id，否则是 eos 的 id。
+    聊天模型的 eos 往往是 ``<|im_end|>`` 或 ``<|eot_id|>``，而预训练时隔开文章的是前者。
     """
     vocab = tokenizer.get_vocab()
     found = (vocab[token] for token in _END_OF_TEXT if token in vocab)
@@ -94,13 +87,9 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """分词器自己加在每段文字之前的 token，通常是一个 BOS；问它做什么，不看它的哪个设置。
+    """分词器自己加在每段文字之前的 id，通常是一个 BOS；不加的（Qwen、SmolLM2）为空。
 
-    Args:
-        tokenizer: 任意分词器。
-
-    Returns:
-        这些 id；不加的（Qwen、SmolLM2）为空。
+    问它做什么，不看它的哪个设置。
     """
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
@@ -110,14 +99,9 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def leading_count(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """一段渲染好的对话以几个 BOS 一类的 token 开头。
+    """一段渲染好的对话 ``ids`` 以几个 BOS 一类的 token 开头。
 
-    Args:
-        ids: 整段对话的 token。
-        tokenizer: 它的分词器。
-
-    Returns:
-        分词器自己会加的那些；模板写下的 BOS 也算，但每轮都写的（SmolLM2 的 ``<|im_start|>``）不是。
+    分词器自己会加的算，模板写下的 BOS 也算，但每轮都写的（SmolLM2 的 ``<|im_start|>``）不算。
     """
     leading = leading_ids(tokenizer)
     if leading and list(ids[: len(leading)]) == leading:
@@ -129,17 +113,9 @@ def leading_count(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int
 def continuation_text(
     tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]
 ) -> str:
-    """接在 ``before`` 之后的 token 是什么文字。
+    """接在 ``before``（只看最后几个）之后的 ``ids`` 是什么文字，不含特殊 token。
 
     SentencePiece 一类的分词器解码时去掉开头的一个空格；续写的开头不是开头，那个空格要还回来。
-
-    Args:
-        tokenizer: 任意分词器。
-        before: 前文；只看最后几个。
-        ids: 续写。
-
-    Returns:
-        不含特殊 token。
     """
 
     def text(part: Sequence[int]) -> str:
@@ -154,13 +130,9 @@ def continuation_text(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """分词结果的指纹：词表、merges、预处理或特殊 token 有一点不同，指纹就不同。
+    """分词结果的指纹，16 位十六进制：词表、merges、预处理或特殊 token 有一点不同就不同。
 
-    Args:
-        tokenizer: 任意分词器。
-
-    Returns:
-        16 位十六进制；与进程、与之前用它做过什么无关。
+    与进程、与之前用它做过什么无关。
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -183,15 +155,7 @@ def shared_vocabulary(
 ) -> Vocabulary:
     """两个分词器定义相同的 id；别的没有概率，也不训练。
 
-    Args:
-        student_tokenizer: 学生的分词器。
-        teacher_tokenizer: 教师的。
-
-    Returns:
-        在两边都有定义、而且是同一个 token 的 id。
-
-    Raises:
-        DistillabError: 同一个 id 在两边是不同的 token，或没有一个 id 在两边都有。
+    同一个 id 在两边是不同的 token，或没有一个 id 两边都有，是 ``DistillabError``。
     """
     student, teacher = _token_of(student_tokenizer), _token_of(teacher_tokenizer)
     common = student.keys() & teacher.keys()
@@ -211,16 +175,7 @@ def shared_vocabulary(
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
-    """训练前确认每个 token id 都有对应的 embedding 行。
-
-    Args:
-        tokenizer: 要用的分词器。
-        vocab_size: 模型 embedding 的行数。
-        what: 这个模型在配方里的名字，写进错误信息。
-
-    Raises:
-        DistillabError: 最大的 id 不小于 ``vocab_size``。
-    """
+    """训练前确认每个 token id 都有对应的 embedding 行；``what`` 是这个模型在配方里的名字。"""
     size = vocab_limit(tokenizer)
     if size > vocab_size:
         raise DistillabError(
@@ -230,14 +185,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, wh
 
 
 def vocab_limit(tokenizer: PreTrainedTokenizerBase) -> int:
-    """最大的 token id 加一；词表有空洞时比 ``len(tokenizer)`` 大。
-
-    Args:
-        tokenizer: 任意分词器。
-
-    Returns:
-        能容下所有 id 的最小词表大小。
-    """
+    """最大的 token id 加一；词表有空洞时比 ``len(tokenizer)`` 大。"""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
