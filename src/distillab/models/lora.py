@@ -29,8 +29,9 @@ _KEY = "student.lora.target_modules"
 def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
     """就地装上 adapter：基座冻结，adapter 是 float32，B 为 0，输出因而不变；返回的处于 eval。
 
-    不用 transformers 的 ``add_adapter``：它另有要求，之后只会存 adapter。没有 peft，目标不是线性层、是
-    输出层，或 adapter 在那里不起作用，是 ``DistillabError``。
+    不用 transformers 的 ``add_adapter``：它对 peft 的版本另有要求，之后的 ``save_pretrained`` 也只
+    写 adapter。没有 peft，目标不是线性层、是输出层，或 adapter 在那里不起作用，是
+    ``DistillabError``。
     """
     try:
         import peft

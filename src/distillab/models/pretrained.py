@@ -42,8 +42,8 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """读入一个预训练的因果语言模型：参数是 ``dtype``，所有权重都来自文件，处于 eval。
 
-    ``text`` 是本地目录、GGUF 文件、hub id 或 ``pypi:`` 来源，``sha256`` 是 GGUF 或 wheel 的摘要。来源
-    不存在、只有 pickle 权重、权重缺失或 hub 连不上，是 ``DistillabError``。
+    ``text`` 是本地目录、GGUF 文件、hub id 或 ``pypi:`` 来源，``sha256`` 是 GGUF 文件或 wheel 的摘
+    要。来源不存在、只有 pickle 权重、权重缺失或 hub 连不上，是 ``DistillabError``。
     """
     where = resolve_model(text, sha256=sha256)
     from transformers import AutoModelForCausalLM
