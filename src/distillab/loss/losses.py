@@ -185,12 +185,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 def sparse_divergence(
     targets: SparseTargets, log_q: Tensor, loss: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """``SparseTargets`` 的逐行散度与教师的熵，都是 ``[P]``；含义见那里的表。
-
-    Args:
-        targets: 教师的 K 个概率。
-        log_q: ``[P, V]``，学生在温度 T 下的 log 概率。
-        loss: 目标函数。
+    """``SparseTargets`` 的逐行散度与教师的熵，都是 ``[P]``，含义见那里的表；``log_q [P, V]`` 是学生
+    在温度 T 下的。
     """
     ids, probs = targets.ids, targets.probs.to(log_q.dtype)
     if targets.tail == "sampled":
@@ -219,18 +215,10 @@ def check_targets(
     cut: bool = False,
     excluded: Tensor | None = None,
 ) -> None:
-    """教师目标与学生、与目标函数是否相合。
+    """教师目标与学生、与目标函数是否相合；不合是 ``ValueError``。
 
-    Args:
-        targets: 教师目标。
-        loss: 目标函数。
-        rows: 学生的行数 P。
-        vocab: 学生用到的词表大小。
-        cut: 词表已按 ``vocab_limit`` 截过：教师的可以更大。
-        excluded: 其中没有概率的 id。
-
-    Raises:
-        ValueError: 行数、词表不合，教师需要梯度，或 ``tail`` 不支持这种 divergence 或温度。
+    学生有 ``rows`` 行、用到 ``vocab`` 个 token；词表已按 ``vocab_limit`` 截过（``cut``）时，教师的
+    可以更大。``excluded`` 是其中没有概率的 id。
     """
     tensors: tuple[Tensor | None, ...]
     if isinstance(targets, SparseTargets):

@@ -24,12 +24,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 @contextmanager
 def head_products(device: str, compute: torch.dtype) -> Iterator[HeadProducts]:
-    """选出设备与精度所对应的乘法；在 with 之内有效，其间 autocast 关闭。
-
-    Args:
-        device: ``cpu`` 或 ``cuda``。
-        compute: 输入取整到的 dtype。
-    """
+    """选出设备与精度所对应的乘法；在 with 之内有效，其间 autocast 关闭。"""
     with torch.autocast(device, enabled=False):
         if device == "cuda" and compute in (torch.float16, torch.bfloat16):
             yield MixedProducts(compute)
@@ -51,16 +46,10 @@ def has_bfloat16_units() -> bool:
 
 
 class HeadProducts:
-    """一个 head 的三种乘法，全部以 ``dtype`` 进行。
+    """一个 head 的三种乘法，全部以 ``dtype``（float32，``gradcheck`` 时 float64）进行。
 
-    weight 的 dtype 不同时（CPU 上的 bf16、fp16），按词表分片转换，不留整份副本：CPU 没有半精度
-    输入、float32 结果的矩阵乘，而半精度的 logits 会使梯度差 10% 到 40%。
-
-    Args:
-        dtype: logits 与累积的 dtype，float32（``gradcheck`` 时 float64）。
-
-    Attributes:
-        d_logits_bytes: ``d_logits`` 另占的内存，每个元素的字节数。
+    weight 的 dtype 不同时（CPU 上的 bf16、fp16），按词表分片转换，不留整份副本：CPU 没有半精度输
+    入、float32 结果的矩阵乘，而半精度的 logits 会使梯度差 10% 到 40%。
     """
 
     d_logits_bytes = 0
@@ -109,11 +98,7 @@ class HeadProducts:
 
 
 class MixedProducts(HeadProducts):
-    """GPU：半精度输入，float32 结果与累积，走 tensor core。
-
-    Args:
-        compute: float16 或 bfloat16。
-    """
+    """GPU：半精度输入，float32 结果与累积，走 tensor core。"""
 
     d_logits_bytes = 2
 
@@ -123,7 +108,7 @@ class MixedProducts(HeadProducts):
         self.scale = FP16_GRADIENT_SCALE if compute == torch.float16 else 1.0
 
     def weight(self, weight: Tensor) -> Tensor:
-        """半精度的 weight ``[V, H]``；本来就是时不复制。"""
+        """本来就是半精度时不复制。"""
         return weight.detach().to(self.compute)
 
     def rows(self, rows: Tensor) -> Tensor:

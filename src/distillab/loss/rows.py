@@ -115,17 +115,9 @@ def shifted(product: Tensor, bias: Tensor | None, scale: float, softcap: float |
 
 
 def elementwise(log_p: Tensor, log_q: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
-    """每个元素对 D 的贡献 f，以及 h：对 log q 的导数，只差每行一个常数。
+    """每个元素 ``[R, N]`` 对 D 的贡献 f（``Σ f = D``），以及 h：对 log q 的导数，只差每行一个常数。
 
     ``forward_kl`` 的 h 是 ``Δ``，其余的是它除以 q 之后的；``project`` 由 h 得到梯度。
-
-    Args:
-        log_p: ``[R, N]``。
-        log_q: ``[R, N]``。
-        spec: 哪一种 divergence。
-
-    Returns:
-        ``(f, h)``，都是 ``[R, N]``，``Σ f = D``。
     """
     p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
     e = torch.expm1(-d.abs())  # 在 (-1, 0]，d 多大都不溢出
@@ -166,22 +158,11 @@ def dense_rows(
     teacher_bias: Tensor | None,
     spec: RowSpec,
 ) -> tuple[RowValues, Tensor]:
-    """两份 ``[R, V]`` 的矩阵乘结果 → 每行的值；``student`` 就地变成梯度。
+    """两份 ``[R, V]`` 的 ``hidden @ weight.T`` → 每行的值；``student`` 就地变成梯度。
 
-    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值。``spec.excluded`` 的列须
-    已填成 ``-inf``；它们的梯度没有意义，由调用者填成 0。
-
-    Args:
-        student: ``[R, V]``，``hidden @ weight.T``；``spec.gradient`` 时被覆盖。
-        teacher: ``[R, V]``；``alpha`` 为 0 时是 ``None``。
-        label_product: ``[R]``，``student`` 在标签处的数；``alpha`` 为 1 时是 ``None``。
-        labels: ``[R]``；``alpha`` 为 1 时是 ``None``。
-        bias: 学生 head 的 ``[V]``。
-        teacher_bias: 教师 head 的 ``[V]``。
-        spec: 定下来的数。
-
-    Returns:
-        ``(每行的值, 标签处要加的梯度 [R])``。
+    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值 ``[R]``。``teacher`` 在 α
+    = 0 时、``label_product``（``student`` 在标签处的数）与 ``labels`` 在 α = 1 时是 ``None``。
+    ``spec.excluded`` 的列须已填成 ``-inf``；它们的梯度没有意义，由调用者填成 0。
     """
     logits = shifted(student, bias, spec.scale, spec.softcap)
     zero = logits.top[:, 0] * 0
@@ -230,17 +211,8 @@ def label_rows(
 ) -> tuple[Tensor, Tensor]:
     """硬标签的一项，ε 是 label smoothing：``CE = -Σ_v ((1-ε) 1(v = label) + ε/V) log q_v``。
 
-    Args:
-        logits: 学生的。
-        log_sum: T = 1 的 ``log Σ exp(shifted)``，``[R, 1]``。
-        shifted_sum: ``Σ_v shifted``，``[R]``；ε 为 0 时不看。
-        label_product: ``[R]``，矩阵乘的结果在标签处的数。
-        labels: ``[R]``。
-        bias: ``[V]`` 或 ``None``。
-        spec: 定下来的数。
-
-    Returns:
-        ``(CE [R], 对标签处矩阵乘结果的梯度 -(1-α)(1-ε) [R])``。
+    ``log_sum [R, 1]`` 是 T = 1 的，``shifted_sum [R]`` 是 ``Σ_v shifted``（ε 为 0 时不看）。返回 CE
+    与对标签处矩阵乘结果的梯度 ``-(1-α)(1-ε)``，都是 ``[R]``。
     """
     label_bias = None if bias is None else bias[labels]
     logit, slope = finish(label_product, label_bias, spec.scale, spec.softcap)
@@ -254,11 +226,5 @@ def label_rows(
 
 
 def uniform_rows(shifted: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
-    """``(1-α)(q_1 - ε/V)``：CE 的梯度里每个 token 都有的部分，``[R, N]``。
-
-    Args:
-        shifted: ``[R, N]``。
-        log_sum: ``[R, 1]``。
-        spec: 定下来的数。
-    """
+    """``(1-α)(q_1 - ε/V)``：CE 的梯度里每个 token 都有的部分，``[R, N]``。"""
     return (1 - spec.alpha) * ((shifted - log_sum).exp() - spec.smoothed)

@@ -41,23 +41,9 @@ def sparse_rows(
 ) -> tuple[RowValues, Tensor, Tensor]:
     """学生的 ``[R, V]`` 与教师的 K 个概率 → 每行的值；``student`` 就地变成其余 token 处的梯度。
 
-    ``sampled`` 之外，``student`` 在 ``ids`` 处须已填成 ``-inf``；它们的梯度是第二个返回值，由
-    调用者写入（``sampled`` 时是加上）。标签处同 ``dense_rows``。
-
-    Args:
-        student: ``[R, V]``，``hidden @ weight.T``；``spec.gradient`` 时被覆盖。
-        id_product: ``[R, K]``，填成 ``-inf`` 之前 ``student`` 在 ``ids`` 处的数。
-        ids: ``[R, K]``。
-        probs: ``[R, K]``，见 ``SparseTargets``。
-        entropy: ``[R]`` 或 ``None``。
-        label_product: ``[R]``；``alpha`` 为 1 时是 ``None``。
-        labels: ``[R]``；``alpha`` 为 1 时是 ``None``。
-        bias: 学生 head 的 ``[V]``。
-        tail: 尾部的处理方式。
-        spec: 定下来的数。
-
-    Returns:
-        ``(每行的值, ids 处的梯度 [R, K], 标签处要加的梯度 [R])``。
+    ``sampled`` 之外，``student`` 在 ``ids [R, K]`` 处须已填成 ``-inf``（``id_product [R, K]`` 是填
+    之前的数）；它们的梯度是第二个返回值 ``[R, K]``，由调用者写入（``sampled`` 时是加上）。标签处同
+    ``dense_rows``：要加的梯度 ``[R]`` 是第三个。
     """
     id_logits, id_slope = finish(
         id_product, None if bias is None else bias[ids], spec.scale, spec.softcap
@@ -122,15 +108,9 @@ def outcomes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``renormalise`` 与 ``bucket`` 的散度：``[R, K]`` 个结果，外加其余 token 合成的一个。
 
-    Args:
-        probs: ``[R, K]``，T = 1。
-        log_q: ``[R, K]``，学生在温度 T 下的 log 概率。
-        rest: ``[R, 1]``，学生在其余 token 上的概率之和。
-        tail: ``renormalise`` 或 ``bucket``。
-        spec: 定下来的数。
-
-    Returns:
-        ``(D [R], ids 处对 logits/T 的梯度 [R, K], 其余 token 处梯度与 q 之比 [R, 1], 熵 [R])``。
+    ``probs [R, K]`` 是 T = 1 的，``log_q [R, K]`` 与其余 token 上的概率之和 ``rest [R, 1]`` 是学生
+    在温度 T 下的。返回 D ``[R]``、ids 处对 ``logits/T`` 的梯度 ``[R, K]``、其余 token 处梯度与 q 之
+    比 ``[R, 1]``、教师的熵 ``[R]``。
     """
     if tail == "bucket":
         # 尾部是 1 减去几乎等于 1 的数：用 float64 求和
