@@ -12,19 +12,15 @@ from ..models.interface import LanguageModel
 from ..targets import Targets
 from ..teachers.in_process import AdapterOffTeacher
 from ..vocabulary import Vocabulary
-from .profiling import timed
+from .profiling import phase
 from .validation import WITH_TEACHER, WITHOUT_TEACHER
 
 
 class DistillationModule(nn.Module):
     """学生与损失合成的一个模块：损失在 ``forward`` 里，DDP、FSDP2、ZeRO-3 的 hook 自然触发。
 
-    Args:
-        student: 学生。
-        loss: 目标函数。
-        vocabulary: head 只看这些 token；其余的没有概率也没有梯度。
-        label_metrics: ``alpha`` 为 1 时也要两个交叉熵：学生自己的 response 上，它们就是学生的
-            熵与教师的 log 概率的估计。
+    ``label_metrics`` 时，``alpha`` 为 1 也要两个交叉熵：学生自己的 response 上，它们就是学生的熵与
+    教师的 log 概率的估计。
     """
 
     def __init__(
@@ -48,27 +44,27 @@ class DistillationModule(nn.Module):
         """
         view = batch.student
         if isinstance(targets, AdapterOffTeacher):
-            targets = timed("teacher forward", targets.targets, batch.teacher, self.vocabulary)
-        hidden = timed(
-            "student forward", self.student,
-            view.input_ids, view.attention_mask, position_ids=view.position_ids,
-        )  # fmt: skip
+            with phase("teacher forward"):
+                targets = targets.targets(batch.teacher, self.vocabulary)
+        with phase("student forward"):
+            hidden = self.student(
+                view.input_ids, view.attention_mask, position_ids=view.position_ids
+            )
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
-        head = self.student.head
-        return timed(
-            "heads and loss",
-            fused_distillation_loss,
-            view.rows(hidden),
-            head.weight,
-            batch.labels,
-            targets,
-            loss,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            vocab_limit=self.vocabulary.limit,
-            excluded=self.vocabulary.excluded(hidden.device),
-            label_metrics=self.label_metrics,
-        )
+        rows, head = view.rows(hidden), self.student.head
+        with phase("heads and loss"):
+            return fused_distillation_loss(
+                rows,
+                head.weight,
+                batch.labels,
+                targets,
+                loss,
+                bias=head.bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                vocab_limit=self.vocabulary.limit,
+                excluded=self.vocabulary.excluded(hidden.device),
+                label_metrics=self.label_metrics,
+            )

@@ -1,24 +1,22 @@
 """一步的时间花在哪里：``distillab train --profile``。
 
-训练循环用 ``timed`` 标出各段；没有在剖析时，它只是调用那个函数。前几步不看（编译、分配），接着几步
-只计时，再几步记录每个算子：记录本身要时间，所以各段的秒数出自前者，trace、算子与运算量出自后者。
-验证与存盘不在步里，不计。
+训练循环用 ``with phase(...)`` 标出各段。前几步不看（编译、分配），接着几步只计时，再几步记录每个
+算子：记录本身要时间，所以各段的秒数出自前者，trace、算子与运算量出自后者。验证与存盘不在步里，不计。
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -27,8 +25,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..files import replacing_directory
 
 logger = logging.getLogger("distillab")
-
-Result = TypeVar("Result")
 
 PHASES = (
     "data", "sampling", "teacher forward", "student forward", "heads and loss",
@@ -56,25 +52,16 @@ TOP = 15
 _active: StepProfile | None = None
 
 
-def timed(phase: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """``function(*args, **kwargs)``；正在剖析时，它的时间记在 ``phase`` 名下。"""
-    if _active is None:
-        return function(*args, **kwargs)
-    with _active.phase(phase):
-        return function(*args, **kwargs)
+def phase(name: str) -> AbstractContextManager[None]:
+    """一步里的一段；没有在剖析时什么也不做。"""
+    return nullcontext() if _active is None else _active.phase(name)
 
 
-def profiled_step(function: Callable[..., Result]) -> Callable[..., Result]:
-    """修饰训练循环里的一步。"""
-
-    @functools.wraps(function)
-    def step(*args: Any, **kwargs: Any) -> Result:
-        if _active is None:
-            return function(*args, **kwargs)
-        with _active.step():
-            return function(*args, **kwargs)
-
-    return step
+@contextmanager
+def profiled_step() -> Iterator[None]:
+    """训练循环里的一步。"""
+    with nullcontext() if _active is None else _active.step():
+        yield
 
 
 class StepProfile:

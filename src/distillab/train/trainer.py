@@ -48,7 +48,7 @@ from .loaders import StreamLoader, evaluation_loader, in_step, steps_in_all, tra
 from .metrics import MetricsLog
 from .module import DistillationModule
 from .on_policy import OnPolicy, Prepared
-from .profiling import profiled_step, timed
+from .profiling import phase, profiled_step
 from .progress import TrainingProgress
 from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .state import TrainerState
@@ -209,10 +209,10 @@ class DistillationTrainer:
         started, step = time.perf_counter(), self.state.current_step
         rank = self.accelerator.process_index, self.accelerator.num_processes
         self.watch.at("sampling")
-        prepared = timed(
-            "sampling", self.on_policy.prepare,
-            window, step, self.total_steps, *rank, self._sampled_student,
-        )  # fmt: skip
+        with phase("sampling"):
+            prepared = self.on_policy.prepare(
+                window, step, self.total_steps, *rank, self._sampled_student
+            )
         yield replace(prepared, seconds=time.perf_counter() - started)
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
@@ -220,24 +220,25 @@ class DistillationTrainer:
 
     def _windows(self) -> Iterator[list[Batch]]:
         """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
-        state, size = self.state, self.config.gradient_accumulation_steps
-        if isinstance(self.train_loader, StreamLoader):
-            yield from self.train_loader.windows(state, size, self.total_steps)
+        state, loader, size = self.state, self.train_loader, self.config.gradient_accumulation_steps
+        if isinstance(loader, StreamLoader):
+            yield from loader.windows(state, size, self.total_steps)
+        batches: Iterator[Batch] = iter(())
         while state.current_step < self.total_steps:
-            self.train_loader.set_epoch(state.current_epoch)
-            batches = iter(skip_first_batches(self.train_loader, state.batches_in_epoch))
             self.watch.at("reading data", state.current_step + 1)
-            while window := timed("data", list[Batch], itertools.islice(batches, size)):
-                state.batches_in_epoch += len(window)
-                self._failed_rows += report_failed_rows(window)
-                if state.batches_in_epoch >= len(self.train_loader):
-                    state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
-                yield window
-                if state.current_step >= self.total_steps:
-                    return
-                self.watch.at("reading data", state.current_step + 1)
+            with phase("data"):
+                window = list(itertools.islice(batches, size))
+            if not window:  # 一轮的开始
+                loader.set_epoch(state.current_epoch)
+                batches = iter(skip_first_batches(loader, state.batches_in_epoch))
+                continue
+            state.batches_in_epoch += len(window)
+            self._failed_rows += report_failed_rows(window)
+            if state.batches_in_epoch >= len(loader):
+                state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
+            yield window
 
-    @profiled_step
+    @profiled_step()
     @training_step()
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
@@ -254,16 +255,16 @@ class DistillationTrainer:
             accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
             with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
                 part: LossSums = module(batch, targets)
-                timed("backward", accelerator.backward, part.total * scale)
-            sums += torch.stack([value.detach().double() for value in part])
+                with phase("backward"):
+                    accelerator.backward(part.total * scale)
+            sums += torch.stack(part).detach()
         if self.teacher is not None:
             self.teacher.release()
-        parameters, clip = module.parameters(), self.config.gradient_clip
-        norm = timed("gradient clip", accelerator.clip_grad_norm_, parameters, clip)
-        shared = [self._failed_rows, *self.stop.votes()]
+        with phase("gradient clip"):
+            norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
-        mean_norm = norm.reshape(1) / accelerator.num_processes
-        sums = torch.cat([sums, mean_norm, torch.tensor(shared).to(sums)])
+        shared = torch.tensor([self._failed_rows, *self.stop.votes()]).to(sums)
+        sums = torch.cat([sums, norm.reshape(1) / accelerator.num_processes, shared])
         totals = accelerator.reduce(sums, reduction="sum").tolist()
         *values, norm, failed = self.stop.agree(totals)
         losses = dict(zip(LossSums._fields, values, strict=True))
@@ -274,7 +275,8 @@ class DistillationTrainer:
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:
             # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
-            timed("optimizer", self.optimizer.step)
+            with phase("optimizer"):
+                self.optimizer.step()
         if finite:
             self.scheduler.step()
             self.state.tokens += int(tokens)
@@ -296,7 +298,8 @@ class DistillationTrainer:
     def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
             return self.teacher  # 后者在学生的 forward 里取目标
-        return timed("teacher forward", self.teacher.targets, batch.teacher, self.vocabulary)
+        with phase("teacher forward"):
+            return self.teacher.targets(batch.teacher, self.vocabulary)
 
     def _skipped(self, loss: float, batches: int) -> None:
         state, scaler = self.state, self.accelerator.scaler
