@@ -32,15 +32,10 @@ def evenly(total: int, limit: int | None = None) -> list[int]:
 def in_step(
     batches: Iterable[Batch], loader: DataLoader[Any], accelerator: Accelerator
 ) -> Iterator[tuple[Batch, bool]]:
-    """各进程给出同样多的批次：分片的模型前向一次，每个进程都要到场。
+    """各进程给出同样多的 ``(批次, 算不算数)``：分片的模型前向一次，每个进程都要到场，凑数的一批不
+    算。
 
-    Args:
-        batches: ``loader``，或它外面套了进度条的。
-        loader: ``evaluation_loader`` 的返回值。
-        accelerator: 引擎。
-
-    Yields:
-        ``(批次, 算不算数)``；凑数的一批不算。
+    ``batches`` 是 ``loader``（``evaluation_loader`` 的），或它外面套了进度条的。
     """
     own = torch.tensor([len(loader)], device=accelerator.device)
     most = int(accelerator.gather(own).max())  # 在前向之前问：先走完的不能先问
@@ -61,20 +56,8 @@ def train_loader(
     batch_size: int,
     sampler: Sampler[int] | None = None,
 ) -> Any:
-    """训练数据；最后不足一批的不要，读不出的行跳过（见 ``skips``）。
-
-    Args:
-        data: 训练集，或没有尽头的 ``TextStream``。
-        accelerator: 引擎，由它分给各进程。
-        collate: 把若干项拼成 ``Batch``。
-        batch_size: 每个进程每批几条。
-        sampler: 次序；``None`` 为随机打乱。
-
-    Returns:
-        Accelerate 包装过的 ``DataLoader``；流则是 ``StreamLoader``。
-
-    Raises:
-        DistillabError: 数据不足每个进程一批。
+    """训练数据，由引擎分给各进程；最后不足一批的不要，读不出的行跳过（见 ``skips``）。没有尽头的
+    ``TextStream`` 是 ``StreamLoader``；不足每个进程一批是 ``DistillabError``。
     """
     if isinstance(data, TextStream):
         return StreamLoader(data, accelerator, collate, batch_size)
@@ -103,14 +86,8 @@ def train_loader(
 class StreamLoader:
     """一个流分给各进程：依次取「进程数 x 批大小」块，第 r 个进程取其中的第 r 批。
 
-    一步由哪些块组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。
-    不预取：记下的位置总是刚用到的地方。
-
-    Args:
-        stream: 训练的流。
-        accelerator: 引擎。
-        collate: 把若干项拼成 ``Batch``。
-        batch_size: 每个进程每批几条。
+    一步由哪些块组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。不预
+    取：记下的位置总是刚用到的地方。
     """
 
     def __init__(
@@ -138,15 +115,8 @@ class StreamLoader:
 
 
 def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:
-    """一共走多少 optimizer 步。
-
-    Args:
-        loader: ``train_loader`` 的返回值。
-        config: 训练超参数。
-        reuse: 一个窗口走几步。
-
-    Raises:
-        DistillabError: 流没有尽头，而 ``config.max_steps`` 没有设。
+    """一共走多少 optimizer 步，一个窗口走 ``reuse`` 步；流没有尽头，而没有 ``max_steps``，是
+    ``DistillabError``。
     """
     if isinstance(loader, StreamLoader):
         if config.max_steps is None:
@@ -165,17 +135,8 @@ def evaluation_loader(
     batch_size: int,
     max_sequences: int | None = None,
 ) -> DataLoader[Any]:
-    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。
-
-    Args:
-        data: 要评测的数据。
-        accelerator: 引擎。
-        collate: 把若干项拼成 ``Batch``。
-        batch_size: 每批几条。
-        max_sequences: 一共取几条；``None`` 为全部。
-
-    Raises:
-        DistillabError: 一条也没有。
+    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。一条也没有是
+    ``DistillabError``。
     """
     chosen = evenly(len(data), max_sequences)  # type: ignore[arg-type]
     if not chosen:

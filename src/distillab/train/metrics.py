@@ -24,12 +24,8 @@ Mark = tuple[int, str]
 
 
 class MetricsLog:
-    """训练指标的记录；同样的数也送给 ``report_to`` 里的 tracker。只有主进程写文件。
-
-    Args:
-        path: ``metrics.jsonl``。
-        accelerator: 引擎。
-        on_write: 每写一行就以文件的路径调用，只在主进程。
+    """训练指标的记录；同样的数也送给 ``report_to`` 里的 tracker。只有主进程写文件，每写一行就以文件
+    的路径调用 ``on_write``。
     """
 
     def __init__(
@@ -45,11 +41,8 @@ class MetricsLog:
         self._size, self._sha256 = 0, hashlib.sha256()
 
     def recover(self, step: int, mark: Mark | None) -> None:
-        """回到第 ``step`` 步存盘时的样子：后面的行会重新产生，写到一半的也是。
-
-        Args:
-            step: 从哪一步接着训练。
-            mark: 那时的 ``mark()``；没有记下就按各行的步数。
+        """回到第 ``step`` 步存盘时的样子：后面的行会重新产生，写到一半的也是。``mark`` 是那时的
+        ``mark()``；没有记下就按各行的步数。
         """
         if not self.accelerator.is_main_process:
             return
@@ -63,8 +56,11 @@ class MetricsLog:
             if mark or lost:
                 logger.warning(
                     "%s: not as it was when step %d was saved: %d of its lines cannot be read and "
-                    "are dropped, the others kept as they are", self.path, step, lost,
-                )  # fmt: skip
+                    "are dropped, the others kept as they are",
+                    self.path,
+                    step,
+                    lost,
+                )
         if kept != content:
             replace_file(self.path, kept)
         self._size, self._sha256 = len(kept), hashlib.sha256(kept)
@@ -90,17 +86,16 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """追加一行；``row`` 要有 ``kind`` 与 ``step``。非有限的数写成 null。"""
         if self._file is not None:
-            finite = {key: None if _not_finite(value) else value for key, value in row.items()}
-            line = f"{json.dumps(finite)}\n".encode()
+            infinite = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+            line = f"{json.dumps(row | dict.fromkeys(infinite))}\n".encode()
             append(self._file, line, sync=False)
             self._size += len(line)
             self._sha256.update(line)
             if self._on_write is not None:
                 self._on_write(self.path)
         if self.accelerator.log_with:
-            prefix = row["kind"]
             numbers = {
-                f"{prefix}/{key}": value
+                f"{row['kind']}/{key}": value
                 for key, value in row.items()
                 if isinstance(value, (int, float)) and key != "step"
             }
@@ -111,7 +106,3 @@ def write_first(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """把 ``rows`` 放在文件的最前面；原来的一个字节也不动，坏了的留给恢复时去说。"""
     before = path.read_bytes() if path.exists() else b""
     replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode() + before)
-
-
-def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -38,6 +38,8 @@ BEFORE_STEP = frozenset({"data", "sampling"})
 SKIPPED, TIMED, TRACED = 3, 5, 3
 """先略过、再计时、再记录每个算子的步数；两者之间还有一步让记录器热身。"""
 
+NEEDED = SKIPPED + TIMED + 1 + TRACED
+
 PREFIX = "distillab: "
 """trace 里各段的名字以它开头。"""
 
@@ -67,11 +69,8 @@ def profiled_step() -> Iterator[None]:
 class StepProfile:
     """剖析一次训练的几步，写下 trace 与各段的时间。
 
-    ``trace.json.gz`` 是 Chrome trace，可在 Perfetto 里打开；``steps.json`` 是数，``steps.txt`` 是
-    同样的数排成的表，写好时也印在日志里。有 GPU 时每段前后等它做完，段与段因而不再重叠。
-
-    Args:
-        directory: 写到哪里。
+    ``trace.json.gz`` 是 Chrome trace，可在 Perfetto 里打开；``steps.json`` 是数，``steps.txt`` 是同
+    样的数排成的表，写好时也印在日志里。有 GPU 时每段前后等它做完，段与段因而不再重叠。
     """
 
     def __init__(self, directory: Path) -> None:
@@ -80,8 +79,6 @@ class StepProfile:
         self.steps = 0
         self.inside = False
         self.seconds: dict[str, float] = defaultdict(float)
-        self.total = 0.0
-        self.timed_steps = 0
         self.recorder: profile | None = None
 
     @contextmanager
@@ -120,33 +117,28 @@ class StepProfile:
     def _advance(self) -> None:
         self.steps += 1
         if self.steps == SKIPPED + TIMED:
-            self._start()
+            self.recorder = profile(
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda,
+                schedule=torch.profiler.schedule(wait=0, warmup=1, active=TRACED, repeat=1),
+                record_shapes=True,
+                acc_events=True,
+            )
+            self.recorder.start()
         elif self.recorder is not None:
             self.recorder.step()
-            if self.steps == SKIPPED + TIMED + 1 + TRACED:
+            if self.steps == NEEDED:
                 self.finish()
-
-    def _start(self) -> None:
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
-        self.recorder = profile(
-            activities=activities,
-            schedule=torch.profiler.schedule(wait=0, warmup=1, active=TRACED, repeat=1),
-            record_shapes=True,
-            acc_events=True,
-        )
-        self.recorder.start()
 
     def finish(self) -> None:
         """写下结果，不再剖析；步数不够时说明还差多少。"""
         global _active
         _active = None
         recorder, self.recorder = self.recorder, None
-        needed = SKIPPED + TIMED + 1 + TRACED
         if recorder is not None:
             recorder.stop()
-        if recorder is None or self.steps < needed:
+        if recorder is None or self.steps < NEEDED:
             logger.warning(
-                "--profile needs %d steps, this run had %d: nothing written", needed, self.steps
+                "--profile needs %d steps, this run had %d: nothing written", NEEDED, self.steps
             )
             return
         found = self._summary(recorder)
@@ -163,19 +155,17 @@ class StepProfile:
         """``steps.json`` 的内容；一步的时间是主体与它之前各段之和。"""
         seconds = {name: self.seconds[name] / TIMED for name in PHASES if name in self.seconds}
         body = self.seconds["step"] / TIMED
-        inside = sum(value for name, value in seconds.items() if name not in BEFORE_STEP)
-        step = body + sum(seconds.values()) - inside
+        before = sum(value for name, value in seconds.items() if name in BEFORE_STEP)
+        seconds["other"] = body + before - sum(seconds.values())
         operations, operators = _operators(recorder.events())  # type: ignore[no-untyped-call]
+        operations["other"] = operations["step"]
         return {
-            "step_seconds": step,
+            "step_seconds": body + before,
             "timed_steps": TIMED,
             "traced_steps": TRACED,
             "phases": {
-                **{
-                    name: {"seconds": value, "operations": operations.get(name, 0.0)}
-                    for name, value in seconds.items()
-                },
-                "other": {"seconds": body - inside, "operations": operations.get("step", 0.0)},
+                name: {"seconds": value, "operations": operations[name]}
+                for name, value in seconds.items()
             },
             "operators": operators,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -211,11 +201,9 @@ def profile_lines(found: dict[str, Any]) -> list[str]:
     lines += [line(name, **row) for name, row in found["phases"].items()]
     lines += [line("step", step, total), ""]
     lines.append(f"{'operator, own time a step':<40}{'CPU s':>8}{'CUDA s':>8}{'calls':>8}")
-    lines += [
-        f"{row['name'][:39]:<40}{row['cpu_seconds']:>8.4f}{row['cuda_seconds']:>8.4f}"
-        f"{row['calls']:>8.0f}"
-        for row in found["operators"]
-    ]
+    for row in found["operators"]:
+        times = f"{row['cpu_seconds']:>8.4f}{row['cuda_seconds']:>8.4f}"
+        lines.append(f"{row['name'][:39]:<40}{times}{row['calls']:>8.0f}")
     return [*lines, f"peak memory {found['peak_memory_bytes'] / 2**30:.2f} GiB"]
 
 
@@ -235,10 +223,6 @@ def product_operations(name: str, shapes: list[list[int]]) -> int:
     """一次矩阵乘的运算次数，乘与加各算一次；别的算子是 0。
 
     不用 profiler 自己的 ``with_flops``：它漏掉写入已有张量的 ``addmm_``，head 的梯度正是这样算的。
-
-    Args:
-        name: 算子的名字。
-        shapes: 各参数的形状。
     """
     first = PRODUCTS.get(name)
     if first is None or len(shapes) < first + 2:
@@ -248,21 +232,21 @@ def product_operations(name: str, shapes: list[list[int]]) -> int:
 
 def _operators(events: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """各段每步的浮点运算次数，与自身时间最多的算子；步之外的（验证、存盘）不算。"""
-    spans: list[tuple[float, float, str]] = []
     events = [event for event in events if event.device_type.name == "CPU"]
-    for event in events:
-        if event.name.startswith(PREFIX):
-            name = event.name.removeprefix(PREFIX)
-            spans.append((event.time_range.start, event.time_range.end, name))
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name.removeprefix(PREFIX))
+        for event in events
+        if event.name.startswith(PREFIX)
+    ]
     operations: dict[str, float] = defaultdict(float)
     rows: dict[str, dict[str, Any]] = {}
     spans.sort(key=lambda span: span[1] - span[0])  # 最短的在前：段在步之内
     for event in events:
         start = event.time_range.start
-        phase = next((name for left, right, name in spans if left <= start <= right), None)
-        if phase is None or event.name.startswith((PREFIX, "ProfilerStep")):
+        where = next((name for left, right, name in spans if left <= start <= right), None)
+        if where is None or event.name.startswith((PREFIX, "ProfilerStep")):
             continue
-        operations[phase] += product_operations(event.name, event.input_shapes) / TRACED
+        operations[where] += product_operations(event.name, event.input_shapes) / TRACED
         row = rows.setdefault(
             event.name, {"name": event.name, "cpu_seconds": 0.0, "cuda_seconds": 0.0, "calls": 0.0}
         )

@@ -15,14 +15,9 @@ Item = TypeVar("Item")
 
 
 class TrainingProgress:
-    """训练的进度条：步数、tokens/s、剩余时间、各项损失。
+    """训练的进度条：步数、tokens/s、剩余时间、各项损失；只有主进程显示。
 
     终端上画进度条；输出被重定向时，改为每个 ``log_interval`` 一行日志。
-
-    Args:
-        total_steps: 总步数。
-        current_step: 从第几步接着来。
-        enabled: 只有主进程显示。
     """
 
     def __init__(self, total_steps: int, current_step: int, enabled: bool) -> None:
@@ -55,11 +50,11 @@ class TrainingProgress:
     def log(self, row: Mapping[str, Any]) -> None:
         """没有进度条时的日志行。"""
         if self.enabled and not self.interactive and "loss" in row:
-            logger.info(
-                "step %d/%d loss %.3f D %.3f CE %.3f lr %.1e %s tok/s",
-                row["step"], self.total_steps, row["loss"], row["divergence"],
-                row["cross_entropy"], row["learning_rate"], f"{row['tokens_per_second']:,.0f}",
-            )  # fmt: skip
+            losses = (
+                f"loss {row['loss']:.3f} D {row['divergence']:.3f} CE {row['cross_entropy']:.3f}"
+            )
+            speed = f"lr {row['learning_rate']:.1e} {row['tokens_per_second']:,.0f} tok/s"
+            logger.info("step %d/%d %s %s", row["step"], self.total_steps, losses, speed)
 
     def validated(self, step: int, metrics: Metrics) -> None:
         """验证之后的日志行。"""
@@ -67,10 +62,8 @@ class TrainingProgress:
             teacher = ""
             if metrics["kl"] is not None and metrics["top1_agreement"] is not None:
                 teacher = f", KL {metrics['kl']:.3f}, top-1 {metrics['top1_agreement']:.1%}"
-            logger.info(
-                "step %d validation: perplexity %s%s",
-                step, f"{metrics['perplexity']:,.2f}", teacher,
-            )  # fmt: skip
+            perplexity = f"{metrics['perplexity']:,.2f}"
+            logger.info("step %d validation: perplexity %s%s", step, perplexity, teacher)
 
     def track(self, items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
         """给一段较长的工作（验证）另开一条进度条，用完撤下。"""

@@ -35,11 +35,7 @@ class _Row(NamedTuple):
 
 
 class GuardedRows(Dataset[Any]):
-    """读不出的行变成一个记号，而不是异常；与 ``GuardedCollate`` 配合。
-
-    Args:
-        data: map-style 的数据集。
-    """
+    """map-style 的数据集，读不出的行变成一个记号，而不是异常；与 ``GuardedCollate`` 配合。"""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
@@ -58,21 +54,13 @@ class GuardedCollate:
     """拼一批；读不出、拼不进去的行去掉，记在 ``Batch.failed`` 里。
 
     一条也不剩时，用一条好的顶替而不训练它：别的进程还等着这一批的通信。
-
-    Args:
-        rows: ``GuardedRows``，从中找顶替的。
-        collate: 真正的拼法。
     """
 
     def __init__(self, rows: GuardedRows, collate: Callable[[Sequence[Any]], Batch]) -> None:
         self.rows, self.collate = rows, collate
 
     def __call__(self, rows: Sequence[_Row]) -> Batch:
-        """拼成一批。
-
-        Raises:
-            Exception: 每一行单独都拼得成，合起来却不行；或整个数据集没有一行可用。
-        """
+        """拼成一批；每一行单独都拼得成、合起来却不行，或没有一行可用，才抛出异常。"""
         good = [row for row in rows if row.reason is None]
         if len(good) == len(rows):
             try:
@@ -109,11 +97,7 @@ class GuardedCollate:
 
 
 def report_failed_rows(window: Sequence[Batch]) -> int:
-    """在日志里说出一个窗口里跳过的行；每个进程说自己的。
-
-    Returns:
-        行数。
-    """
+    """在日志里说出一个窗口里跳过的行；每个进程说自己的。返回行数。"""
     failed = [row for batch in window for row in batch.failed]
     for row in failed:  # error：不是主进程的也要说
         logger.error("row %d of the training data skipped: %s", row.index, row.reason)
@@ -121,11 +105,7 @@ def report_failed_rows(window: Sequence[Batch]) -> int:
 
 
 def check_failed_rows(state: TrainerState) -> None:
-    """跳过的行太多就停下；``state`` 在各进程上相同，所以一起停。
-
-    Raises:
-        DistillabError: 平均每轮超过 ``MAX_FAILED_ROWS``。
-    """
+    """跳过的行平均每轮超过 ``MAX_FAILED_ROWS`` 就停下；``state`` 在各进程上相同，所以一起停。"""
     if state.failed_rows > MAX_FAILED_ROWS * (state.current_epoch + 1):
         raise DistillabError(
             f"stopped at step {state.current_step}: {state.failed_rows} rows of the training data "
@@ -136,17 +116,10 @@ def check_failed_rows(state: TrainerState) -> None:
 def skipped_step(
     state: TrainerState, loss: float, batches: range, learning_rate: float, scale: float | None
 ) -> None:
-    """记下跳过的一步。
+    """记下跳过的一步；连续 ``MAX_SKIPPED_IN_A_ROW`` 步都不是有限值就停下。
 
-    Args:
-        state: 训练进度；各进程上相同。
-        loss: 全局的损失；它有限，不有限的就是梯度。
-        batches: 这一步是本轮的哪些批。
-        learning_rate: 配方里的，用于建议。
-        scale: fp16 的 loss scale；没有则为 ``None``。
-
-    Raises:
-        DistillabError: 连续 ``MAX_SKIPPED_IN_A_ROW`` 步都不是有限值。
+    ``loss`` 是全局的，它有限时不有限的就是梯度；``batches`` 是这一步用了本轮的哪些批；``scale`` 是
+    fp16 的 loss scale。
     """
     state.skipped_steps += 1
     state.skipped_in_a_row += 1

@@ -329,8 +329,8 @@ class DistillationTrainer:
         final = state.current_step == self.total_steps
         if state.current_step % config.eval_interval == 0 or final:
             metrics, _ = self.evaluate(progress)
-            log.write({"kind": "validation", "step": state.current_step,
-                       "tokens": state.tokens, **metrics})  # fmt: skip
+            now = {"step": state.current_step, "tokens": state.tokens}
+            log.write({"kind": "validation", **now, **metrics})
             progress.validated(state.current_step, metrics)
             if state.best_val_loss is None or metrics["cross_entropy"] < state.best_val_loss:
                 state.best_val_loss, state.best_step = metrics["cross_entropy"], state.current_step
