@@ -309,7 +309,7 @@ class Compiler:
                 return compiled(*args, **kwargs)
             except _compile_errors() as error:
                 self.failed = True
-                logger.warning("%s: same numbers, slower (%s)", self.warning, reason(error))
+                logger.warning(self.warning, reason(error))
         return eager(*args, **kwargs)
 
 
@@ -320,4 +320,6 @@ def _compile_errors() -> tuple[type[Exception], ...]:
     return (TorchDynamoException, InductorError)
 
 
-COMPILER = Compiler("torch.compile cannot be used here, the loss runs uncompiled")
+COMPILER = Compiler(
+    "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)"
+)

@@ -23,7 +23,10 @@ logger = logging.getLogger("distillab")
 VARIANTS = 32
 """同一段代码至多编译这么多种：有无 mask、长度变不变、教师与学生、adapter 开关各算一种。"""
 
-COMPILER = Compiler("train.compile: torch.compile cannot be used here, the models run uncompiled")
+COMPILER = Compiler(
+    "train.compile: torch.compile cannot be used here, the models run uncompiled: "
+    "same numbers, slower (%s)"
+)
 
 _in_step = False
 

@@ -37,9 +37,13 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, tokens_per_second: float, losses: Mapping[str, float]) -> None:
-        """走完一步；``losses`` 的单位是 nat/token，速度做指数平滑。"""
-        self._speed = 0.9 * (self._speed or tokens_per_second) + 0.1 * tokens_per_second
+    def step(self, step: int, sums: Mapping[str, float]) -> None:
+        """走完一步，``sums`` 是它的总和；跳过的一步不动。速度做指数平滑。"""
+        if not (tokens := sums.get("tokens")):
+            return
+        speed = tokens / sums["seconds"]
+        losses = {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
+        self._speed = 0.9 * (self._speed or speed) + 0.1 * speed
         self._bar.update(
             self._task,
             completed=step,
@@ -50,9 +54,7 @@ class TrainingProgress:
     def log(self, row: Mapping[str, Any]) -> None:
         """没有进度条时的日志行。"""
         if self.enabled and not self.interactive and "loss" in row:
-            losses = (
-                f"loss {row['loss']:.3f} D {row['divergence']:.3f} CE {row['cross_entropy']:.3f}"
-            )
+            losses = "loss {loss:.3f} D {divergence:.3f} CE {cross_entropy:.3f}".format(**row)
             speed = f"lr {row['learning_rate']:.1e} {row['tokens_per_second']:,.0f} tok/s"
             logger.info("step %d/%d %s %s", row["step"], self.total_steps, losses, speed)
 

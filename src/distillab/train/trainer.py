@@ -189,8 +189,7 @@ class DistillationTrainer:
                 for prepared in self._prepared(window):
                     started = time.perf_counter()
                     sums = self._step(prepared)
-                    seconds = time.perf_counter() - started
-                    sums["seconds"] = seconds + prepared.seconds
+                    sums["seconds"] = time.perf_counter() - started + prepared.seconds
                     self.state.seconds += sums["seconds"]
                     self._record(sums, log, progress)
                     stopping = stop.decision(self.accelerator.num_processes) is not None
@@ -286,14 +285,8 @@ class DistillationTrainer:
             self._skipped(total, len(window))
             return {}
         rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
-        return rollout | {
-            "steps": 1,
-            "tokens": tokens,
-            "loss": total,
-            "divergence": losses["divergence"],
-            "cross_entropy": losses["cross_entropy"],
-            "grad_norm": norm,
-        }
+        kept = {name: losses[name] for name in ("divergence", "cross_entropy")}
+        return rollout | {"steps": 1, "tokens": tokens, "loss": total, **kept, "grad_norm": norm}
 
     def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
@@ -302,20 +295,17 @@ class DistillationTrainer:
             return self.teacher.targets(batch.teacher, self.vocabulary)
 
     def _skipped(self, loss: float, batches: int) -> None:
-        state, scaler = self.state, self.accelerator.scaler
-        end = state.batches_in_epoch or len(self.train_loader)
+        scaler, end = self.accelerator.scaler, self.state.batches_in_epoch or len(self.train_loader)
         scale = None if scaler is None else scaler.get_scale()
-        window = range(end - batches, end)
-        skipped_step(state, loss, window, self.config.learning_rate, scale)
+        window, rate = range(end - batches, end), self.config.learning_rate
+        skipped_step(self.state, loss, window, rate, scale)
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
     def _record(self, sums: dict[str, float], log: MetricsLog, progress: TrainingProgress) -> None:
         state = self.state
         state.add(sums)
-        if tokens := sums.get("tokens"):
-            losses = {key: sums[key] / tokens for key in ("loss", "divergence", "cross_entropy")}
-            progress.step(state.current_step, tokens / sums["seconds"], losses)
+        progress.step(state.current_step, sums)
         if state.current_step % self.config.log_interval and state.current_step < self.total_steps:
             return
         row = {"kind": "train", **state.close_interval(), "learning_rate": self.learning_rate}
