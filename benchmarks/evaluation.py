@@ -77,10 +77,10 @@ def batched(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespac
 
 def looped(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespace) -> Answers:
     """逐题、逐项，只用 ``transformers``。"""
-    from distillab.generate.generator import TextGenerator
+    from distillab.generate.stops import stop_ids
     from distillab.models.interface import PretrainedLM
 
-    stops = sorted(TextGenerator(PretrainedLM(hf_model), tokenizer).stop_ids)
+    stops = sorted(stop_ids(tokenizer, PretrainedLM(hf_model)))
 
     @torch.no_grad()
     def choose(prompt: list[int]) -> str:

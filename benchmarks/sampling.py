@@ -121,16 +121,17 @@ def measure(
     name: str, models: tuple[Any, Any], tokenizer: Any, cell: tuple[int, int, int], options: Any
 ) -> list[Record]:
     """一格：各实现逐轮交替。"""
-    from distillab.generate.generator import TextGenerator, left_pad, until_stop
+    from distillab.generate.generator import padded
+    from distillab.generate.stops import pad_id, stop_ids, until_stop
 
     batch, longest, new = cell
-    stops = TextGenerator(models[0], tokenizer).stop_ids
-    pad = TextGenerator(models[0], tokenizer).pad_id
+    stops = stop_ids(tokenizer, models[0])
+    pad = pad_id(tokenizer, stops) or 0
     samplers = {i: sampler(i, models, tokenizer, new) for i in options.implementations}
     seen: dict[str, list[tuple[int, float]]] = {i: [] for i in samplers}
     for turn in range(options.rounds):
         prompts = make_prompts(tokenizer, batch, longest, seed=turn)
-        ids, mask = left_pad(prompts, pad, torch.device(options.device))
+        ids, mask = padded(prompts, pad, torch.device(options.device))
         for implementation, sample in samplers.items():
             if turn == 0:  # 预热
                 sampler(implementation, models, tokenizer, 4)(ids, mask, 0)

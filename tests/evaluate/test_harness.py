@@ -80,10 +80,13 @@ def test_generation_ends_where_the_text_to_stop_at_is_written(
     lm = HarnessLM(PretrainedLM(tiny_qwen2), tiny_tokenizer, 16)
     steps = []
     generate = lm._generator.generate_ids
-    monkeypatch.setattr(
-        lm._generator, "generate_ids",
-        lambda *a, **k: steps.append(generate(*a, **k).shape[1]),
-    )  # fmt: skip
+
+    def counted(*arguments, **options):
+        new_ids = generate(*arguments, **options)
+        steps.append(new_ids.shape[1])
+        return new_ids
+
+    monkeypatch.setattr(lm._generator, "generate_ids", counted)
     (request, *_) = requests_of(config("tiny_write"))["generate_until"]
     request.arguments = (request.args[0], {"max_gen_toks": 20})
     (whole,) = lm.generate_until([request])

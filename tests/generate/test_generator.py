@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWa
 from distillab.config.schema import ModelConfig
 from distillab.errors import DistillabError
 from distillab.export.convert import from_hf
-from distillab.generate.generator import TextGenerator, left_pad, until_stop
+from distillab.generate.generator import TextGenerator, padded
 from distillab.generate.sampling import filter_top_k, filter_top_p
+from distillab.generate.stops import until_stop
 from distillab.models.interface import Head, PretrainedLM
 from distillab.models.student import StudentModel
 
@@ -191,7 +192,7 @@ def test_a_row_is_the_same_alone_and_whoever_shares_its_batch(
     options = {"strategy": strategy, "max_new_tokens": room, "temperature": 2.0}
 
     def rows(chosen: list[int]) -> list[list[int]]:
-        ids, mask = left_pad([prompts[n] for n in chosen], 0, torch.device("cpu"))
+        ids, mask = padded([prompts[n] for n in chosen], 0, torch.device("cpu"))
         seeds = [100 + n for n in chosen]
         found = stopping.generate_ids(ids, mask, seeds=seeds, **options)
         return [until_stop(row, stopping.stop_ids) for row in found.tolist()]
@@ -211,7 +212,7 @@ def test_greedy_equals_transformers_while_rows_drop_out(
     for wrap in (from_hf, PretrainedLM):
         generator = TextGenerator(wrap(model), tiny_tokenizer)
         generator.stop_ids = frozenset(stops)
-        ids, mask = left_pad(ragged(generator), generator.pad_id, torch.device("cpu"))
+        ids, mask = padded(ragged(generator), generator.pad_id, torch.device("cpu"))
         expected = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=30,
             eos_token_id=stops, pad_token_id=generator.pad_id,
@@ -221,11 +222,11 @@ def test_greedy_equals_transformers_while_rows_drop_out(
 
 
 def test_left_padding_keeps_the_last_column_real_and_equal_rows_need_no_mask() -> None:
-    ids, mask = left_pad([[5], [6, 7, 8]], 9, torch.device("cpu"))
+    ids, mask = padded([[5], [6, 7, 8]], 9, torch.device("cpu"))
     assert ids.tolist() == [[9, 9, 5], [6, 7, 8]]
     assert mask is not None
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
-    ids, mask = left_pad([[5, 6], [7, 8]], 9, torch.device("cpu"))
+    ids, mask = padded([[5, 6], [7, 8]], 9, torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[5, 6], [7, 8]], None)
 
 

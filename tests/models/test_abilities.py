@@ -8,7 +8,7 @@ from model_types import VOCAB, model_of
 
 from distillab.batch import Example, Tokens, collate_examples
 from distillab.data.packing import keeps_documents_apart
-from distillab.generate.generator import TextGenerator, left_pad
+from distillab.generate.generator import TextGenerator, padded
 from distillab.generate.likelihood import likelihoods
 from distillab.models.abilities import find_abilities
 from distillab.models.interface import PretrainedLM
@@ -74,7 +74,7 @@ def test_a_ragged_batch_equals_each_prompt_alone_and_transformers(name, tiny_tok
     generator = TextGenerator(PretrainedLM(model), tiny_tokenizer)
     generator.stop_ids = frozenset()
     found = generator.generate_ids(
-        *left_pad(prompts(), 0, torch.device("cpu")), max_new_tokens=max(ENDS), on_token=EndsAt()
+        *padded(prompts(), 0, torch.device("cpu")), max_new_tokens=max(ENDS), on_token=EndsAt()
     )
     for row, prompt, end in zip(found.tolist(), prompts(), ENDS, strict=True):
         assert row[:end] == from_the_start(model, prompt, end)

@@ -26,6 +26,7 @@ from ..data.pairs import Pair, load_pairs
 from ..data.streams import TextStream
 from ..errors import DistillabError
 from ..generate.generator import TextGenerator
+from ..generate.stops import pad_id, stop_ids
 from ..models.tokenizer import document_separator
 from ..train.loaders import evenly
 from ..train.on_policy import OnPolicy
@@ -143,11 +144,12 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     )
     for line in report.lines():
         logger.info("%s", line)
-    generator = TextGenerator(parts.student, parts.tokenizer)
-    _check_stops(train, generator, recipe.data.template_options)
+    stops = stop_ids(parts.tokenizer, parts.student)
+    _check_stops(train, parts.tokenizer, stops, recipe.data.template_options)
     config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
     window = config.batch_size * config.gradient_accumulation_steps * processes
-    collate = partial(collate_rows, pad_id=generator.pad_id, vocabulary=parts.vocabulary)
+    padding = pad_id(parts.tokenizer, stops) or 0
+    collate = partial(collate_rows, pad_id=padding, vocabulary=parts.vocabulary)
     if _packs(recipe.data, recipe.responses, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)
         of_student, of_teacher = rows.filled
@@ -165,16 +167,19 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
 
 
 def _check_stops(
-    train: ChatDataset, generator: TextGenerator, template_options: Mapping[str, Any]
+    train: ChatDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
+    template_options: Mapping[str, Any],
 ) -> None:
     """学生学不学得会停下；补了模板没有写的结尾也要说一声。"""
-    turn = turn_end(generator.tokenizer, template_options)
+    turn = turn_end(tokenizer, template_options)
     if turn is not None and turn.unwritten:
         logger.info(
             f"the chat template writes nothing after the last response: {turn.text!r} is trained "
             f"there, so that the student learns to stop"
         )
-    unstopped = train.unstopped(generator.stop_ids)
+    unstopped = train.unstopped(stops)
     if unstopped > len(train) / 2:
         logger.warning(
             f"{unstopped:,} of {len(train):,} responses do not end with a token that stops "

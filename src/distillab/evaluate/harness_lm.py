@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
 from ..config.sections import SamplingConfig
 from ..errors import DistillabError, nearest
-from ..generate.generator import TextGenerator, left_pad
+from ..generate.generator import TextGenerator
 from ..generate.likelihood import likelihoods
-from ..generate.sampling import row_seeds, sampling_options
+from ..generate.respond import respond
+from ..generate.sampling import row_seeds
 from ..models.interface import LanguageModel
 from ..models.tokenizer import own_vocabulary
 
@@ -36,13 +36,7 @@ SEED = 1234
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
-    """``lm_eval.evaluator.evaluate`` 的 ``lm``。
-
-    Args:
-        model: 要评测的模型。
-        tokenizer: 它的 tokenizer。
-        batch_size: 一起算的序列数。
-    """
+    """``lm_eval.evaluator.evaluate`` 的 ``lm``；``batch_size`` 是一起算的序列数。"""
 
     def __init__(
         self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
@@ -118,8 +112,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             groups[json.dumps(request.args[1], sort_keys=True)].append(index)
         seeds = row_seeds(SEED, len(requests))
         found = [""] * len(requests)
-        for key, indices in groups.items():
-            options = normalize_gen_kwargs(json.loads(key))
+        for indices in groups.values():
+            options = normalize_gen_kwargs(requests[indices[0]].args[1])
             room = self.model.max_seq_len - options["max_gen_toks"]
             if room < 1:
                 raise DistillabError(
@@ -127,62 +121,19 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                     f"{options['max_gen_toks']} tokens, expected fewer than the model's longest "
                     f"sequence {self.model.max_seq_len}"
                 )
-            prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in indices}
-            indices.sort(key=lambda i: -len(prompts[i]))
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                texts = self._generate(
-                    [prompts[i] for i in batch], options, [seeds[i] for i in batch]
-                )
-                for i, text in zip(batch, texts, strict=True):
-                    found[i] = text
-        return found
-
-    def _generate(
-        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int]
-    ) -> list[str]:
-        until = [text for text in options["until"] if text]
-        stops = _StopTexts(self._generator, until, len(prompts))
-        ids, mask = left_pad(prompts, self._generator.pad_id, self.model.head.weight.device)
-        strategy, sampling = sampling_options(_sampling(options))
-        self._generator.generate_ids(
-            ids,
-            mask,
-            strategy=strategy,
-            max_new_tokens=options["max_gen_toks"],
-            seeds=seeds,
-            on_token=stops,
-            **sampling,
-        )
-        return [
-            postprocess_generated_text(self._generator.decode(row), until, None)
-            for row in stops.rows
-        ]
-
-
-class _StopTexts:
-    """逐个 token 地看每一行写出了停止的文字没有，停下之后的不再记。"""
-
-    def __init__(self, generator: TextGenerator, until: list[str], batch: int) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(batch)]
-        self._generator, self._until = generator, until
-        self._ended = [False] * batch
-        # 一个 token 至少一个字节，所以停止的文字总在最后这么多个 token 里。
-        self._tail = max((len(text.encode()) for text in until), default=0) + 1
-
-    def __call__(self, rows: Tensor, new_ids: Tensor) -> Tensor:
-        for i, token in zip(rows.tolist(), new_ids.tolist(), strict=True):
-            if self._ended[i]:
-                continue
-            self.rows[i].append(token)
-            self._ended[i] = token in self._generator.stop_ids or (
-                bool(self._until) and self._seen(self.rows[i][-self._tail :])
+            until = [text for text in options["until"] if text]
+            batches = respond(
+                self._generator,
+                [self.tok_encode(requests[i].args[0])[-room:] for i in indices],
+                _sampling(options),
+                [seeds[i] for i in indices],
+                batch_size=self.batch_size,
+                until=until,
             )
-        return torch.tensor(self._ended, device=rows.device)[rows]
-
-    def _seen(self, ids: list[int]) -> bool:
-        text = self._generator.decode(ids)
-        return any(stop in text for stop in self._until)
+            for row, ids in chain.from_iterable(batch.items() for batch in batches):
+                text = self._generator.decode(ids)
+                found[indices[row]] = postprocess_generated_text(text, until, None)
+        return found
 
 
 def _sampling(options: dict[str, Any]) -> SamplingConfig:
@@ -194,13 +145,13 @@ def _sampling(options: dict[str, Any]) -> SamplingConfig:
                 f"evaluate.lm_eval: the generation option {key!r} of a task is not supported; "
                 f"{nearest(key, known)}"
             )
-    if not options.get("do_sample"):
-        return SamplingConfig(temperature=0.0)
     given = {key: options[key] for key in SAMPLING if options.get(key) is not None}
+    chosen = {"temperature": 1.0} | given if options.get("do_sample") else {"temperature": 0.0}
     try:
-        return SamplingConfig.model_validate({"temperature": 1.0} | given)
+        sampling = SamplingConfig.model_validate(chosen)
     except ValueError as error:
         raise DistillabError(
             f"evaluate.lm_eval: a task samples with {given}, expected at most one of top_k and "
             f"top_p, within their bounds"
         ) from error
+    return sampling.model_copy(update={"max_new_tokens": options["max_gen_toks"]})

@@ -1,12 +1,9 @@
-"""自回归文本生成：贪心、top-k、top-p 与纯采样。
-
-``TextGenerator`` 只依赖 ``LanguageModel`` 接口，教师与学生通用；训练中的 rollout 用它的
-``generate_ids``。
-"""
+"""自回归文本生成：贪心、top-k、top-p 与纯采样；只依赖 ``LanguageModel`` 接口，教师与学生通用。"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,36 +15,27 @@ from ..models.interface import LanguageModel, evaluating
 from ..models.tokenizer import continuation_text, own_vocabulary
 from ..vocabulary import Vocabulary
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
-from .stops import stop_ids
+from .stops import pad_id, stop_ids, until_stop
 from .weights import sampling_weights
-
-__all__ = ["TextGenerator", "left_pad", "padded", "until_stop"]
 
 DROP_AT = 0.25
 """停下的行占到这么多，就不再算它们；每丢一次要把余下的 KV cache 抄一遍。"""
 
-
-def left_pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """长短不一的几行拼成一批：最后一列总是真实 token，新 token 才能接在每一行后面。
-
-    Args:
-        rows: 每行的 token，不为空。
-        pad_id: 填在左边的 token。
-        device: 放在哪里。
-
-    Returns:
-        ``(input_ids [B, T], attention_mask [B, T])``，int64；各行一样长时后者为 ``None``，
-        注意力可以走快速路径。
-    """
-    return padded(rows, pad_id, device, "left")
+OnToken = Callable[[Tensor, Tensor], Tensor | None]
+"""每一步得到新 token 后调用；参数与返回值见 ``TextGenerator.generate_ids``。"""
 
 
 def padded(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: Literal["left", "right"]
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    side: Literal["left", "right"] = "left",
 ) -> tuple[Tensor, Tensor | None]:
-    """长短不一的几行补齐；参数与返回值见 ``left_pad``，``side`` 是填在哪一边。"""
+    """长短不一的几行拼成一批 ``(input_ids [B, T], attention_mask [B, T])``，int64。
+
+    填在左边时最后一列总是真实 token，新 token 才能接在每一行后面。各行一样长时 mask 为 ``None``，
+    注意力可以走快速路径。
+    """
     width = max(map(len, rows))
 
     def filled(row: Sequence[int], token: int) -> list[int]:
@@ -59,12 +47,6 @@ def padded(
         return input_ids, None
     mask = [filled([1] * len(row), 0) for row in rows]
     return input_ids, torch.tensor(mask, device=device)
-
-
-def until_stop(ids: list[int], stop_ids: Container[int]) -> list[int]:
-    """到第一个停止 token 为止，含它：学会停下也是要学的。"""
-    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[: end + 1]
 
 
 class TextGenerator:
@@ -88,8 +70,7 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary or own_vocabulary(tokenizer)
         self.stop_ids = stop_ids(tokenizer, model)
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(self.stop_ids), 0)
-        self.pad_id: int = next(index for index in candidates if index is not None)
+        self.pad_id = pad_id(tokenizer, self.stop_ids) or 0
         start = (tokenizer.bos_token_id, tokenizer.get_added_vocab().get("<|endoftext|>"))
         self._start_id: int | None = next((index for index in start if index is not None), None)
 
@@ -126,26 +107,30 @@ class TextGenerator:
         rows: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if stream is not None and len(rows) != 1:
             raise DistillabError(f"stream needs exactly one prompt, found {len(rows)}")
-        encoded = self._encode(rows)
-        input_ids, attention_mask = left_pad(encoded, self.pad_id, self.model.head.weight.device)
+        if not rows:
+            raise DistillabError("prompts is empty, expected at least one prompt")
+        encoded = [self._encoded(prompt) for prompt in rows]
         before = [
-            row if isinstance(rows[i], str) else [] for i, row in enumerate(encoded)
+            ids if isinstance(prompt, str) else []
+            for prompt, ids in zip(rows, encoded, strict=True)
         ]  # 对话的回答自成一段，不接着 prompt 读
-        streamer = None if stream is None else _Streamer(self, stream, before[0])
+        streamer = None
+        if stream is not None:
+            streamer = _Streamer(lambda ids: self.decode(ids, before[0]), stream)
         new_ids = self.generate_ids(
-            input_ids,
-            attention_mask,
+            *padded(encoded, self.pad_id, self.model.head.weight.device),
             strategy=strategy,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seeds=row_seeds(seed, len(rows)),
-            on_token=None if streamer is None else lambda _, ids: streamer.put(int(ids[0])),
+            on_token=streamer,
         )
+        texts = [self.decode(row, own) for row, own in zip(new_ids.tolist(), before, strict=True)]
         if streamer is not None:
-            streamer.finish()
-        return [self.decode(row, own) for row, own in zip(new_ids.tolist(), before, strict=True)]
+            streamer.send(texts[0])
+        return texts
 
     def decode(self, ids: list[int], before: Sequence[int] = ()) -> str:
         """``generate_ids`` 的一行 → 接在 ``before`` 之后的文字，不含停止 token 与其后的填充。"""
@@ -166,7 +151,7 @@ class TextGenerator:
         top_k: int = 50,
         top_p: float = 0.9,
         seeds: Sequence[int] | None = None,
-        on_token: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+        on_token: OnToken | None = None,
     ) -> Tensor:
         """续写一批已编码的提示。
 
@@ -190,16 +175,49 @@ class TextGenerator:
             DistillabError: 参数越界，或提示没给新 token 留位置。
         """
         check_options(strategy, max_new_tokens, temperature, top_k, top_p)
-        options: dict[str, Any] = {
-            "strategy": strategy,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        if attention_mask is not None and not self.model.pads_left:
-            return self._by_length(
-                input_ids, attention_mask, max_new_tokens, seeds, on_token, options
+        if strategy == "greedy":
+            seeds = None
+        elif seeds is None:
+            seeds = row_seeds(None, len(input_ids))
+        choose = partial(
+            next_tokens, strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        if attention_mask is None or self.model.pads_left:
+            return self._continue(
+                input_ids, attention_mask, choose, max_new_tokens, seeds, on_token
             )
+        # 看得见左填充的模型：只有等长的几行一起算。
+        lengths = attention_mask.sum(-1)
+        new_ids = input_ids.new_full((len(input_ids), max_new_tokens), self.pad_id)
+        longest = 0
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero()[:, 0]
+
+            def of_all(at: Tensor, ids: Tensor, rows: Tensor = rows) -> Tensor | None:
+                return None if on_token is None else on_token(rows[at], ids)
+
+            part = self._continue(
+                input_ids[rows, -length:],
+                None,
+                choose,
+                max_new_tokens,
+                seeds and [seeds[row] for row in rows.tolist()],
+                of_all,
+            )
+            new_ids[rows, : part.shape[1]] = part
+            longest = max(longest, part.shape[1])
+        return new_ids[:, :longest]
+
+    def _continue(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        choose: Callable[..., Tensor],
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+        on_token: OnToken | None,
+    ) -> Tensor:
+        """``generate_ids`` 的循环；贪心没有 ``seeds``。"""
         batch, width = input_ids.shape
         room = self.model.max_seq_len - width
         if room < 1:
@@ -208,10 +226,9 @@ class TextGenerator:
                 f"max_seq_len={self.model.max_seq_len}: shorten it"
             )
         device = input_ids.device
-        uniform = None
-        if strategy != "greedy":
-            seeds = row_seeds(None, batch) if seeds is None else seeds
-            uniform = uniform_draws(seeds, max_new_tokens).to(device)  # (B, N)
+        uniform = None  # 或 (B, N)
+        if seeds is not None:
+            uniform = uniform_draws(seeds, max_new_tokens).to(device)
         limit = min(max_new_tokens, room)
         stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
         new_ids = input_ids.new_full((batch, limit), self.pad_id)
@@ -226,11 +243,9 @@ class TextGenerator:
             for step in range(limit):
                 seen = None if mask is None else mask[:, : width + step]
                 hidden = self.model(step_ids, seen, cache)
-                chosen = next_tokens(
-                    head.logits(hidden[:, -1]),  # (B, V)
-                    **options,
-                    uniform=None if uniform is None else uniform[:, step],
-                ).masked_fill(finished, self.pad_id)
+                logits = head.logits(hidden[:, -1])  # (B, V)
+                drawn = None if uniform is None else uniform[:, step]
+                chosen = choose(logits, uniform=drawn).masked_fill(finished, self.pad_id)
                 new_ids[rows, step] = chosen
                 finished = finished | torch.isin(chosen, stops)
                 ended_here = None if on_token is None else on_token(rows, chosen)
@@ -251,81 +266,36 @@ class TextGenerator:
                 step_ids = new if cache is not None else torch.cat((step_ids, new), 1)
         return new_ids
 
-    def _by_length(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        max_new_tokens: int,
-        seeds: Sequence[int] | None,
-        on_token: Callable[[Tensor, Tensor], Tensor | None] | None,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """看得见左填充的模型：只有等长的几行一起算，参数与返回值同 ``generate_ids``。"""
-        lengths = attention_mask.sum(-1)
-        new_ids = input_ids.new_full((len(input_ids), max_new_tokens), self.pad_id)
-        longest = 0
-        for length in sorted(set(lengths.tolist())):
-            rows = (lengths == length).nonzero()[:, 0]
-
-            def of_all(at: Tensor, ids: Tensor, rows: Tensor = rows) -> Tensor | None:
-                return None if on_token is None else on_token(rows[at], ids)
-
-            part = self.generate_ids(
-                input_ids[rows, -length:],
-                max_new_tokens=max_new_tokens,
-                seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
-                on_token=of_all,
-                **options,
+    def _encoded(self, prompt: str | list[int]) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        if ids:
+            return ids
+        if self._start_id is None:
+            raise DistillabError(
+                "prompt is empty and the tokenizer has neither a bos token nor <|endoftext|>: "
+                "give at least one token"
             )
-            new_ids[rows, : part.shape[1]] = part
-            longest = max(longest, part.shape[1])
-        return new_ids[:, :longest]
-
-    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        if not prompts:
-            raise DistillabError("prompts is empty, expected at least one prompt")
-        rows: list[list[int]] = []
-        for prompt in prompts:
-            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-            if not ids:
-                if self._start_id is None:
-                    raise DistillabError(
-                        "prompt is empty and the tokenizer has neither a bos token nor "
-                        "<|endoftext|>: give at least one token"
-                    )
-                ids = [self._start_id]
-            rows.append(ids)
-        return rows
+        return [self._start_id]
 
 
 class _Streamer:
     """把逐个到来的 token 变成不断字的文本片段。"""
 
-    def __init__(
-        self, generator: TextGenerator, emit: Callable[[str], object], before: list[int]
-    ) -> None:
-        self._generator, self._emit, self._before = generator, emit, before
+    def __init__(self, decode: Callable[[list[int]], str], emit: Callable[[str], object]) -> None:
+        self._decode, self._emit = decode, emit
         self._ids: list[int] = []
-        self._emitted = ""
+        self._emitted = 0
 
-    def put(self, token: int) -> None:
-        if token in self._generator.stop_ids:
-            return
-        self._ids.append(token)
+    def __call__(self, _rows: Tensor, new_ids: Tensor) -> None:
+        self._ids.append(int(new_ids[0]))
         # 每次从头解码：有的 tokenizer 会去掉片段开头的空格，分段解码再拼接并不等于整体。
-        text = self._text()
+        text = self._decode(self._ids)
         # 一个汉字的几个字节可能分在几个 token 里，没凑齐时解码成 U+FFFD，先扣住不发。
         if not text.endswith("\ufffd"):
-            self._send(text)
+            self.send(text)
 
-    def finish(self) -> None:
-        self._send(self._text())
-
-    def _text(self) -> str:
-        return continuation_text(self._generator.tokenizer, self._before, self._ids)
-
-    def _send(self, text: str) -> None:
-        piece = text[len(self._emitted) :]
-        self._emitted = text
+    def send(self, text: str) -> None:
+        piece = text[self._emitted :]
+        self._emitted = len(text)
         if piece:
             self._emit(piece)

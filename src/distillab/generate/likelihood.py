@@ -18,26 +18,18 @@ from ..models.interface import LanguageModel, evaluating
 from ..models.kv_cache import LayerCache
 from ..targets import Head
 from ..vocabulary import Vocabulary
-from .generator import left_pad, padded
-
-__all__ = ["Likelihood", "likelihoods"]
+from .generator import padded
 
 CHUNK_BYTES = 128 * 2**20
 """一次展开这么多字节的 float32 logits。"""
 
 
 class Likelihood(NamedTuple):
-    """一段后文的似然。
+    """一段后文的似然。"""
 
-    Attributes:
-        total: 各 token 的 log 概率之和，单位 nat。
-        tokens: 它的 token 数。
-        greedy: 每个 token 都是最可能的那一个，即贪心会写出它。
-    """
-
-    total: float
+    total: float  # 各 token 的 log 概率之和，单位 nat
     tokens: int
-    greedy: bool
+    greedy: bool  # 每个 token 都是最可能的那一个，即贪心会写出它
 
 
 class _Piece(NamedTuple):
@@ -65,20 +57,10 @@ Requests = Sequence[tuple[Sequence[int], Sequence[int]]]
 def likelihoods(
     model: LanguageModel, requests: Requests, *, vocabulary: Vocabulary, batch_size: int
 ) -> list[Likelihood]:
-    """算出每段后文在它的上文之后的似然。
+    """算出每段后文在它的上文之后的似然，与 ``requests`` 一一对应；只有 ``vocabulary`` 里的有概率。
 
-    Args:
-        model: 语言模型。
-        requests: 各 ``(上文, 后文)`` 的 token，都不为空；合起来除最后一个 token 外不超过
-            ``model.max_seq_len``。
-        vocabulary: 只有这些 token 有概率。
-        batch_size: 一起算的后文数。
-
-    Returns:
-        与 ``requests`` 一一对应；log 概率是 float32，求和用 float64。
-
-    Raises:
-        ValueError: 有一个上文或后文是空的，或太长。
+    log 概率是 float32，求和用 float64。一起算 ``batch_size`` 段后文。上文与后文都不能是空的，合起来
+    除最后一个 token 外不超过 ``model.max_seq_len``，否则是 ``ValueError``。
     """
     for context, continuation in requests:
         length = len(context) + len(continuation) - 1
@@ -176,7 +158,7 @@ def _after_shared(
     pairs = [(i, row) for i, piece in enumerate(batch) for row in piece.rows]
     longer = [(i, row) for i, row in pairs if len(requests[row][1]) > 1]
     cache = model.new_cache() if longer else None
-    ids, mask = left_pad([piece.context for piece in batch], 0, device)
+    ids, mask = padded([piece.context for piece in batch], 0, device)
     first = [requests[row][1][0] for _, row in pairs]
     hidden = model(ids, mask, cache)[:, -1]  # (B, H)
     yield _Places(hidden, [i for i, _ in pairs], first, [row for _, row in pairs])

@@ -16,39 +16,24 @@ from torch import Tensor
 from ..config.sections import SamplingConfig
 from ..errors import DistillabError, nearest
 
-__all__ = ["Strategy", "filter_top_k", "filter_top_p", "sample_tokens"]
-
 Strategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
 def filter_top_k(logits: Tensor, k: int) -> Tensor:
-    """只留最大的 k 个 logit（Fan et al. 2018，arXiv:1805.04833），其余为 ``-inf``。
+    """``[..., V]`` 只留最大的 k 个 logit（Fan et al. 2018，arXiv:1805.04833），其余为 ``-inf``。
 
     与第 k 大并列的全部保留，所以留下的可能多于 k 个；与 transformers 的 ``TopKLogitsWarper`` 相同。
-
-    Args:
-        logits: ``[..., V]``。
-        k: 保留的个数；大于 V 等于不过滤。
-
-    Returns:
-        ``[..., V]``。
     """
     smallest_kept = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
 
 def filter_top_p(logits: Tensor, p: float) -> Tensor:
-    """只留概率之和达到 p 的最小集合（nucleus，Holtzman et al. 2020，arXiv:1904.09751）。
+    """``[..., V]`` 只留概率之和达到 p 的最小集合，其余为 ``-inf``。
 
-    从小到大累加、去掉累计不超过 ``1 - p`` 的尾巴，最大的一个总会留下；求和方向与排序都和
-    transformers 的 ``TopPLogitsWarper`` 相同，并列时才会留下同一批 token。
-
-    Args:
-        logits: ``[..., V]``。
-        p: ``(0, 1]``。
-
-    Returns:
-        ``[..., V]``，去掉的为 ``-inf``。
+    即 nucleus（Holtzman et al. 2020，arXiv:1904.09751）：从小到大累加，去掉累计不超过 ``1 - p`` 的
+    尾巴，最大的一个总会留下；求和方向与排序都和 transformers 的 ``TopPLogitsWarper`` 相同，并列时
+    才会留下同一批 token。
     """
     ascending, order = logits.sort(dim=-1)
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
@@ -57,16 +42,10 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """按 softmax 的概率各取一个 token：累积分布的反函数，每行只用一个随机数。
+    """按 ``logits [B, V]`` 的 softmax 各取一个 token ``[B]``：累积分布的反函数。
 
-    ``torch.multinomial`` 每行每步要用 V 个随机数，在 CPU 上比 head 的矩阵乘还慢。
-
-    Args:
-        logits: ``[B, V]``，去掉的 token 为 ``-inf``。
-        uniform: ``[B]``，float64，``[0, 1)`` 上的均匀分布。
-
-    Returns:
-        ``[B]``，int64。
+    每行只用 ``uniform [B]`` 里一个 ``[0, 1)`` 上的 float64；``torch.multinomial`` 每行每步要用 V 个
+    随机数，在 CPU 上比 head 的矩阵乘还慢。
     """
     # float64：float32 累加十几万项，尾部的概率会被舍入吃掉。
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (B, V)
@@ -113,26 +92,20 @@ def row_seeds(seed: int | None, count: int) -> list[int]:
     return [random.Random(f"{seed}/{row}").getrandbits(63) for row in range(count)]
 
 
-def sampling_options(sampling: SamplingConfig) -> tuple[Strategy, dict[str, Any]]:
-    """``SamplingConfig`` 换成 ``TextGenerator`` 的参数。"""
+def sampling_options(sampling: SamplingConfig) -> dict[str, Any]:
+    """``SamplingConfig`` 换成 ``generate_ids`` 的参数，长度除外。"""
     if sampling.temperature == 0:
-        return "greedy", {}
-    options: dict[str, Any] = {"temperature": sampling.temperature}
-    if sampling.top_k is not None:
-        return "top_k", options | {"top_k": sampling.top_k}
-    if sampling.top_p is not None:
-        return "top_p", options | {"top_p": sampling.top_p}
-    return "sample", options
+        return {"strategy": "greedy"}
+    for name in ("top_k", "top_p"):  # 至多设了一个
+        if (value := getattr(sampling, name)) is not None:
+            return {"strategy": name, "temperature": sampling.temperature, name: value}
+    return {"strategy": "sample", "temperature": sampling.temperature}
 
 
 def check_options(
     strategy: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """核对采样的参数。
-
-    Raises:
-        DistillabError: 有一个越界。
-    """
+    """有一个越界就是 ``DistillabError``。"""
     if strategy not in get_args(Strategy):
         raise DistillabError(f"strategy is '{strategy}', {nearest(strategy, get_args(Strategy))}")
     if max_new_tokens < 1:

@@ -1,4 +1,4 @@
-"""在哪些 token 停下：生成、采样、合成、考试与导出共用这一份答案。
+"""在哪里停下：生成、采样、合成、考试与导出共用这一份答案。
 
 各处写的都不全：Gemma 的 tokenizer 只说 ``<eos>``，``<end_of_turn>`` 写在 generation_config 里；Qwen
 的 base 与 chat 各以 ``<|endoftext|>`` 与 ``<|im_end|>`` 之一为 eos，另一个同样表示说完了；文本训练
@@ -7,7 +7,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ..data.chat import turn_end
 from ..models.interface import LanguageModel
@@ -22,15 +26,7 @@ _END_TOKENS = ("<|endoftext|>", "<|im_end|>")
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, model: LanguageModel | None = None
 ) -> frozenset[int]:
-    """生成到其中任何一个就停。
-
-    Args:
-        tokenizer: 它的 eos、文章之间的分隔、chat template 写在 assistant 一轮之后的 token。
-        model: 再加上它的配置与 generation_config 里的 eos。
-
-    Returns:
-        token id；tokenizer 与模型都没有写 eos 时可能为空。
-    """
+    """生成到其中任何一个就停；tokenizer 与模型都没有写 eos 时可能为空。"""
     special = {
         str(token): index
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -50,19 +46,53 @@ def generation_ids(
 ) -> dict[str, int | list[int] | None]:
     """导出的 generation_config 里的特殊 token：``model.generate()`` 停在我们停的每一个 token。
 
-    Args:
-        tokenizer: 模型的 tokenizer。
-        model: 要导出的模型。
-
-    Returns:
-        ``bos_token_id``、``eos_token_id``（tokenizer 的 eos 在最前，只有一个时是整数）与
-        ``pad_token_id``（没有就用 eos，否则 transformers 每次生成都要警告）。
+    ``eos_token_id`` 以 tokenizer 的 eos 为首，只有一个时是整数。
     """
-    own: Any = tokenizer.eos_token_id
+    own = tokenizer.eos_token_id
     stops = sorted(stop_ids(tokenizer, model), key=lambda index: (index != own, index))
-    pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
-        "pad_token_id": next(iter(stops), None) if pad is None else pad,
+        "pad_token_id": pad_id(tokenizer, stops),
     }
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> int | None:
+    """补齐用的 token；没有就用 eos 或别的停止 token，否则 transformers 每次生成都要警告。"""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops))
+    return next((index for index in candidates if index is not None), None)
+
+
+def until_stop(ids: list[int], stop_ids: Container[int]) -> list[int]:
+    """到第一个停止 token 为止，含它：学会停下也是要学的。"""
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: end + 1]
+
+
+class StopTexts:
+    """逐个 token 地看每一行写出了 ``texts`` 之一没有；``rows`` 是各行到停下为止的 token。"""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        stop_ids: Container[int],
+        decode: Callable[[list[int]], str],
+        rows: int,
+    ) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self._texts, self._stop_ids, self._decode = texts, stop_ids, decode
+        self._ended = [False] * rows
+        # 一个 token 至少一个字节，所以停止的文字总在最后这么多个 token 里。
+        self._tail = max((len(text.encode()) for text in texts), default=0) + 1
+
+    def __call__(self, rows: Tensor, new_ids: Tensor) -> Tensor:
+        """交给 ``generate_ids`` 的 ``on_token``。"""
+        for i, token in zip(rows.tolist(), new_ids.tolist(), strict=True):
+            if not self._ended[i]:
+                self.rows[i].append(token)
+                self._ended[i] = token in self._stop_ids or self._seen(self.rows[i])
+        return torch.tensor(self._ended, device=rows.device)[rows]
+
+    def _seen(self, ids: list[int]) -> bool:
+        text = self._decode(ids[-self._tail :])
+        return any(stop in text for stop in self._texts)

@@ -32,12 +32,7 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
       不并。训练的由 autocast 自己记着，不能换：``data`` 换了类型，autograd 就另起一个累积梯度的
       节点，DDP 挂在原来那个上的 hook 不再触发。输出层不在内，logits 总是 float32 的。
 
-    分片的（FSDP2、ZeRO-3）与量化的权重原样不动；内存不够再放一份时也是。
-
-    Args:
-        model: 任意语言模型。
-        rows: 批大小。
-        steps: 最多生成的步数。
+    分片的（FSDP2、ZeRO-3）与量化的权重原样不动；内存不够再放一份，或不到 ``MANY_STEPS`` 步时也是。
     """
     if steps < MANY_STEPS:
         yield

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..batch import Example, Tokens
 from ..config.sections import ResponsesConfig, SamplingConfig
 from ..errors import DistillabError
-from ..generate.generator import TextGenerator, left_pad, until_stop
-from ..generate.sampling import sampling_options
+from ..generate.generator import TextGenerator
+from ..generate.respond import respond
 from ..models.interface import LanguageModel
 
 REPEATED_NGRAM = 4
@@ -38,32 +39,26 @@ class RolloutSums(NamedTuple):
     repetition: float = 0.0
 
 
+@dataclass
 class Rollout:
     """给一批 ``Example`` 换上学生自己的 response。
 
-    Args:
+    Attributes:
         generator: 当前的学生与它的 tokenizer；权重随训练而变，每次都用最新的。
         sampling: 温度、过滤与最长的长度。
         teacher_max_seq_len: 教师的上限；``None`` 为没有教师。
     """
 
-    def __init__(
-        self,
-        generator: TextGenerator,
-        sampling: SamplingConfig,
-        teacher_max_seq_len: int | None = None,
-    ) -> None:
-        self.generator = generator
-        self.sampling = sampling
-        self.teacher_max_seq_len = teacher_max_seq_len
+    generator: TextGenerator
+    sampling: SamplingConfig
+    teacher_max_seq_len: int | None = None
 
     def of(self, model: LanguageModel) -> Rollout:
         """同样的采样，换一个模型：分片的学生要先收齐成一份拷贝。"""
-        if model is self.generator.model:
-            return self
         own = self.generator
-        generator = TextGenerator(model, own.tokenizer, own.vocabulary)
-        return Rollout(generator, self.sampling, self.teacher_max_seq_len)
+        if model is own.model:
+            return self
+        return replace(self, generator=TextGenerator(model, own.tokenizer, own.vocabulary))
 
     def sample(
         self, examples: Sequence[Example], seeds: Sequence[int]
@@ -80,15 +75,15 @@ class Rollout:
         Raises:
             DistillabError: prompt 占满了学生或教师的上下文。
         """
-        together: dict[tuple[int, int] | None, list[int]] = {}
-        for row, example in enumerate(examples):
-            together.setdefault(self._room(example), []).append(row)
         responses: dict[int, list[int]] = {}
-        for room, rows in together.items():
-            length = self.sampling.max_new_tokens if room is None else room[0]
-            prompts = [examples[row].student.prompt for row in rows]
-            found = self._responses(prompts, [seeds[row] for row in rows], length)
-            responses |= zip(rows, found, strict=True)
+        for batch in respond(
+            self.generator,
+            [example.student.prompt for example in examples],
+            self.sampling,
+            seeds,
+            rooms=[self._room(example) for example in examples],
+        ):
+            responses |= batch
         stops = self.generator.stop_ids
         sampled = [
             _with_response(example, example.student.prompt, example.teacher.prompt, responses[row])
@@ -105,23 +100,8 @@ class Rollout:
         )
         return sampled, sums
 
-    def _responses(
-        self, prompts: list[list[int]], seeds: Sequence[int], max_new_tokens: int
-    ) -> list[list[int]]:
-        ids, mask = left_pad(
-            prompts, self.generator.pad_id, self.generator.model.head.weight.device
-        )
-        strategy, options = sampling_options(self.sampling)
-        rows = self.generator.generate_ids(
-            ids, mask, strategy=strategy, max_new_tokens=max_new_tokens, seeds=seeds, **options
-        )
-        return [until_stop(row, self.generator.stop_ids) for row in rows.tolist()]
-
-    def _room(self, example: Example) -> tuple[int, int] | None:
-        """余地不足 ``max_new_tokens`` 的，``(余地, prompt 的长度)``：只与这两样都相同的一起采样。
-
-        补齐到别人的长度会让它更早停下，response 便取决于碰巧与谁同批。
-        """
+    def _room(self, example: Example) -> int:
+        """还写得下几个 token。"""
         prompt, teacher_prompt = len(example.student.prompt), len(example.teacher.prompt)
         room = self.generator.model.max_seq_len - prompt
         if room < 1:
@@ -137,7 +117,7 @@ class Rollout:
                     f"data.max_seq_len"
                 )
             room = min(room, self.teacher_max_seq_len - teacher_prompt)
-        return None if room >= self.sampling.max_new_tokens else (room, prompt)
+        return room
 
 
 def answered(
