@@ -18,7 +18,8 @@ from .assembly.parts import Parts, build_models, build_teacher
 from .assembly.training import build_trainer, read_pairs
 from .config.recipes import dump_recipe
 from .config.run_dir import RUNS, RunDirectory, exported_model
-from .config.schema import Recipe
+from .config.schema import EvaluateConfig, Recipe
+from .config.sections import DataSection
 from .config.style import USUAL, Style
 from .data.chat import question_prompt, render_prompt, writes_date
 from .data.pairs import Task, load_pairs
@@ -112,7 +113,7 @@ def train(
                 "parameters": parameters,
             }
             if recipe.evaluate.prompts:
-                _samples(recipe, run, parts)
+                _samples(recipe.evaluate, recipe.data, run.samples_file, parts)
             shutil.rmtree(run.export, ignore_errors=True)
             _export(recipe, parts, run.export, state.tokens, metrics)
             plot_run(run.path)
@@ -146,7 +147,7 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
             "template_options": data.template_options,
         }
-        style = _synthesis_style(recipe, tokenizer, provenance["teacher"])
+        style = _synthesis_style(data.style, config.output, tokenizer, provenance["teacher"])
 
         def prompt(task: Task) -> list[int]:
             tools = {} if task.tools is None else {"tools": task.tools}
@@ -162,14 +163,13 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
 
 
 def _synthesis_style(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: dict[str, Any]
+    style: Style, output: str, tokenizer: PreTrainedTokenizerBase, teacher: dict[str, Any]
 ) -> Style:
     """怎样渲染教师的 prompt；与缺省不同的记进来历，写日期的模板接着做时写的还是那一天。"""
-    style = recipe.data.style
     if style.control_tokens != USUAL.control_tokens:
         teacher["control_tokens"] = style.control_tokens
     if style.today is None and writes_date(tokenizer):
-        before = ResponseFile(Path(recipe.synthesize.output)).recorded("teacher", "today")
+        before = ResponseFile(Path(output)).recorded("teacher", "today")
         with suppress(TypeError, ValueError):  # 还没有来历，或它不是我们写的
             style = style._replace(today=date.fromisoformat(before))
         style = style._replace(today=style.today or date.today())
@@ -290,8 +290,7 @@ def _report(run: RunDirectory, summary: dict[str, Any]) -> None:
         logger.warning("no report: %s; try: distillab report %s", why, run.path.name)
 
 
-def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
-    config, data = recipe.evaluate, recipe.data
+def _samples(config: EvaluateConfig, data: DataSection, file: Path, parts: Parts) -> None:
     asked: Sequence[str] | Sequence[list[int]] = config.prompts
     if data.format == "chat":  # 问题要经模板，否则学生是在续写它
         options, style = data.template_options, data.style
@@ -304,7 +303,7 @@ def _samples(recipe: Recipe, run: RunDirectory, parts: Parts) -> None:
         for prompt, text in zip(config.prompts, completions, strict=True)
     )
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(run.samples_file, "".join(lines))
+    replace_file(file, "".join(lines))
 
 
 def _export(

@@ -208,17 +208,14 @@ class StudentSection(Section):
             )
         elif self.lora is not None:
             raise ValueError("lora needs student.path: only a pretrained base can be frozen")
-        if self.init is not None and self.init.layers is None and self.config is None:
-            raise ValueError("init needs layers, or config.num_layers")
-        if (
-            self.init is not None
-            and self.config is not None
-            and self.init.layers not in (None, self.config.num_layers)
-        ):
-            raise ValueError(
-                f"init.layers={self.init.layers} and config.num_layers={self.config.num_layers} "
-                f"disagree"
-            )
+        if self.init is not None:
+            layers, config = self.init.layers, self.config
+            if layers is None and config is None:
+                raise ValueError("init needs layers, or config.num_layers")
+            if config is not None and layers not in (None, config.num_layers):
+                raise ValueError(
+                    f"init.layers={layers} and config.num_layers={config.num_layers} disagree"
+                )
         return self
 
 
@@ -238,12 +235,12 @@ class LossConfig(Section):
     def _parameter_fits(self) -> LossConfig:
         if self.divergence == "jsd":
             self.beta = 0.5 if self.beta is None else self.beta
-            for end, meant in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
-                if self.beta == end:
-                    raise ValueError(
-                        f"beta={self.beta:g} is not a jsd (its value is 0 everywhere): "
-                        f"use divergence {meant}"
-                    )
+            if self.beta in (0, 1):
+                meant = "reverse_kl" if self.beta else "forward_kl"
+                raise ValueError(
+                    f"beta={self.beta:g} is not a jsd (its value is 0 everywhere): "
+                    f"use divergence {meant}"
+                )
             if not 0 < self.beta < 1:
                 raise ValueError(f"beta={self.beta:g} must lie strictly between 0 and 1")
         elif self.beta is not None:
@@ -324,17 +321,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _axes_agree(self) -> Recipe:
         """四个选择之间说不通的组合。"""
-        data, on_policy = self.data, self.responses.on_policy
-        if on_policy and data.format != "chat":
+        share, data = self.responses.student_fraction, self.data
+        if self.responses.on_policy and data.format != "chat":
             raise ValueError(
-                f"responses.student_fraction={self.responses.student_fraction:g} and "
-                f"data.format={data.format} disagree: only chat data has prompts to sample from"
+                f"responses.student_fraction={share:g} and data.format={data.format} disagree: "
+                f"only chat data has prompts to sample from"
             )
-        if on_policy and self.loss.alpha < 1:
+        if self.responses.on_policy and self.loss.alpha < 1:
             raise ValueError(
-                f"responses.student_fraction={self.responses.student_fraction:g} and "
-                f"loss.alpha={self.loss.alpha:g} disagree: a sampled response is no label; "
-                f"set loss.alpha to 1"
+                f"responses.student_fraction={share:g} and loss.alpha={self.loss.alpha:g} "
+                f"disagree: a sampled response is no label; set loss.alpha to 1"
             )
         return self
 

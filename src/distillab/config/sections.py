@@ -30,6 +30,9 @@ ENVIRONMENT_NAME = r"^[A-Z_][A-Z0-9_]*$"
 RUN_DIRECTORIES = ("checks", "export", "plots", "profile")
 """运行目录里我们自己的目录；导出会整个换掉。"""
 
+CHAT_KEYS = ("teacher_source", "experience", "responses", "template_options", "today", "loss_on",
+             "control_tokens")  # fmt: skip
+"""只有对话才有的键。"""
 LOCAL_OR_HUB = "Local path, hub id, pypi:NAME==VERSION/PATH, or shipped:PATH."
 
 
@@ -215,24 +218,20 @@ class DataSection(Experience, Records):
 
     @model_validator(mode="after")
     def _chat_keys(self) -> DataSection:
-        if self.format == "chat":
+        chat = self.format == "chat"
+        if (chat or self.streaming) and "size_mb" not in self.model_fields_set:
+            self.size_mb = None
+        if chat:
             if self.streaming:
                 raise ValueError(
                     "streaming and format=chat disagree: conversations are checked against each "
                     "other before training; drop streaming"
                 )
-            if "size_mb" not in self.model_fields_set:
-                self.size_mb = None
             if self.packing and self.max_seq_len is None:
                 raise ValueError("packing needs max_seq_len: the length that rows are packed to")
             return self
-        if self.streaming and "size_mb" not in self.model_fields_set:
-            self.size_mb = None
-        for key in ("teacher_source", "experience", "responses", "template_options", "today"):
-            if getattr(self, key):
-                raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
-        for key, default in (("loss_on", "all"), ("control_tokens", "split")):
-            if getattr(self, key) != default:
+        for key in CHAT_KEYS:
+            if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} and format={self.format} disagree: set format: chat")
         return self
 

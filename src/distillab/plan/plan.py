@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..config.schema import ModelConfig, Recipe
+from ..config.schema import ModelConfig, ModelSource, Recipe, StudentSection, TrainingConfig
 from ..data.conversations import Conversation
 from ..data.pairs import load_pairs
 from ..errors import DistillabError
@@ -153,7 +153,7 @@ def plan(recipe: Recipe, device: Device, processes: int = 1, engine: str | None 
         DistillabError: 模型的配置读不到，或引擎不认识。
     """
     notes: list[str] = []
-    models = _models(recipe)
+    models = _models(recipe.student, recipe.teacher)
     lengths = _lengths(recipe, models, notes)
     device = device.shared_by(processes)
     return _planned(recipe, models, lengths, device, processes, engine or "ddp", notes)
@@ -168,11 +168,13 @@ def suggestions(found: Plan) -> Iterator[tuple[str, Plan]]:
     Yields:
         ``(怎样改，命令行上的写法, 改后的打算)``，到放得下为止。
     """
-    lengths = _lengths(found.recipe, _models(found.recipe), [])
+    recipe = found.recipe
+    lengths = _lengths(recipe, _models(recipe.student, recipe.teacher), [])
     device, engine, processes = found.device, found.step.engine, found.step.processes
 
     def candidate(recipe: Recipe, processes: int, engine: str) -> Plan:
-        return _planned(recipe, _models(recipe), lengths, device, processes, engine, [])
+        models = _models(recipe.student, recipe.teacher)
+        return _planned(recipe, models, lengths, device, processes, engine, [])
 
     best = found
     for values in _changes(found):
@@ -241,9 +243,8 @@ class _Models:
     shared: bool  # 教师就是关掉 adapter 的学生
 
 
-def _models(recipe: Recipe) -> _Models:
-    section = recipe.student
-    teacher = None if recipe.teacher is None else find_shape(recipe.teacher.path)
+def _models(section: StudentSection, source: ModelSource | None) -> _Models:
+    teacher = None if source is None else find_shape(source.path)
     if section.path is not None:
         student = find_shape(section.path)
     elif section.config is not None:
@@ -260,10 +261,10 @@ def _models(recipe: Recipe) -> _Models:
         student = replace(student, shape=shape)
     shared = (
         section.lora is not None
-        and recipe.teacher is not None
-        and recipe.teacher.path == section.path
-        and recipe.teacher.dtype == section.lora.dtype
-        and recipe.teacher.trust_remote_code == section.trust_remote_code
+        and source is not None
+        and source.path == section.path
+        and source.dtype == section.lora.dtype
+        and source.trust_remote_code == section.trust_remote_code
     )
     return _Models(student, teacher, shared)
 
@@ -316,7 +317,7 @@ def _planned(
             f"{device.name} has no fast {step.teacher_precision}: the teacher is counted at the "
             f"rate of fp32"
         )
-    steps = _steps(recipe, step, lengths)
+    steps = _steps(recipe.train, recipe.responses.reuse, step, lengths)
     return Plan(recipe, step, device, steps, tuple(dict.fromkeys(notes)))
 
 
@@ -402,10 +403,9 @@ def _response(conversation: Conversation) -> int:
     return round(len(conversation.response.encode()) / SHORT_BYTES_PER_TOKEN) + MESSAGE_TOKENS
 
 
-def _steps(recipe: Recipe, step: Step, lengths: Lengths) -> int | None:
-    config = recipe.train
+def _steps(config: TrainingConfig, reuse: int, step: Step, lengths: Lengths) -> int | None:
     if lengths.examples is None:
         return config.max_steps
     batches = lengths.examples // (step.batch_size * step.processes)
-    total = config.num_epochs * -(-batches // step.accumulation) * recipe.responses.reuse
+    total = config.num_epochs * -(-batches // step.accumulation) * reuse
     return min(config.max_steps or total, total)
