@@ -203,9 +203,11 @@ def _converted_gguf(path: Path) -> Path:
         from transformers import AutoModelForCausalLM
 
         with _readable_gguf(path):
-            options = {"gguf_file": path.name, "trust_remote_code": False}
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, **options
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
         # 权重已经反量化；带着量化配置的模型不让保存，读回来也会再找一遍 GGUF。
         model.hf_quantizer = None
