@@ -1,12 +1,14 @@
 """端到端测试的零件：磁盘上的小教师、小文本和一份配方，全部离线。"""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from stub_server import Stub
 
 WORDS = [
@@ -52,18 +54,69 @@ def workdir(tmp_path, monkeypatch, tiny_qwen2, tiny_tokenizer) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory):
+    """``forked.py`` 的 socket；等到第一个要它的测试才起。"""
+    path = str(tmp_path_factory.mktemp("forking") / "socket")
+    program = str(Path(__file__).with_name("forked.py"))
+    with subprocess.Popen(
+        [sys.executable, program, path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        yield path
+        process.stdin.close()
+        process.wait(30)
+
+
 @pytest.fixture
-def start(workdir):
-    """在子进程里起一条真正的命令。"""
+def start(workdir, forking):
+    """在自己的进程里起一条真正的命令；``rank`` 与 ``port`` 给出时，它是几个进程中的一个。"""
+    started = []
 
-    def start(*arguments: str) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "distillab", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    def start(*arguments: str, program=("distillab.cli", "main"), environment=None, **options):
+        process = Forked(
+            forking, program, arguments, logs=workdir / f"process-{len(started)}", **options,
+            environment=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | (environment or {}),
         )  # fmt: skip
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def several(start):
+    """几个进程一起走一条命令，像 torchrun 起的那样；各自的环境变量之外可以再加。"""
+
+    def several(processes: int, *arguments: str, environment=None, **options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
+            for rank in range(processes)
+        ]  # fmt: skip
+        common = {"ACCELERATE_USE_CPU": "true"} | (environment or {})
+        return [start(*arguments, environment=common | rank, **options) for rank in ranks]
+
+    return several
+
+
+@pytest.fixture
+def together(several):
+    """``several``，等到都走完；失败的说出为什么。"""
+
+    def together(*arguments: str, processes: int = 2) -> None:
+        started = several(processes, *arguments)
+        for process in started:
+            assert process.wait() == 0, [other.err.read_text() for other in started]
+
+    return together
 
 
 @pytest.fixture

@@ -1,21 +1,16 @@
 """装上一个故障的 ``distillab``，一个或几个进程；产品代码里没有为此留的钩子。
 
-``python faulty.py FAULT train ...`` 是带故障的命令行，可由 torchrun 启动；``python faulty.py serve`` 从
-stdin 逐行读请求，每次 fork 出几个进程来跑：导入只花一次时间。故障只在 ``FAULT_RANK`` 号进程的第
-``FAULT_STEP`` 步发生。
+``FAULT`` 是哪一种，只在 ``FAULT_RANK`` 号进程的第 ``FAULT_STEP`` 步发生。``python faulty.py train ...`` 可由
+torchrun 启动。
 """
 
-import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
-import distillab.run  # noqa: F401 - 在 fork 之前导入一切
 from distillab import cli
 from distillab.assembly import training as build_training
 from distillab.data.chunks import WikiDataset
@@ -25,9 +20,6 @@ from distillab.train import checkpoint, skips
 from distillab.train.on_policy import OnPolicy
 from distillab.train.rollout import Rollout
 from distillab.train.trainer import DistillationTrainer
-
-LIMIT = 300.0
-"""一次请求最多这么多秒；到时还没有结束的进程被杀，退出码记作 ``None``。"""
 
 
 def here() -> bool:
@@ -164,77 +156,17 @@ FAULTS = {
 }
 
 
-def command(fault, arguments) -> int:
-    """走一遍命令行，返回退出码。"""
-    FAULTS[fault]()
+def command() -> None:
+    """走一遍命令行，带上 ``FAULT``。"""
+    FAULTS[os.environ["FAULT"]]()
     skips.MAX_FAILED_ROWS = int(os.environ.get("MAX_FAILED_ROWS", skips.MAX_FAILED_ROWS))
-    sys.argv = ["distillab", *arguments]
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def serve() -> None:
-    for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), flush=True)
-
-
-def answer(cwd, fault, arguments, processes, environment):
-    os.chdir(cwd)
-    Path("fault").unlink(missing_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [
-        start(rank, processes, port, fault, arguments, environment) for rank in range(processes)
-    ]
-    codes, ended = [None] * processes, [0.0] * processes
-    deadline = time.monotonic() + LIMIT
-    running = dict(enumerate(pids))
-    while running:
-        for rank, pid in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[rank], ended[rank] = os.waitstatus_to_exitcode(status), time.time()
-                del running[rank]
-        if time.monotonic() > deadline:
-            for pid in running.values():
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            break
-        time.sleep(0.02)
-    fault_at = float(Path("fault").read_text()) if Path("fault").exists() else math.nan
-    return {"codes": codes, "seconds": [end - fault_at for end in ended]}
-
-
-def start(rank, processes, port, fault, arguments, environment) -> int:
-    if pid := os.fork():
-        return pid
-    log = os.open(f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(environment)
-    if processes > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
-                       "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-    code = 1
-    try:
-        code = command(fault, arguments)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    cli.main()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve()
-    else:
-        code = command(sys.argv[1], sys.argv[2:])
-        Path(f"code{os.environ.get('RANK', '0')}").write_text(str(code))
-        sys.exit(code)
+    sys.argv[0] = "distillab"
+    try:
+        command()
+    except SystemExit as end:
+        Path(f"code{os.environ['RANK']}").write_text(str(end.code))
+        raise

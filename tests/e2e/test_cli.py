@@ -25,7 +25,7 @@ def wait_for_step(process, step, run="runs/recipe"):
     while time.monotonic() < deadline:
         if any(row[0] >= step for row in losses(run)):
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err.read_text()
         time.sleep(0.01)
     pytest.fail("the run did not get that far")
 

@@ -195,7 +195,7 @@ def test_synthesis_that_was_killed_goes_on_without_repeating_or_losing_a_row(pai
     process = start(*arguments)
     deadline = time.monotonic() + 120
     while written() < 40 and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err.read_text()
         time.sleep(0.01)
     process.kill()
     process.communicate()

@@ -1,15 +1,18 @@
 """一个与两个进程里的每种故障：怎样结束，多久之内，留下什么；从不一直等下去。"""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from forked import LIMIT
 from test_invariance import ON_POLICY, options
 from test_invariance import taught as taught
 
@@ -17,42 +20,37 @@ from distillab.run_file_shapes import read_metrics
 from distillab.train.checkpoint_files import checkpoints
 
 FAULTY = Path(__file__).with_name("faulty.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "COLUMNS": "200",
+    "FAULT": "none",
+}
 CHECKPOINTS = Path("runs/recipe/checkpoints")
 
 
 class Outcome:
-    """一次运行怎样结束。"""
+    """一次运行怎样结束，故障之后多少秒。"""
 
-    def __init__(self, answer):
-        self.codes, self.seconds = answer["codes"], max(answer["seconds"])
-        self.logs = [Path(f"rank{rank}.log").read_text() for rank in range(len(self.codes))]
-
-
-@pytest.fixture(scope="module")
-def server():
-    """只导入一次；每次请求 fork 出几个真正的进程。"""
-    environment = os.environ | ENVIRONMENT
-    with subprocess.Popen(
-        [sys.executable, str(FAULTY), "serve"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    ) as process:  # fmt: skip
-        yield process
-        process.stdin.close()
-        process.wait(30)
+    def __init__(self, processes):
+        deadline = time.monotonic() + LIMIT
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+        self.codes = [process.poll() for process in processes]
+        self.logs = [process.err.read_text() for process in processes]
+        fault = Path("fault")
+        begin = float(fault.read_text()) if fault.exists() else math.nan
+        self.seconds = max((process.ended or math.inf) - begin for process in processes)
 
 
 @pytest.fixture
-def run(server, workdir):
+def run(several):
     def run(fault, processes, *arguments, command=("train", "recipe.yaml"), **environment):
-        request = {
-            "cwd": str(workdir), "fault": fault, "processes": processes,
-            "arguments": [*command, *arguments],
-            "environment": {"DISTILLAB_CACHE": str(workdir / "cache")} | environment,
-        }  # fmt: skip
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return Outcome(json.loads(server.stdout.readline()))
+        Path("fault").unlink(missing_ok=True)
+        environment |= {"FAULT": fault, "COLUMNS": "200"}
+        return Outcome(several(processes, *command, *arguments, program=("faulty", "command"),
+                               environment=environment))  # fmt: skip
 
     return run
 
@@ -118,7 +116,7 @@ def test_two_processes_leave_a_damaged_checkpoint_together(run):
 def test_torchrun_that_is_terminated_ends_its_processes_in_order(workdir):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(FAULTY), "none", "train", "recipe.yaml", "--set", "train.max_steps=5000",
+         str(FAULTY), "train", "recipe.yaml", "--set", "train.max_steps=5000",
          "--set", "train.save_interval=5000", "--set", "train.eval_interval=5000"],
         env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -1,10 +1,7 @@
 """怎样切批、往哪边填充、谁先谁后、几个进程、中途被杀：SKD 与 on-policy 每一步的数都不变。"""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -197,20 +194,11 @@ def test_replies_of_the_data_do_not_cut_the_prompts_that_are_sampled_from(train)
     assert_same(train("gkd 1.0 greedy", *alone, "description=replies"), expected, rel=0)
 
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["skd", "gkd 1.0 sampled"])
-def test_two_processes_give_the_steps_of_one(train, method):
+def test_two_processes_give_the_steps_of_one(train, together, method):
     expected = train(method)
-    overrides = [*METHODS[method], *split(2, 2), "name=two"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "distillab", "train", "recipe.yaml", *options(overrides)],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    together("train", "recipe.yaml", *options([*METHODS[method], *split(2, 2), "name=two"]))
     assert_same(steps("two"), expected)
 
 
@@ -222,7 +210,7 @@ def test_killed_on_policy_run_resumes_to_the_same_steps(start, command, taught, 
     metrics = Path("runs/run/metrics.jsonl")
     deadline = time.monotonic() + 240
     while max((row["step"] for row in read_metrics(metrics)), default=0) < 5:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -1,10 +1,7 @@
 """配方里的 ``data.packing``：同样的数据，装不装在一起、几个进程，每一步都是同样的数。"""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,17 +60,10 @@ def test_micro_batches_of_rows_do_not_show(train):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_steps_of_one(train):
+def test_two_processes_give_the_steps_of_one(train, together):
     overrides = [*CASES["skd of pretrained"], *PACKED]
     expected, _ = train("one", *overrides, *split(2, 2))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "distillab", "train", "recipe.yaml",
-         *options([*overrides, *split(2, 1), "name=two"])],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    together("train", "recipe.yaml", *options([*overrides, *split(2, 1), "name=two"]))
     assert_same(steps("two"), expected)
 
 

@@ -29,8 +29,8 @@ def rows(run: str, kind: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(workdir):
-    train("-m", "distillab", "train", "recipe.yaml", "--set", "name=one")
+def test_two_processes_give_the_losses_of_one(command):
+    assert command("train", "recipe.yaml", "--set", "name=one")[0] == 0
     log = train("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 "-m", "distillab", "train", "recipe.yaml", "--set", "name=two",
                 "--set", "train.batch_size=2")  # fmt: skip
@@ -47,10 +47,10 @@ def test_two_processes_give_the_losses_of_one(workdir):
 
 
 @pytest.mark.slow
-def test_zero3_starts_from_its_config_file(workdir):
+def test_zero3_starts_from_its_config_file(command):
     recipe = ["recipe.yaml", "--set", "train.max_steps=6"]
     halved = ["--set", "train.batch_size=2"]
-    train("-m", "distillab", "train", *recipe, "--set", "name=one")
+    assert command("train", *recipe, "--set", "name=one")[0] == 0
     train("-m", "accelerate.commands.launch", "--config_file", str(engine_config("zero3")),
           "--num_processes", "2", "--main_process_port", "0",
           "-m", "distillab", "train", *recipe, "--set", "name=two", *halved,

@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_to_the_same_steps(train, start):
     metrics = Path("runs/run/metrics.jsonl")
     deadline = time.monotonic() + 400
     while max((row["step"] for row in read_metrics(metrics)), default=0) < 9:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -95,16 +95,10 @@ def test_a_killed_run_resumes_to_the_same_steps(train, start):
 
 
 @pytest.mark.slow
-def test_two_processes_read_one_stream_and_any_number_resumes_it(train):
+def test_two_processes_read_one_stream_and_any_number_resumes_it(train, together):
     train("one", "train.max_steps=16")
     shared = [*STREAM, "train.batch_size=2", "train.save_interval=8", "name=two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "distillab", "train", "recipe.yaml", *options([*shared, "train.max_steps=16"])],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    together("train", "recipe.yaml", *options([*shared, "train.max_steps=16"]))
     assert_same(steps("two"), steps("one"), 1e-5)
     states = sorted(Path("runs/two/checkpoints").glob("step-*/trainer_state.json"))
     alone = json.loads(states[-1].read_text())["state"]["stream"]

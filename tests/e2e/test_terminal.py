@@ -4,8 +4,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,18 +19,10 @@ LONG = ["train", "recipe.yaml", *(part for key in ("max_steps", "save_interval",
                                   for part in ("--set", f"train.{key}=100000"))]  # fmt: skip
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "distillab", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "xterm"}
-
-
-def wait_for_steps(alive) -> None:
+def wait_for_steps(process) -> None:
     deadline = time.monotonic() + 120
     while not any(row["kind"] == "train" for row in read_metrics(METRICS)):
-        assert alive()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -53,69 +43,69 @@ def assert_it_goes_on(start, step: int) -> None:
     assert Path("runs/recipe/summary.json").exists()
 
 
-def in_terminal(arguments: list[str], ignoring_hangup: bool) -> tuple[int, int]:
-    """在一个新的终端里起一条命令：``(pid, 终端的另一头)``。"""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        if ignoring_hangup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        os.execve(arguments[0], arguments, environment())
-    return pid, terminal
+@pytest.fixture
+def pipe(start):
+    """一条命令，stdout 与 stderr 写进同一根管道：``(进程, 读的那头)``；像 ``2>&1 | tee log``。"""
+
+    def pipe(*arguments: str):
+        read, write = os.pipe()
+        process = start(*arguments, stdout=write, stderr=write)
+        os.close(write)
+        return process, read
+
+    return pipe
 
 
-def running(pid: int) -> bool:
-    return os.waitpid(pid, os.WNOHANG) == (0, 0)
+@pytest.fixture
+def in_terminal(start):
+    """一条命令，在一个新的终端里：``(进程, 终端的另一头)``。"""
 
+    def in_terminal(*arguments: str, **options):
+        outer, inner = pty.openpty()
+        process = start(*arguments, stdout=inner, stderr=inner, terminal=True,
+                        environment={"TERM": "xterm"}, **options)  # fmt: skip
+        os.close(inner)
+        return process, outer
 
-def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return in_terminal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_also_ends_the_reader_of_the_output_still_saves(workdir, start, number):
-    read, write = os.pipe()  # distillab train 2>&1 | tee log
-    process = subprocess.Popen(command(*LONG), stdout=write, stderr=write, env=environment())
-    os.close(write)
-    wait_for_steps(lambda: process.poll() is None)
+def test_a_signal_that_also_ends_the_reader_of_the_output_still_saves(pipe, start, number):
+    process, read = pipe(*LONG)
+    wait_for_steps(process)
     os.close(read)
     process.send_signal(number)
     assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert_it_goes_on(start, saved_step())
 
 
-def test_a_reader_that_leaves_does_not_end_the_run(workdir):
-    read, write = os.pipe()
-    process = subprocess.Popen(
-        command("train", "recipe.yaml"), stdout=write, stderr=write, env=environment()
-    )
-    os.close(write)
+def test_a_reader_that_leaves_does_not_end_the_run(pipe):
+    process, read = pipe("train", "recipe.yaml")
     os.close(read)
     assert process.wait(120) == 0
     assert Path("runs/recipe/summary.json").exists()
 
 
-def test_a_log_on_a_full_disk_does_not_end_the_run(workdir):
+def test_a_log_on_a_full_disk_does_not_end_the_run(start):
     with Path("/dev/full").open("wb") as full:
-        process = subprocess.run(
-            command("train", "recipe.yaml"), stdout=subprocess.PIPE, stderr=full, env=environment(),
-            check=False,
-        )  # fmt: skip
-    assert process.returncode == 0
+        process = start("train", "recipe.yaml", stderr=full.fileno())
+    assert process.wait() == 0
     assert Path("runs/recipe/summary.json").exists()
 
 
-def test_a_closed_terminal_saves_and_the_run_goes_on(workdir, start):
-    pid, terminal = in_terminal(command(*LONG), ignoring_hangup=False)
-    wait_for_steps(lambda: running(pid))
+def test_a_closed_terminal_saves_and_the_run_goes_on(in_terminal, start):
+    process, terminal = in_terminal(*LONG)
+    wait_for_steps(process)
     os.close(terminal)
-    assert ended(pid) == 129
+    assert process.wait() == 129
     assert_it_goes_on(start, saved_step())
 
 
-def test_nohup_outlives_its_terminal(workdir):
+def test_nohup_outlives_its_terminal(in_terminal):
     steps = ["--set", "train.max_steps=60", "--set", "train.eval_interval=60"]
-    pid, terminal = in_terminal(command("train", "recipe.yaml", *steps), ignoring_hangup=True)
-    wait_for_steps(lambda: running(pid))
+    process, terminal = in_terminal("train", "recipe.yaml", *steps, ignoring_hangup=True)
+    wait_for_steps(process)
     os.close(terminal)
-    assert ended(pid) == 0
+    assert process.wait() == 0
     assert Path("runs/recipe/summary.json").exists()
