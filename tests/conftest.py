@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # 一个核一个 worker；要在 torch 导入之前
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -139,10 +142,18 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def package_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """这次测试的各个 worker 共用的目录；写的人自己加锁。"""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def package_cache(shared: Path) -> Iterator[Path]:
     """真实零件的缓存；设了 DISTILLAB_TEST_CACHE 就在各次测试之间重用，否则每次重新下载。"""
-    kept = os.environ.get("DISTILLAB_TEST_CACHE")
-    cache = Path(kept) if kept else tmp_path_factory.mktemp("cache")
+    cache = Path(os.environ.get("DISTILLAB_TEST_CACHE", shared / "cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILLAB_CACHE", str(cache))
         yield cache
