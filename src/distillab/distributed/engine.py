@@ -23,6 +23,7 @@ from torch import nn
 from ..config.schema import Precision, TrainingConfig
 from ..errors import DistillabError
 from ..loss.products import has_bfloat16_units
+from . import zero
 from .sharding import parameter_groups
 
 logger = logging.getLogger("distillab")
@@ -82,7 +83,7 @@ def make_accelerator(config: TrainingConfig, run_dir: Path) -> Accelerator:
             f"precision; start a new one ({str(error).partition(',')[0]})"
         ) from None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _configure_deepspeed(accelerator, config)
+        zero.configure(accelerator, config)
     elif _asked_for("FSDP"):
         _configure_fsdp(accelerator, DTYPES[precision])
     return accelerator
@@ -144,19 +145,6 @@ class Layout:
 
 def _asked_for(engine: Literal["FSDP", "DEEPSPEED"]) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-
-
-def _configure_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """累积由我们的循环来做，损失已按全局 token 数归一：DeepSpeed 不该再除一次。"""
-    settings = accelerator.deepspeed_plugin.deepspeed_config
-    settings |= {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "train_batch_size": config.batch_size * accelerator.num_processes,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.gradient_clip,
-    }
-    if accelerator.device.type == "cpu":  # 它的 CPU Adam 要现编译，而 torch 的本来就在 CPU 上
-        settings["zero_force_ds_cpu_optimizer"] = False
 
 
 def _configure_fsdp(accelerator: Accelerator, compute: torch.dtype) -> None:

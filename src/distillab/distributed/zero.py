@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 分了片的参数与 optimizer：怎样分的、它私有的名字，只有这里知道。
+"""DeepSpeed ZeRO：它的设置，它分了片的参数与 optimizer；它私有的名字只有这里知道。
 
 ZeRO-3 的参数平时是空的；ZeRO-2 的参数完整，但 float32 的那份与动量在 optimizer 里，分了片。
 """
@@ -6,10 +6,15 @@ ZeRO-3 的参数平时是空的；ZeRO-2 的参数完整，但 float32 的那份
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from ..config.schema import TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SETTINGS = (
@@ -17,6 +22,19 @@ _SETTINGS = (
     "capturable", "differentiable", "fused", "decoupled_weight_decay",
 )  # fmt: skip
 """``AdamW`` 一组参数的设置；DeepSpeed 还往里放别的。"""
+
+
+def configure(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """累积由我们的循环来做，损失已按全局 token 数归一：DeepSpeed 不该再除一次。"""
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    settings |= {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "train_batch_size": config.batch_size * accelerator.num_processes,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip,
+    }
+    if accelerator.device.type == "cpu":  # 它的 CPU Adam 要现编译，而 torch 的本来就在 CPU 上
+        settings["zero_force_ds_cpu_optimizer"] = False
 
 
 def owns(tensor: Tensor) -> bool:

@@ -93,16 +93,17 @@ def dynamic_cache(config: Any) -> Any:
     """
     from transformers.cache_utils import DynamicLayer
 
-    result = _selectable_cache()(config=config)
+    growing_layer, selectable_cache = _cache_classes()
+    result = selectable_cache(config=config)
     result.layers = [
-        _growing_layer()() if type(layer) is DynamicLayer else layer for layer in result.layers
+        growing_layer() if type(layer) is DynamicLayer else layer for layer in result.layers
     ]
     return result
 
 
 @cache
-def _growing_layer() -> Any:
-    from transformers.cache_utils import DynamicLayer
+def _cache_classes() -> tuple[Any, Any]:
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class GrowingLayer(LayerCache, DynamicLayer):  # type: ignore[misc]
         def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -112,13 +113,6 @@ def _growing_layer() -> Any:
         def reorder_cache(self, beam_idx: Tensor) -> None:
             self.batch_select_indices(beam_idx)
 
-    return GrowingLayer
-
-
-@cache
-def _selectable_cache() -> Any:
-    from transformers import DynamicCache
-
     class SelectableCache(DynamicCache):  # type: ignore[misc]
         length = 0
 
@@ -127,4 +121,4 @@ def _selectable_cache() -> Any:
             # 重排每一种层都有，给它较少的行就是挑选。
             self.reorder_cache(indices)
 
-    return SelectableCache
+    return GrowingLayer, SelectableCache

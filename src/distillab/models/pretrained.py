@@ -158,7 +158,7 @@ def one_line_errors(what: str, text: str) -> Iterator[None]:
         raise DistillabError(f"cannot load {what} {text!r}: {why}") from error.__cause__
 
 
-def hub_is_reachable(timeout: float = 3.0) -> bool:
+def hub_is_reachable() -> bool:
     """现在能否连上 hub；设了代理时无法直接判断，算能。
 
     huggingface_hub 自己要重试五次、等半分钟才承认没有网络；先问一声，离线时几毫秒就有结论。
@@ -169,7 +169,7 @@ def hub_is_reachable(timeout: float = 3.0) -> bool:
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        socket.create_connection((endpoint.hostname or "", port), timeout).close()
+        socket.create_connection((endpoint.hostname or "", port), timeout=3).close()
     except OSError:
         return False
     return True

@@ -157,7 +157,10 @@ def shared_vocabulary(
 
     同一个 id 在两边是不同的 token，或没有一个 id 两边都有，是 ``DistillabError``。
     """
-    student, teacher = _token_of(student_tokenizer), _token_of(teacher_tokenizer)
+    student, teacher = (
+        {index: token for token, index in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    )
     common = student.keys() & teacher.keys()
     differing = [index for index in common if student[index] != teacher[index]]
     if differing:
@@ -204,7 +207,3 @@ def _tokenizer_dir(path: Path) -> Path:
         hint = f"; did you mean {str(ggufs[0])!r}?" if ggufs else ""
         raise DistillabError(f"{str(path)!r} holds no tokenizer.json{hint}")
     return path
-
-
-def _token_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    return {index: token for token, index in tokenizer.get_vocab().items()}
