@@ -30,6 +30,7 @@ from distillab.run_file_shapes import read_metrics
 from distillab.teachers.in_process import LocalTeacher
 from distillab.train.checkpoint import load_student
 from distillab.train.checkpoint_files import checkpoints, read_saved
+from distillab.train.loaders import windows
 from distillab.train.trainer import DistillationTrainer
 from distillab.vocabulary import Vocabulary
 
@@ -639,9 +640,10 @@ def test_every_epoch_sees_all_the_data_in_another_order_that_the_seed_decides(ma
     def order(name, **config):
         trainer = make(name, max_steps=20, **config)
         starts = []
-        for window in trainer._windows():
+        state, total = trainer.state, trainer.total_steps
+        for window in windows(trainer.train_loader, state, 1, total, trainer.watch):
             starts += window[0].student.input_ids[:, 0].tolist()
-            trainer.state.current_step += 1
+            state.current_step += 1
         return starts
 
     found = order("a")

@@ -9,13 +9,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..batch import Batch
 from ..config.schema import TrainingConfig
 from ..data.streams import StreamState, TextStream
+from ..distributed.watch import Watch
 from ..errors import DistillabError
+from .profiling import phase
 from .skips import GuardedCollate, GuardedRows
 from .state import TrainerState
 
@@ -112,6 +114,29 @@ class StreamLoader:
             state.stream, state.current_epoch = asdict(position), position.epoch
             state.batches_in_epoch += size
             yield window
+
+
+def windows(
+    loader: Any, state: TrainerState, size: int, total_steps: int, watch: Watch
+) -> Iterator[list[Batch]]:
+    """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 ``size`` 批（轮末可能不足），直到第
+    ``total_steps`` 步；先把读到的位置记进 ``state``。
+    """
+    if isinstance(loader, StreamLoader):
+        yield from loader.windows(state, size, total_steps)
+    batches: Iterator[Batch] = iter(())
+    while state.current_step < total_steps:
+        watch.at("reading data", state.current_step + 1)
+        with phase("data"):
+            window = list(islice(batches, size))
+        if not window:  # 一轮的开始
+            loader.set_epoch(state.current_epoch)
+            batches = iter(skip_first_batches(loader, state.batches_in_epoch))
+            continue
+        state.batches_in_epoch += len(window)
+        if state.batches_in_epoch >= len(loader):
+            state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
+        yield window
 
 
 def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:

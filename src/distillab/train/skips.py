@@ -114,12 +114,12 @@ def check_failed_rows(state: TrainerState) -> None:
 
 
 def skipped_step(
-    state: TrainerState, loss: float, batches: range, learning_rate: float, scale: float | None
+    state: TrainerState, loss: float, batches: range, learning_rate: float, scaler: Any
 ) -> None:
     """记下跳过的一步；连续 ``MAX_SKIPPED_IN_A_ROW`` 步都不是有限值就停下。
 
-    ``loss`` 是全局的，它有限时不有限的就是梯度；``batches`` 是这一步用了本轮的哪些批；``scale`` 是
-    fp16 的 loss scale。
+    ``loss`` 是全局的，它有限时不有限的就是梯度；``batches`` 是这一步用了本轮的哪些批；``scaler`` 是
+    fp16 的 GradScaler 或 ``None``。
     """
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
@@ -130,7 +130,7 @@ def skipped_step(
         state.current_epoch - (state.batches_in_epoch == 0),
         batches[0],
         batches[-1],
-        "" if scale is None else f"; loss scale is now {scale:g}",
+        "" if scaler is None else f"; loss scale is now {scaler.get_scale():g}",
     )
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise DistillabError(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import skip_first_batches
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batch import Batch, collate_text
@@ -44,7 +43,7 @@ from ..teachers.in_process import AdapterOffTeacher, LocalTeacher
 from ..vocabulary import Vocabulary
 from .checkpoint import begin, resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, training_step
-from .loaders import StreamLoader, evaluation_loader, in_step, steps_in_all, train_loader
+from .loaders import evaluation_loader, in_step, steps_in_all, train_loader, windows
 from .metrics import MetricsLog
 from .module import DistillationModule
 from .on_policy import OnPolicy, Prepared
@@ -161,7 +160,7 @@ class DistillationTrainer:
     def train(
         self, resume: bool = False, on_metrics: Callable[[Path], object] | None = None
     ) -> TrainerState:
-        """训练到 ``total_steps``。
+        """训练到 ``total_steps``：走一步，记录，到时候就验证、存盘，该停就停。
 
         Args:
             resume: 从最新的检查点接着训练；没有检查点就从头开始。
@@ -174,31 +173,40 @@ class DistillationTrainer:
             DistillabError: 连续多步不是有限值，检查点损坏、是别的运行的，或训练数据不是原来的。
             KeyboardInterrupt: Ctrl-C、SIGTERM 或 SIGHUP，见 ``StopRequest``；这一步走完、已存好。
         """
-        accelerator, directory, config = self.accelerator, self.checkpoint_dir, self.config
-        fresh, data = not resume and self.state.current_step == 0, self.state.data
-        run = begin(accelerator, self.run_dir, directory, fresh)
-        if resume and (found := resume_newest(accelerator, directory, data, config, run)):
-            self.state, path = found
-            logger.info("resumed from %s at step %d", path, self.state.current_step)
-        self.state.run, step = run, self.state.current_step
+        accelerator, size = self.accelerator, self.config.gradient_accumulation_steps
+        step = self._begin(resume)
+        coming = windows(self.train_loader, self.state, size, self.total_steps, self.watch)
         log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
         log.recover(step, self.state.metrics)
         progress = TrainingProgress(self.total_steps, step, accelerator.is_main_process)
         with self.stop as stop, log, progress, self.watch:
-            for window in self._windows():
+            for window in coming:
+                self._failed_rows += report_failed_rows(window)
                 for prepared in self._prepared(window):
                     started = time.perf_counter()
                     sums = self._step(prepared)
                     sums["seconds"] = time.perf_counter() - started + prepared.seconds
                     self.state.seconds += sums["seconds"]
                     self._record(sums, log, progress)
-                    stopping = stop.decision(self.accelerator.num_processes) is not None
+                    stopping = stop.decision(accelerator.num_processes) is not None
                     self._validate_and_save(log, progress, stopping)
                     if stopping:
                         raise stop.stopped(f"stopped at step {self.state.current_step}")
                     stop.check_grace(time.perf_counter() - started)
                     check_failed_rows(self.state)
         return self.state
+
+    def _begin(self, resume: bool) -> int:
+        """清掉上次被杀留下的，接上最新的检查点；返回从第几步接着来。"""
+        accelerator, directory, state = self.accelerator, self.checkpoint_dir, self.state
+        run = begin(accelerator, self.run_dir, directory, not resume and state.current_step == 0)
+        if resume:
+            found = resume_newest(accelerator, directory, state.data, self.config, run)
+            if found:
+                self.state, path = found
+                logger.info("resumed from %s at step %d", path, self.state.current_step)
+        self.state.run = run
+        return self.state.current_step
 
     def _prepared(self, window: list[Batch]) -> Iterator[Prepared]:
         """定下一个窗口的 response；采样的可以按 ``reuse`` 训练不止一步。"""
@@ -217,50 +225,17 @@ class DistillationTrainer:
             if self.state.current_step < self.total_steps:
                 yield Prepared(prepared.batches, prepared.sampled)
 
-    def _windows(self) -> Iterator[list[Batch]]:
-        """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 micro-batch。"""
-        state, loader, size = self.state, self.train_loader, self.config.gradient_accumulation_steps
-        if isinstance(loader, StreamLoader):
-            yield from loader.windows(state, size, self.total_steps)
-        batches: Iterator[Batch] = iter(())
-        while state.current_step < self.total_steps:
-            self.watch.at("reading data", state.current_step + 1)
-            with phase("data"):
-                window = list(itertools.islice(batches, size))
-            if not window:  # 一轮的开始
-                loader.set_epoch(state.current_epoch)
-                batches = iter(skip_first_batches(loader, state.batches_in_epoch))
-                continue
-            state.batches_in_epoch += len(window)
-            self._failed_rows += report_failed_rows(window)
-            if state.batches_in_epoch >= len(loader):
-                state.current_epoch, state.batches_in_epoch = state.current_epoch + 1, 0
-            yield window
-
     @profiled_step()
     @training_step()
     def _step(self, prepared: Prepared) -> dict[str, float]:
         """一个 optimizer 步；返回全局总和，供记录用。"""
-        module, accelerator = self.module, self.accelerator
-        module.train()  # DeepSpeed 的不返回自己
-        window = prepared.batches
+        accelerator, window = self.accelerator, prepared.batches
         self.watch.at("forward and backward", self.state.current_step + 1)
         tokens = global_sum(accelerator, sum(len(batch) for batch in window))
-        scale = accelerator.num_processes / max(tokens, 1)  # 引擎对各进程的梯度取平均
-        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
-        for position, batch in enumerate(window):
-            last = position == len(window) - 1
-            targets = self._targets(batch) if self.loss.alpha > 0 else None
-            accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
-            with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
-                part: LossSums = module(batch, targets)
-                with phase("backward"):
-                    accelerator.backward(part.total * scale)
-            sums += torch.stack(part).detach()
-        if self.teacher is not None:
-            self.teacher.release()
+        sums = self._backward(window, accelerator.num_processes / max(tokens, 1))
         with phase("gradient clip"):
-            norm = accelerator.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+            parameters = self.module.parameters()
+            norm = accelerator.clip_grad_norm_(parameters, self.config.gradient_clip)
         norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
         shared = torch.tensor([self._failed_rows, *self.stop.votes()]).to(sums)
         sums = torch.cat([sums, norm.reshape(1) / accelerator.num_processes, shared])
@@ -282,23 +257,40 @@ class DistillationTrainer:
             self.state.skipped_in_a_row = 0
         self.optimizer.zero_grad()
         if not finite:
-            self._skipped(total, len(window))
+            batches = self.state.batches_in_epoch or len(self.train_loader)
+            used = range(batches - len(window), batches)
+            skipped_step(self.state, total, used, self.config.learning_rate, accelerator.scaler)
             return {}
         rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
         kept = {name: losses[name] for name in ("divergence", "cross_entropy")}
         return rollout | {"steps": 1, "tokens": tokens, "loss": total, **kept, "grad_norm": norm}
+
+    def _backward(self, window: list[Batch], scale: float) -> Tensor:
+        """整个窗口的梯度，``scale`` 倍；返回本进程的 ``LossSums`` 之和 ``[6]``，float64。
+
+        ``scale`` 是进程数 / 全局 token 数：引擎对各进程的梯度取平均。
+        """
+        module, accelerator = self.module, self.accelerator
+        module.train()  # DeepSpeed 的不返回自己
+        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
+        for position, batch in enumerate(window):
+            last = position == len(window) - 1
+            targets = self._targets(batch) if self.loss.alpha > 0 else None
+            accelerator.sync_gradients = last  # DeepSpeed 凭它知道窗口到头了，反向之后就更新
+            with nullcontext() if last else accelerator.no_sync(module):  # 最后一个才同步梯度
+                part: LossSums = module(batch, targets)
+                with phase("backward"):
+                    accelerator.backward(part.total * scale)
+            sums += torch.stack(part).detach()
+        if self.teacher is not None:
+            self.teacher.release()
+        return sums
 
     def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
             return self.teacher  # 后者在学生的 forward 里取目标
         with phase("teacher forward"):
             return self.teacher.targets(batch.teacher, self.vocabulary)
-
-    def _skipped(self, loss: float, batches: int) -> None:
-        scaler, end = self.accelerator.scaler, self.state.batches_in_epoch or len(self.train_loader)
-        scale = None if scaler is None else scaler.get_scale()
-        window, rate = range(end - batches, end), self.config.learning_rate
-        skipped_step(self.state, loss, window, rate, scale)
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
