@@ -64,13 +64,14 @@ def make_task(case: str, items: int, new: int) -> Any:
 
 def batched(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespace) -> Answers:
     """``TaskSet.ask``；每次都重新分词。"""
+    from distillab.evaluate.subjects import Subject
     from distillab.models.interface import PretrainedLM
 
-    model = PretrainedLM(hf_model)
+    subject = Subject(case, PretrainedLM(hf_model), tokenizer)
 
     def answers() -> list[str]:
         task = make_task(case, options.items, options.new)
-        return [row["response"] for row in task.ask(model, tokenizer, "student")]
+        return [row["response"] for row in task.ask(subject)]
 
     return answers
 

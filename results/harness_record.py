@@ -14,7 +14,7 @@ from pathlib import Path
 from distillab.config.run_dir import environment
 from distillab.config.sections import LmEvalConfig
 from distillab.errors import DistillabError
-from distillab.evaluate.bootstrap import ratio_figure
+from distillab.evaluate.bootstrap import mean_figure
 from distillab.evaluate.harness import evaluate_with_harness
 
 HERE = Path(__file__).parent / "harness"
@@ -34,8 +34,7 @@ def main() -> None:
         for name, _, source in (model.partition("=") for model in options.model):
             task = evaluate_with_harness(source, None, config)["tasks"][options.task]
             found[name] = {"source": source, "items": task["items"]} | {
-                metric: ratio_figure(values, [1.0] * len(values), seed=0)
-                for metric, values in task["per_item"].items()
+                metric: mean_figure(values) for metric, values in task["per_item"].items()
             }
             print(name, json.dumps(found[name]), flush=True)
     except DistillabError as error:

@@ -27,6 +27,7 @@ from .errors import DistillabError, typed_reason
 from .evaluate.checks import Checks, load_tasks, merged, whole_parts
 from .export.card import model_card
 from .export.convert import export_student
+from .figures import LABELS, RUN_MODELS
 from .files import idle, leftovers, replace_file, sweep
 from .generate.generator import TextGenerator
 from .models.interface import PretrainedLM
@@ -34,7 +35,6 @@ from .models.pretrained import load_pretrained
 from .models.tokenizer import load_tokenizer
 from .report.curves import plot_run
 from .report.page import write_report
-from .report.terminal_tables import MODELS
 from .run_file_shapes import read_metrics
 from .synthesize.local_backend import LocalBackend
 from .synthesize.questions import Backend
@@ -97,7 +97,7 @@ def train(
         with whole_parts(parts, trainer, main) as parts:
             if not main:
                 return run, {}
-            metrics = {model: measured[model] for model in MODELS if model in measured}
+            metrics = {model: measured[model] for model in RUN_MODELS if model in measured}
             summary = {
                 "name": recipe.name,
                 **metrics,
@@ -261,7 +261,7 @@ def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Met
         rows = ({"kind": "reference", "step": 0, "model": m, **reference[m]} for m in reference)
         write_first(run.metrics_file, rows)
     for model, metrics in reference.items():
-        logger.info("%s: perplexity %s", model.replace("_", " "), f"{metrics['perplexity']:,.1f}")
+        logger.info("%s: perplexity %s", LABELS[model].short, f"{metrics['perplexity']:,.1f}")
     return reference
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from distillab.evaluate import bootstrap
-from distillab.evaluate.bootstrap import difference_figure, gap_figure, ratio_figure
+from distillab.evaluate.bootstrap import difference_figure, ratio_figure
+from distillab.figures import AFTER, BEFORE, TEACHER, gap_closed
 
 
 def test_value_is_the_ratio_of_sums_and_not_the_mean_of_ratios():
@@ -92,6 +93,10 @@ def test_difference_is_paired():
     assert figure == {"value": 1.0, "low": 1.0, "high": 1.0}
     with pytest.raises(ValueError, match="paired"):
         difference_figure([1.0], [1.0, 2.0])
+
+
+def gap_figure(teacher, before, after):
+    return gap_closed({TEACHER: teacher, BEFORE: before, AFTER: after}, ratio_figure)
 
 
 def test_gap_closed_is_a_share_of_the_teachers_lead():

@@ -10,9 +10,15 @@ from distillab.config.sections import TaskConfig
 from distillab.data.chat import render_prompt
 from distillab.errors import DistillabError
 from distillab.evaluate.checks import merged
-from distillab.evaluate.tasks import TaskSet, accuracy, gap_closed
+from distillab.evaluate.subjects import Subject
+from distillab.evaluate.tasks import TaskSet, accuracy
 from distillab.export.convert import from_hf
+from distillab.figures import gap_closed
 from distillab.models.interface import PretrainedLM
+
+
+def reader(model, tokenizer, side="student"):
+    return Subject("one", model, tokenizer, side)
 
 
 @pytest.fixture
@@ -29,11 +35,11 @@ def task(tmp_path):
 
 def test_every_question_is_answered_in_its_order_and_judged(task, tiny_qwen2, tiny_tokenizer):
     model = PretrainedLM(tiny_qwen2)
-    rows = task().ask(model, tiny_tokenizer, "student")
+    rows = task().ask(reader(model, tiny_tokenizer))
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4"]
     assert [row["answer"] for row in rows] == ["1", "2", "3", "4", "5"]
     assert accuracy(rows) == sum(bool(row["response"]) for row in rows) / 5
-    assert accuracy(task(match={"regex": "(?!)"}).ask(model, tiny_tokenizer, "student")) == 0
+    assert accuracy(task(match={"regex": "(?!)"}).ask(reader(model, tiny_tokenizer))) == 0
 
 
 def test_the_teacher_reads_the_experience_and_the_student_does_not(
@@ -44,8 +50,8 @@ def test_the_teacher_reads_the_experience_and_the_student_does_not(
     same = [
         student["response"] == teacher["response"]
         for student, teacher in zip(
-            task.ask(model, tiny_tokenizer, "student"),
-            task.ask(model, tiny_tokenizer, "teacher"),
+            task.ask(reader(model, tiny_tokenizer)),
+            task.ask(reader(model, tiny_tokenizer, "teacher")),
             strict=True,
         )
     ]
@@ -55,8 +61,8 @@ def test_the_teacher_reads_the_experience_and_the_student_does_not(
 def test_results_that_are_there_are_not_asked_for_again(task, tiny_qwen2, tiny_tokenizer, tmp_path):
     path = tmp_path / "checks" / "sums.student_before.jsonl"
     model = PretrainedLM(tiny_qwen2)
-    rows = task().ask(model, tiny_tokenizer, "student", path)
-    assert task().ask(None, tiny_tokenizer, "student", path) == rows  # 没有模型也答得出
+    rows = task().ask(reader(model, tiny_tokenizer), path)
+    assert task().ask(reader(None, tiny_tokenizer), path) == rows  # 没有模型也答得出
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -100,8 +106,8 @@ def test_the_likeliest_choice_is_that_of_transformers(
 ):
     task = choice(by, experience="sea")
     model = PretrainedLM(tiny_qwen2) if family == "pretrained" else from_hf(tiny_qwen2)
-    task.check_fits(model, tiny_tokenizer, view)
-    rows = task.ask(model, tiny_tokenizer, view)
+    task.check_fits(reader(model, tiny_tokenizer, view))
+    rows = task.ask(reader(model, tiny_tokenizer, view))
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
     for i, (row, pair) in enumerate(zip(rows, task.pairs, strict=True)):
         choices = COLOURS[: 2 + i % 3]
@@ -117,7 +123,7 @@ def test_the_likeliest_choice_is_that_of_transformers(
 
 def test_sum_and_mean_can_choose_differently(choice, tiny_qwen2, tiny_tokenizer):
     model = PretrainedLM(tiny_qwen2)
-    found = [[row["response"] for row in choice(by).ask(model, tiny_tokenizer, "student")]
+    found = [[row["response"] for row in choice(by).ask(reader(model, tiny_tokenizer))]
              for by in ("sum", "mean")]  # fmt: skip
     assert found[0] != found[1]
 
@@ -125,7 +131,7 @@ def test_sum_and_mean_can_choose_differently(choice, tiny_qwen2, tiny_tokenizer)
 def test_choices_that_do_not_fit_are_refused_before_training(choice, tiny_qwen2, tiny_tokenizer):
     task = choice(experience="the colour is black " * 6)
     with pytest.raises(DistillabError) as caught:
-        task.check_fits(PretrainedLM(tiny_qwen2), tiny_tokenizer, "teacher")
+        task.check_fits(reader(PretrainedLM(tiny_qwen2), tiny_tokenizer, "teacher"))
     assert str(caught.value).startswith("evaluate.tasks.colours: ")
     assert "choices.jsonl:1: the teacher's prompt has " in str(caught.value)
     assert re.search(
@@ -142,7 +148,7 @@ def test_choices_may_stand_in_the_teachers_file_alone(tmp_path, tiny_qwen2, tiny
     config = {"source": f"{tmp_path}/a.jsonl", "teacher_source": f"{tmp_path}/b.jsonl",
               "match": {"choice": "sum"}}  # fmt: skip
     task = TaskSet.load("x", TaskConfig.model_validate(config), {})
-    (row,) = task.ask(PretrainedLM(tiny_qwen2), tiny_tokenizer, "student")
+    (row,) = task.ask(reader(PretrainedLM(tiny_qwen2), tiny_tokenizer))
     assert row["answer"] == "blue"
 
 
@@ -162,7 +168,7 @@ def test_generated_problems_are_scored_by_their_generator(tiny_qwen2, tiny_token
         "distillab.synthesize.local_backend.LocalBackend._answer",
         lambda self, question, row: _answer(question, by_key[question.task.id]),
     )
-    rows = task.ask(PretrainedLM(tiny_qwen2), tiny_tokenizer, "student")
+    rows = task.ask(reader(PretrainedLM(tiny_qwen2), tiny_tokenizer))
     assert [row["correct"] for row in rows] == [True, False, False, True, True, False]
     assert 0 < rows[1]["score"] < 1  # 部分分记下，但不算对
     assert accuracy(rows) == 0.5
@@ -183,9 +189,9 @@ def test_a_prompt_is_encoded_once(task, choice, tiny_qwen2, tiny_tokenizer, monk
     )
     for one in (task(), choice()):
         seen.clear()
-        one.check_fits(model, tiny_tokenizer, "student")
-        one.ask(model, tiny_tokenizer, "student")
-        one.ask(model, tiny_tokenizer, "student")
+        one.check_fits(reader(model, tiny_tokenizer))
+        one.ask(reader(model, tiny_tokenizer))
+        one.ask(reader(model, tiny_tokenizer))
         assert len(seen) == len(one.pairs)
 
 
@@ -195,7 +201,11 @@ def test_a_prompt_is_encoded_once(task, choice, tiny_qwen2, tiny_tokenizer, monk
      (None, 0.1, 0.5, None)],
 )  # fmt: skip
 def test_gap_closed(teacher, before, after, closed):
-    assert gap_closed(teacher, before, after) == (None if closed is None else pytest.approx(closed))
+    scores = {"student_before": [before], "student_after": [after]}
+    if teacher is not None:
+        scores["teacher"] = [teacher]
+    figure = gap_closed(scores)
+    assert figure == (closed and {"value": pytest.approx(closed), "low": None, "high": None})
 
 
 def test_before_and_after_become_one_summary():

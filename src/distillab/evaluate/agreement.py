@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..figures import AGREEMENT
 from ..loss.losses import forward_kl, log_softmax, reverse_kl
 from ..loss.products import head_products
 from ..targets import HiddenTargets
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 Rows = dict[str, "NDArray[np.float64]"]
 """名字 → 每个 token 一个值 ``[P]``：``nats``，有教师时还有 ``AGREEMENT`` 的各项。"""
-
-AGREEMENT = ("forward_kl", "reverse_kl", "top1", "top5")
-"""与教师的一致：KL(教师||学生)、KL(学生||教师)，单位 nat；最可能的 token 是否相同；教师最可能的
-五个 token 有几成也在学生的前五里。"""
 
 TOP = 5
 
@@ -38,18 +35,9 @@ BANDS = {"top 10": 10, "11-100": 100, "101-1000": 1000, "rest": None}
 def score_rows(
     student: HiddenTargets, labels: Tensor, teacher: HiddenTargets | None = None
 ) -> Rows:
-    """逐个 token 的 -log 概率，以及与教师的一致程度。
+    """逐个 token 的 -log 概率，以及与教师的一致程度，在主机上；``labels: [P]``，int64。
 
-    Args:
-        student: 要评测的模型的 hidden state 与 head，``P`` 行。
-        labels: ``[P]``，int64。
-        teacher: 教师的，同样的 ``P`` 行、同样宽的词表。
-
-    Returns:
-        ``Rows``，在主机上。
-
-    Raises:
-        ValueError: 两边的行数或词表不同。
+    两边的 hidden state 行数或词表不同时 ``ValueError``。
     """
     shapes = {(len(part.hidden), len(part.head.weight)) for part in (student, teacher) if part}
     if len(shapes) > 1:
@@ -91,14 +79,9 @@ def _overlap(p: Tensor, q: Tensor) -> Tensor:
 
 
 def by_position(rows: Rows, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """按在 response（或序列）里的位置分段：第 1 个、2-3、4-7……
+    """按在 response（或序列）里的位置分段：第 1 个、2-3、4-7……；``positions: [P]``，从 1 起。
 
-    Args:
-        rows: 有 ``AGREEMENT`` 的各项。
-        positions: ``[P]``，从 1 起。
-
-    Returns:
-        每段一个 ``{"from", "to", "tokens", ...各项的平均}``，两端都在段内；没有 token 的段不出现。
+    每段一个 ``{"from", "to", "tokens", ...各项的平均}``，两端都在段内；没有 token 的段不出现。
     """
     powers = np.frexp(positions)[1] - 1  # floor(log2(position))，没有舍入
     longest = int(positions.max())
@@ -113,14 +96,9 @@ def by_position(rows: Rows, positions: NDArray[np.int64]) -> list[dict[str, Any]
 
 
 def by_frequency(rows: Rows, labels: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """按标签 token 的频次排名分段；频次在 ``labels`` 自己里面数，并列时 id 小的在前。
+    """按标签 token 的频次排名分段；频次在 ``labels``（``[P]``）自己里面数，并列时 id 小的在前。
 
-    Args:
-        rows: 有 ``AGREEMENT`` 的各项。
-        labels: ``[P]``。
-
-    Returns:
-        每段一个 ``{"band", "tokens", ...各项的平均}``；没有 token 的段不出现。
+    每段一个 ``{"band", "tokens", ...各项的平均}``；没有 token 的段不出现。
     """
     tokens, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.empty(len(tokens), dtype=np.int64)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ..figures import Figure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,35 +27,17 @@ BLOCK = 1 << 20
 """一次抽这么多个下标：内存不随条数乘次数而长。"""
 
 
-class Figure(TypedDict):
-    """一个数与它的 95 % 区间；不是有限值的（如溢出的困惑度）为 ``None``。"""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
 def ratio_figure(
     numerators: Sequence[float],
     denominators: Sequence[float],
     seed: int = 0,
     samples: int = SAMPLES,
-    transform: Callable[[float], float] | None = None,
+    transform: Callable[[float], float] = float,
 ) -> Figure:
-    """``transform(Σ 分子 / Σ 分母)``，与对各条一起重抽得到的区间。
+    """``transform(Σ 分子 / Σ 分母)``，与对各条一起重抽得到的区间；``transform`` 要单调。
 
-    Args:
-        numerators: 每条一个，如一条序列的总 nat。
-        denominators: 每条一个，如它的 token 数；单独一条可以是零或负（两个量之差），总和不行。
-        seed: 重抽的种子。
-        samples: 重抽的次数。
-        transform: 单调的函数，如由交叉熵到困惑度；缺省不变。
-
-    Returns:
-        ``Figure``；有一次重抽的分母不是正数时，区间的两端为 ``None``：这个比值还定不下来。
-
-    Raises:
-        ValueError: 一条也没有，长度不一，或分母的总和不是正数。
+    单独一条的分母可以是零或负（两个量之差），总和不行；有一次重抽的分母不是正数时，区间的两端为
+    ``None``：这个比值还定不下来。一条也没有、长度不一或分母的总和不是正数时 ``ValueError``。
     """
     top, bottom = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     if top.ndim != 1 or top.shape != bottom.shape or not len(top):
@@ -68,51 +52,24 @@ def ratio_figure(
     ends = [math.nan, math.nan]
     if (drawn_bottom > 0).all():
         ends = np.percentile(drawn_top / drawn_bottom, ENDS).tolist()
-    transform = transform or float
     value = transform(float(top.sum() / bottom.sum()))
     low, high = sorted(map(transform, ends))
     return Figure(value=_finite(value), low=_finite(low), high=_finite(high))
 
 
-def difference_figure(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, samples: int = SAMPLES
-) -> Figure:
+def mean_figure(values: Sequence[float], seed: int = 0) -> Figure:
+    """各条的平均。"""
+    return ratio_figure(values, [1.0] * len(values), seed)
+
+
+def difference_figure(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Figure:
     """同样的若干条上两个模型之差的均值 ``mean(a - b)``；区间跨过 0 就分不出高下。
 
-    Raises:
-        ValueError: 一条也没有，或长度不一。
+    一条也没有或长度不一时 ``ValueError``。
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} items and b {len(b)}: they must be paired")
-    difference = [x - y for x, y in zip(a, b, strict=True)]
-    return ratio_figure(difference, [1.0] * len(difference), seed, samples)
-
-
-def gap_figure(
-    teacher: Sequence[float],
-    before: Sequence[float],
-    after: Sequence[float],
-    seed: int = 0,
-    samples: int = SAMPLES,
-) -> Figure | None:
-    """补上了几成差距：``Σ(after - before) / Σ(teacher - before)``。
-
-    Args:
-        teacher: 每条的得分，越高越好；交叉熵要取负。
-        before: 训练前的学生在同样的各条上的。
-        after: 训练后的。
-        seed: 重抽的种子。
-        samples: 重抽的次数。
-
-    Returns:
-        ``Figure``；教师不比训练前的学生好时没有意义，为 ``None``。
-
-    Raises:
-        ValueError: 一条也没有，或长度不一。
-    """
-    gained = [x - y for x, y in zip(after, before, strict=True)]
-    gap = [x - y for x, y in zip(teacher, before, strict=True)]
-    return ratio_figure(gained, gap, seed, samples) if np.sum(gap) > 0 else None
+    return mean_figure([x - y for x, y in zip(a, b, strict=True)], seed)
 
 
 def _resamples(items: int, seed: int, samples: int) -> Iterator[NDArray[np.int64]]:

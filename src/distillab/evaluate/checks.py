@@ -17,13 +17,14 @@ from ..assembly.training import build_text
 from ..batch import collate_text
 from ..config.schema import Recipe
 from ..errors import DistillabError
+from ..figures import AFTER, BEFORE, LABELS, TEACHER, gap_closed
 from ..files import replace_file
-from ..models.interface import LanguageModel
 from ..parsing import parse_json
 from ..run_file_shapes import NUMBER, check
 from ..train.trainer import DistillationTrainer
 from .harness import check_harness
-from .tasks import TaskSet, View, accuracy, gap_closed
+from .subjects import Subject
+from .tasks import TaskSet, accuracy
 
 logger = logging.getLogger("distillab")
 
@@ -31,19 +32,10 @@ When = Literal["student_before", "student_after"]
 
 
 class Checks:
-    """配方 ``evaluate.tasks`` 与 ``evaluate.texts`` 的全部检查。
+    """配方 ``evaluate.tasks`` 与 ``evaluate.texts`` 的全部检查，用训练循环的评测。
 
-    结果写在 ``directory`` 里，被杀之后接着来的运行不再做一遍。
-
-    Args:
-        recipe: 配方。
-        tasks: ``load_tasks`` 的返回值。
-        parts: 装配好的模型。
-        trainer: 训练循环，用它的评测。
-        directory: 运行目录里的 ``checks/``。
-
-    Raises:
-        DistillabError: 任务的 prompt 放不进模型，或文本读不了。
+    结果写在 ``directory``（运行目录里的 ``checks/``）里，被杀之后接着来的运行不再做一遍。任务的
+    prompt 放不进模型，或文本读不了时 ``DistillabError``。
     """
 
     def __init__(
@@ -57,9 +49,8 @@ class Checks:
         self.tasks, self.parts, self.trainer, self.directory = tasks, parts, trainer, directory
         self.teacher: dict[str, float] = {}  # 教师在各份文本上的困惑度：训练不改变它
         for task in tasks:
-            if parts.teacher is not None:
-                task.check_fits(parts.teacher, parts.tokenizer, "teacher")
-            task.check_fits(parts.student, parts.tokenizer, "student")
+            for subject in _subjects(parts, BEFORE):
+                task.check_fits(subject)
         collate = partial(collate_text, vocabulary=parts.vocabulary)
         self.texts = {
             name: trainer.evaluation_loader(
@@ -69,14 +60,10 @@ class Checks:
         }
 
     def measure(self, when: When) -> dict[str, dict[str, Any]]:
-        """检查当前的学生；所有进程都要调用。
+        """检查当前的学生，它的成绩以 ``when`` 为名；所有进程都要调用。
 
-        Args:
-            when: 写进结果的名字。
-
-        Returns:
-            ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``；教师的成绩每次
-            都在。没有的一类不出现。
+        返回 ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``；教师的成绩每次
+        都在，没有的一类不出现。
         """
         found: dict[str, dict[str, Any]] = {}
         if self.texts:
@@ -86,8 +73,10 @@ class Checks:
             main = self.trainer.accelerator.is_main_process
             with whole_parts(self.parts, self.trainer, main) as parts:
                 if main:
+                    subjects = _subjects(parts, when)
                     found["tasks"] = {
-                        task.name: self._task(task, when, parts) for task in self.tasks
+                        task.name: {one.name: self._score(task, one) for one in subjects}
+                        for task in self.tasks
                     }
         self.trainer.accelerator.wait_for_everyone()
         return found
@@ -95,39 +84,40 @@ class Checks:
     def _text(self, name: str, when: When) -> dict[str, float]:
         path = self.directory / f"{name}.{when}.json"
         if (saved := _saved(path, when)) is not None:
-            if "teacher" in saved:
-                self.teacher[name] = saved["teacher"]
+            if TEACHER in saved:
+                self.teacher[name] = saved[TEACHER]
             return saved
         known = name in self.teacher
         student, teacher = self.trainer.evaluate(loader=self.texts[name], teacher=not known)
         if teacher is not None:
             self.teacher[name] = teacher["perplexity"]
-        found = {"teacher": self.teacher[name]} if name in self.teacher else {}
+        found = {TEACHER: self.teacher[name]} if name in self.teacher else {}
         found[when] = student["perplexity"]
-        logger.info("%s: perplexity on %s %s", when.replace("_", " "), name,
-                    f"{student['perplexity']:,.2f}")  # fmt: skip
+        shown = f"{student['perplexity']:,.2f}"
+        logger.info("%s: perplexity on %s %s", LABELS[when].short, name, shown)
         if self.trainer.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(found))
         return found
 
-    def _task(self, task: TaskSet, when: When, parts: Parts) -> dict[str, float]:
-        found = {}
-        if parts.teacher is not None:
-            with parts.as_teacher() as teacher:
-                found["teacher"] = self._score(task, teacher, "teacher", "teacher")
-        found[when] = self._score(task, parts.student, "student", when)
-        return found
-
-    def _score(self, task: TaskSet, model: LanguageModel, view: View, name: str) -> float:
-        save_to = self.directory / f"{task.name}.{name}.jsonl"
+    def _score(self, task: TaskSet, subject: Subject) -> float:
+        save_to = self.directory / f"{task.name}.{subject.name}.jsonl"
         known = save_to.exists()
         started = time.perf_counter()
-        rows = task.ask(model, self.parts.tokenizer, view, save_to)
+        rows = task.ask(subject, save_to)
         speed = len(rows) / (time.perf_counter() - started)
-        logger.info("%s: %s %s%s", task.name, name.replace("_", " "), f"{accuracy(rows):.1%}",
-                    "" if known else f" ({speed:.1f} items/s)")  # fmt: skip
+        shown = f"{accuracy(rows):.1%}" + ("" if known else f" ({speed:.1f} items/s)")
+        logger.info("%s: %s %s", task.name, subject.label, shown)
         return accuracy(rows)
+
+
+def _subjects(parts: Parts, student: str) -> list[Subject]:
+    """教师（如果有）读着经验，学生以 ``student`` 为名。"""
+    found = [Subject(student, parts.student, parts.tokenizer)]
+    if (teacher := parts.teacher) is not None:
+        adapters = teacher is not parts.student
+        found.insert(0, Subject(TEACHER, teacher, parts.tokenizer, "teacher", adapters=adapters))
+    return found
 
 
 def _saved(path: Path, when: When) -> dict[str, float] | None:
@@ -144,12 +134,9 @@ def _saved(path: Path, when: When) -> dict[str, float] | None:
 
 @contextmanager
 def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Iterator[Parts]:
-    """权重完整的学生与教师，供一个进程单独生成与导出。所有进程都要调用。
+    """权重完整的学生与教师，供一个进程（``keep``）单独生成与导出。所有进程都要调用。
 
-    Args:
-        parts: 交给 ``trainer`` 的那些，也许已经分片。
-        trainer: 训练循环。
-        keep: 这个进程要不要权重。
+    ``parts`` 是交给 ``trainer`` 的那些，也许已经分片。
     """
     with ExitStack() as stack:
         student: Any = stack.enter_context(trainer.whole_student(keep))
@@ -179,8 +166,7 @@ def merged(*measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             for name, scores in by_name.items():
                 found.setdefault(kind, {}).setdefault(name, {}).update(scores)
     for scores in found.get("tasks", {}).values():
-        if {"student_before", "student_after"} <= scores.keys():
-            scores["gap_closed"] = gap_closed(
-                scores.get("teacher"), scores["student_before"], scores["student_after"]
-            )
+        if {BEFORE, AFTER} <= scores.keys():
+            gap = gap_closed({model: [score] for model, score in scores.items()})
+            scores["gap_closed"] = gap["value"] if gap else None
     return found

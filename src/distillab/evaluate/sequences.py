@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from .subjects import Side
 
 logger = logging.getLogger("distillab")
 
@@ -29,24 +30,11 @@ logger = logging.getLogger("distillab")
 class Sequences:
     """要评测的若干序列：只算 response token，一个也没有的序列不要。
 
-    Args:
-        name: 名字，用于进度条与错误信息。
-        examples: 全部序列。
-        tokenizer: 它们的 tokenizer。
-        vocabulary: 两个 tokenizer 共有的 token；共有词表之外的 response token 不算，数目写进日志。
-
-    Attributes:
-        examples: 留下的序列。
-        labels: ``[P]``，全部 response token，按序列的先后。
-        positions: ``[P]``，是它那个序列的第几个 response token，从 1 起。
-        tokens: ``[S]``，每个序列的 response token 数。
-        texts: 每个序列的 response token 的文字，不含特殊 token。
-        bytes: ``[S]``，它们的 UTF-8 字节数。
-        sha256: 全部 token 的摘要。
-        privileged: 有没有教师读到、学生读不到的。
-
-    Raises:
-        DistillabError: 一个 response token 也没有。
+    不在共有词表 ``vocabulary`` 里的 response token 不算，数目写进日志；一个也不剩时
+    ``DistillabError``。留下的 response token 是 ``labels: [P]``，按序列的先后；``positions: [P]``
+    是它在自己的序列里是第几个，从 1 起；``tokens: [S]`` 是每个序列有几个，``texts`` 是它们的文字
+    （不含特殊 token），``bytes: [S]`` 是文字的 UTF-8 字节数。``sha256`` 是全部 token 的摘要；
+    ``privileged``：教师读到学生读不到的。
     """
 
     def __init__(
@@ -82,9 +70,9 @@ class Sequences:
         """序列数 ``S``。"""
         return len(self.examples)
 
-    def longest(self, view: Literal["student", "teacher"]) -> int:
+    def longest(self, side: Side) -> int:
         """一个视角里最长的序列，单位 token。"""
-        return max(len(getattr(example, view).ids) for example in self.examples)
+        return max(len(getattr(example, side).ids) for example in self.examples)
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:
         """由长到短的各批，和批里每一行在 ``labels`` 里的下标：显存不够的话，第一批就知道。"""
@@ -111,16 +99,7 @@ def examples_of(dataset: Dataset[Any], limit: int | None) -> list[Example]:
 def same_text(
     data: Sequences, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> Sequences:
-    """把文本块换成另一个 tokenizer 的 token：第一个 token 仍是上文，其余的文字仍要全部预测。
-
-    Args:
-        data: 文本块。
-        tokenizer: 它们的 tokenizer。
-        other: 要换成的。
-
-    Returns:
-        同样的若干条，次序也相同。
-    """
+    """把文本块换成 ``other`` 的 token，次序不变：第一个 token 仍是上文，其余的文字仍要全部预测。"""
     ours, theirs = ArticleEncoder(tokenizer), ArticleEncoder(other)
     examples = []
     for example in data.examples:

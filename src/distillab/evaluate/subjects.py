@@ -15,6 +15,7 @@ from ..assembly.parts import Parts
 from ..config.run_dir import exported_model
 from ..config.schema import Recipe
 from ..errors import DistillabError
+from ..figures import AFTER, BEFORE, LABELS, TEACHER, WITHOUT
 from ..models.interface import LanguageModel, PretrainedLM, evaluating
 from ..models.lora import adapters_off, base_parameters, has_lora
 from ..models.pretrained import load_pretrained, resolve_model
@@ -24,45 +25,31 @@ from ..train.checkpoint import load_student
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEACHER, WITHOUT, BEFORE, AFTER = "teacher", "teacher_without", "student_before", "student_after"
-"""一次运行自己的四个模型；``WITHOUT`` 是教师读学生的 prompt，没有特权信息时没有它。"""
-
-LABELS = {
-    TEACHER: "teacher",
-    WITHOUT: "teacher without",
-    BEFORE: "student before",
-    AFTER: "student after",
-}
+Side = Literal["student", "teacher"]
+"""读一份数据的哪个视角。"""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """被评测的一个模型。
 
-    Attributes:
-        name: ``evaluation.json`` 里的键。
-        label: 给人看的名字。
-        source: 权重从哪里来。
-        model: 模型。
-        tokenizer: 它的 tokenizer。
-        view: 读哪个视角；``privileged`` 是教师带经验的。
-        adapters: ``False`` 时关掉 adapter，就是 LoRA 的基座。
-        same_tokens: 它的 token id 与运行的是否相同；不同就只能比较文字。
+    ``name`` 是 ``evaluation.json`` 里的键，``source`` 说权重从哪里来；``side`` 是 ``teacher`` 时它
+    读得到经验；``adapters`` 为假时关掉 adapter，就是 LoRA 的基座；``same_tokens`` 为假时它的 token
+    id 与运行的不同，只能比较文字。
     """
 
     name: str
-    label: str
-    source: str
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
-    view: Literal["same", "privileged"] = "same"
+    side: Side = "student"
+    source: str = ""
     adapters: bool = True
     same_tokens: bool = True
 
     @property
-    def side(self) -> Literal["student", "teacher"]:
-        """数据里它读的那一边。"""
-        return "teacher" if self.view == "privileged" else "student"
+    def label(self) -> str:
+        """给人看的名字。"""
+        return LABELS[self.name].short if self.name in LABELS else self.name
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
@@ -78,7 +65,7 @@ class Subject:
             "label": self.label,
             "source": self.source,
             "parameters": sum(parameter.numel() for parameter in counted),
-            "view": self.view,
+            "view": "privileged" if self.side == "teacher" else "same",
             "dtype": str(self.model.head.weight.dtype).removeprefix("torch."),
         }
 
@@ -86,19 +73,10 @@ class Subject:
 def run_subjects(
     recipe: Recipe, parts: Parts, checkpoint: Path, privileged: bool
 ) -> tuple[list[Subject], int]:
-    """一次运行自己的模型：教师（如果有）、训练前与训练后的学生。
+    """一次运行自己的模型，和检查点在第几步：教师（如果有）在最前面，然后是训练前与训练后的学生。
 
-    Args:
-        recipe: 配方。
-        parts: 刚装配好的模型；学生的权重被换成检查点里的，训练前的另留一份。
-        checkpoint: 训练后的学生。
-        privileged: 教师是否读到学生读不到的东西。
-
-    Returns:
-        ``(各个模型, 检查点在第几步)``；教师在最前面。
-
-    Raises:
-        DistillabError: 检查点损坏，或与配方不符。
+    学生的权重换成检查点里的，训练前的另留一份；``privileged`` 是教师读到学生读不到的东西。检查点损
+    坏或与配方不符时 ``DistillabError``。
     """
     student, tokenizer, section = parts.student, parts.tokenizer, recipe.student
     # 关掉 adapter 就是训练前的学生：B 从 0 开始。
@@ -107,34 +85,27 @@ def run_subjects(
     origin = section.path or "random weights"
     found = []
     if parts.teacher is not None and recipe.teacher is not None:
-        path, adapters = recipe.teacher.path, parts.teacher is not student
+        path = recipe.teacher.path
         if section.init is not None:
             origin = f"layers of {path}"
-        for name in (TEACHER, WITHOUT) if privileged else (TEACHER,):
-            view: Literal["same", "privileged"] = (
-                "privileged" if privileged and name == TEACHER else "same"
-            )
-            found.append(
-                Subject(name, LABELS[name], path, parts.teacher, tokenizer, view, adapters)
-            )
+        reads: list[tuple[str, Side]] = [(TEACHER, "student")]
+        if privileged:
+            reads = [(TEACHER, "teacher"), (WITHOUT, "student")]
+        found = [
+            Subject(name, parts.teacher, tokenizer, side, path, parts.teacher is not student)
+            for name, side in reads
+        ]
     found += [
-        Subject(BEFORE, LABELS[BEFORE], origin, before, tokenizer, adapters=before is not student),
-        Subject(AFTER, LABELS[AFTER], str(checkpoint), student, tokenizer),
+        Subject(BEFORE, before, tokenizer, source=origin, adapters=before is not student),
+        Subject(AFTER, student, tokenizer, source=str(checkpoint)),
     ]
     return found, step
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """别的模型的来源；装配任何模型之前就查。
+    """别的模型的来源，运行目录的是它的导出；装配任何模型之前就查。
 
-    Args:
-        names: 命令行给出的：运行目录、模型目录、hub id 或 ``pypi:``。
-
-    Returns:
-        每个的来源；运行目录的是它的导出。
-
-    Raises:
-        DistillabError: 与一次运行自己的模型同名，给了两遍，或没有这样的模型。
+    与一次运行自己的模型同名、给了两遍或没有这样的模型时 ``DistillabError``。
     """
     for position, name in enumerate(names):
         if name in LABELS:
@@ -150,16 +121,8 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def other_subject(name: str, source: str, parts: Parts, device: torch.device) -> Subject:
-    """装入一个别的模型。
-
-    Args:
-        name: 命令行给出的，也是它的名字。
-        source: ``check_names`` 的返回值。
-        parts: 运行的模型，用来比较 tokenizer。
-        device: 放在哪里。
-
-    Raises:
-        DistillabError: 读不了，或模型与它的 tokenizer 不符。
+    """装入一个别的模型，与运行的 ``parts`` 比较 tokenizer；与自己的 tokenizer 不符时
+    ``DistillabError``。
     """
     tokenizer = load_tokenizer(source)
     model = PretrainedLM(load_pretrained(source, dtype=torch.float32)).to(device)
@@ -168,4 +131,4 @@ def other_subject(name: str, source: str, parts: Parts, device: torch.device) ->
         same = shared_vocabulary(parts.tokenizer, tokenizer).covers(parts.vocabulary)
     except DistillabError:
         same = False
-    return Subject(name, name, source, model, tokenizer, same_tokens=same)
+    return Subject(name, model, tokenizer, source=source, same_tokens=same)

@@ -31,6 +31,7 @@ from ..synthesize.local_backend import LocalBackend
 from ..synthesize.questions import Answer, Question, check_tasks
 from .choices import Choices, read_choices
 from .generated import Score, generated
+from .subjects import Side, Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +40,6 @@ logger = logging.getLogger("distillab")
 
 BATCH_SIZE = 16
 """一起回答的问题数，或一起算的选项数。"""
-
-View = Literal["student", "teacher"]
 
 
 class _Row(TypedDict):
@@ -64,20 +63,13 @@ class TaskRow(_Row, total=False):
 
 @dataclass(frozen=True)
 class TaskSet(ABC):
-    """一个任务的全部问题。
-
-    Attributes:
-        name: 配方里的名字。
-        pairs: 每个问题的两个视角。
-        template_options: chat template 的选项。
-        style: 怎样渲染。
-    """
+    """一个任务的全部问题：每个问题的两个视角，与怎样渲染它们。"""
 
     name: str
     pairs: list[Pair]
     template_options: Mapping[str, Any]
     style: Style
-    _prompts: dict[tuple[Any, View], list[list[int]]] = field(
+    _prompts: dict[tuple[Any, Side], list[list[int]]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -90,9 +82,8 @@ class TaskSet(ABC):
     ) -> TaskSet:
         """读入并查对；训练之前就知道它能不能考。
 
-        Raises:
-            DistillabError: 读不了，出不了题，两个视角配不上，id 重复，要核对的记录没有 ``answer``，
-                或选项有误。
+        读不了，出不了题，两个视角配不上，id 重复，要核对的记录没有 ``answer``，或选项有误时
+        ``DistillabError``。
         """
         where = f"evaluate.tasks.{name}"
         match = config.match
@@ -115,66 +106,35 @@ class TaskSet(ABC):
             return ChoiceTask(name, pairs, template_options, style, choices, match.choice)
         return ResponseTask(name, pairs, template_options, style, judge, config.max_new_tokens)
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, view: View) -> list[list[int]]:
-        """每个问题渲染好的 prompt；同一个 tokenizer 只渲染一次。
-
-        Raises:
-            DistillabError: 有一个渲染不出。
+    def check_fits(self, subject: Subject) -> None:
+        """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文；不然是
+        ``DistillabError``。
         """
-        if (tokenizer, view) not in self._prompts:
-            self._prompts[tokenizer, view] = [
-                self._rendered(getattr(pair, view), tokenizer) for pair in self.pairs
-            ]
-        return self._prompts[tokenizer, view]
-
-    def check_fits(
-        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
-    ) -> None:
-        """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文；参数同 ``ask``。
-
-        Raises:
-            DistillabError: 有一个渲染不出，或放不下。
-        """
-        limit, after = model.max_seq_len, self._after(tokenizer)
-        for pair, prompt, more in zip(
-            self.pairs, self.prompts(tokenizer, view), after, strict=True
-        ):
+        limit, side = subject.model.max_seq_len, subject.side
+        after = self._after(subject.tokenizer)
+        for pair, prompt, more in zip(self.pairs, self._read(subject), after, strict=True):
             if len(prompt) + more > limit:
                 expected = f", expected fewer than its longest sequence {limit}"
                 if more > 1:
                     expected = f" and its longest choice {more}, expected at most {limit} together"
                 raise DistillabError(
-                    f"{self._where(getattr(pair, view))}: the {view}'s prompt has {len(prompt)} "
+                    f"{self._where(getattr(pair, side))}: the {side}'s prompt has {len(prompt)} "
                     f"tokens{expected}"
                 )
 
-    def ask(
-        self,
-        model: LanguageModel,
-        tokenizer: PreTrainedTokenizerBase,
-        view: View,
-        save_to: Path | None = None,
-    ) -> list[TaskRow]:
-        """考每个问题；先要 ``check_fits``。
+    def ask(self, subject: Subject, save_to: Path | None = None) -> list[TaskRow]:
+        """考每个问题，每个一行，按数据的先后；先要 ``check_fits``。使用者的 ``match`` 出错是
+        ``DistillabError``。
 
-        Args:
-            model: 回答的模型。
-            tokenizer: 它的 tokenizer。
-            view: 读哪个视角的 prompt。
-            save_to: 写下结果的 jsonl；已经有了就读回来，不再问，中断过的运行因而接得上。损坏了
-                就说一声，再问一遍。
-
-        Returns:
-            每个问题一行，按数据的先后。
-
-        Raises:
-            DistillabError: 使用者的 ``match`` 出错。
+        结果写进 ``save_to``；已经有了就读回来，不再问，中断过的运行因而接得上。损坏了就说一声，再问
+        一遍。
         """
         if save_to is not None and save_to.exists():
             if (saved := _saved(save_to)) is not None and len(saved) == len(self.pairs):
                 return saved
             logger.warning("%s cannot be read: measured again", save_to)
-        rows = self._rows(model, tokenizer, view)
+        with subject.active() as model:
+            rows = self._rows(model, subject)
         if save_to is not None:
             save_to.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -186,9 +146,18 @@ class TaskSet(ABC):
         """每个 prompt 之后至少要放得下几个 token。"""
 
     @abstractmethod
-    def _rows(
-        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
-    ) -> list[TaskRow]: ...
+    def _rows(self, model: LanguageModel, subject: Subject) -> list[TaskRow]:
+        """``model`` 是可以用的 ``subject.model``。"""
+
+    def _read(self, subject: Subject) -> list[list[int]]:
+        """每个问题渲染好的 prompt；同一个 tokenizer 只渲染一次。"""
+        key = subject.tokenizer, subject.side
+        if key not in self._prompts:
+            self._prompts[key] = [
+                self._rendered(getattr(pair, subject.side), subject.tokenizer)
+                for pair in self.pairs
+            ]
+        return self._prompts[key]
 
     def _rendered(
         self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
@@ -209,12 +178,7 @@ class TaskSet(ABC):
 
 @dataclass(frozen=True)
 class ResponseTask(TaskSet):
-    """模型贪心地写出回答，再判分；得 1 分才算对，部分分只记在行里。
-
-    Attributes:
-        judge: 怎样判分。
-        max_new_tokens: 最长的回答。
-    """
+    """模型贪心地写出回答，再判分；得 1 分才算对，部分分只记在行里。"""
 
     judge: Score
     max_new_tokens: int
@@ -222,17 +186,17 @@ class ResponseTask(TaskSet):
     def _after(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [1] * len(self.pairs)
 
-    def _rows(
-        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
-    ) -> list[TaskRow]:
-        tasks = [pair.task(view) for pair in self.pairs]
-        prompts = dict(zip((task.id for task in tasks), self.prompts(tokenizer, view), strict=True))
+    def _rows(self, model: LanguageModel, subject: Subject) -> list[TaskRow]:
+        tasks = [pair.task(subject.side) for pair in self.pairs]
+        prompts = dict(zip((task.id for task in tasks), self._read(subject), strict=True))
 
         def prompt(task: Task) -> list[int]:
             return prompts[task.id]
 
         sampling = SamplingConfig(temperature=0.0, max_new_tokens=self.max_new_tokens)
-        backend = LocalBackend(model, tokenizer, prompt, sampling, BATCH_SIZE, name=view)
+        backend = LocalBackend(
+            model, subject.tokenizer, prompt, sampling, BATCH_SIZE, name=subject.name
+        )
         answers = {
             answer.question.task.id: answer
             for batch in backend.answer([Question(task, 0, 0) for task in tasks], lambda: False)
@@ -268,10 +232,6 @@ class ChoiceTask(TaskSet):
 
     ``sum`` 比较 log 似然之和，同 lm-evaluation-harness 的 ``acc``；``mean`` 除以选项自己的 token
     数，与那里的 ``acc_norm`` 用意相同，但那里除以字符数。说完的标记不算在选项里。
-
-    Attributes:
-        choices: 每个问题的选项。
-        by: ``sum`` 或 ``mean``。
     """
 
     choices: list[Choices]
@@ -299,22 +259,15 @@ class ChoiceTask(TaskSet):
             self._texts[tokenizer] = encoded
         return self._texts[tokenizer]
 
-    def _rows(
-        self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, view: View
-    ) -> list[TaskRow]:
-        texts = self._encoded(tokenizer)
-        found = iter(
-            likelihoods(
-                model,
-                [
-                    (prompt, choice)
-                    for prompt, choices in zip(self.prompts(tokenizer, view), texts, strict=True)
-                    for choice in choices
-                ],
-                vocabulary=own_vocabulary(tokenizer),
-                batch_size=BATCH_SIZE,
-            )
-        )
+    def _rows(self, model: LanguageModel, subject: Subject) -> list[TaskRow]:
+        texts = self._encoded(subject.tokenizer)
+        requests = [
+            (prompt, choice)
+            for prompt, choices in zip(self._read(subject), texts, strict=True)
+            for choice in choices
+        ]
+        vocabulary = own_vocabulary(subject.tokenizer)
+        found = iter(likelihoods(model, requests, vocabulary=vocabulary, batch_size=BATCH_SIZE))
         rows = []
         for pair, choices in zip(self.pairs, self.choices, strict=True):
             scored = [next(found) for _ in choices.texts]
@@ -355,10 +308,3 @@ def _record(pair: Pair) -> dict[str, Any]:
 def accuracy(rows: Sequence[TaskRow]) -> float:
     """答对的份额，``[0, 1]``。"""
     return sum(row["correct"] for row in rows) / len(rows)
-
-
-def gap_closed(teacher: float | None, before: float, after: float) -> float | None:
-    """``(after - before) / (teacher - before)``；教师不比学生好时没有意义，为 ``None``。"""
-    if teacher is None or teacher <= before:
-        return None
-    return (after - before) / (teacher - before)

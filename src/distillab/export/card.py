@@ -8,11 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_CARD_ROWS = {
-    "teacher": "Teacher",
-    "student_before": "Student before training",
-    "student_after": "Student after training",
-}
+from ..figures import LABELS
 
 
 def model_card(
@@ -57,10 +53,10 @@ def model_card(
     if columns:
         lines += ["## Validation", "", f"| | {' | '.join(columns)} |"]
         lines += ["| --- " * (len(columns) + 1) + "|"]
-        for key, label in _CARD_ROWS.items():
+        for key, label in LABELS.items():
             if key in metrics:
                 cells = [_cell(metrics[key].get(column)) for column in columns]
-                lines.append(f"| {label} | {' | '.join(cells)} |")
+                lines.append(f"| {label.card} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
     return "\n".join(lines)

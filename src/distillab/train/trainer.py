@@ -51,7 +51,7 @@ from .profiling import phase, profiled_step
 from .progress import TrainingProgress
 from .skips import check_failed_rows, report_failed_rows, skipped_step
 from .state import TrainerState
-from .validation import Metrics, student_metrics, teacher_metrics
+from .validation import Metrics, validated
 
 logger = logging.getLogger("distillab")
 
@@ -360,8 +360,7 @@ class DistillationTrainer:
         totals = self.accelerator.reduce(totals, reduction="sum")
         tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
         module.train()
-        student = student_metrics(sums, tokens, compared)
-        return student, teacher_metrics(sums, tokens) if compared else None
+        return validated(sums, tokens, compared)
 
     # ------------------------------------------------------------------ 数据
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypedDict
 
+from torch import Tensor
+
 from ..config.schema import LossConfig
+from ..figures import perplexity
 from ..loss.losses import LossSums
 
 WITH_TEACHER = LossConfig(divergence="forward_kl", alpha=0.5, temperature=1.0)
 """验证用的目标函数：T = 1 的 KL(教师||学生)，外加交叉熵；它的 ``total`` 没有人看。"""
 
 WITHOUT_TEACHER = LossConfig(alpha=0.0, temperature=1.0)
+
+Sum = Tensor | float
 
 
 class Metrics(TypedDict):
@@ -23,37 +27,20 @@ class Metrics(TypedDict):
     top1_agreement: float | None
 
 
-def student_metrics(sums: LossSums, tokens: int, has_teacher: bool) -> Metrics:
-    """由总和得出学生的成绩；困惑度是 ``exp(总 nat / 总 token)``。
+def validated(sums: LossSums, tokens: int, compared: bool) -> tuple[Metrics, Metrics | None]:
+    """由整个验证集的总和得出 ``(学生, 教师)`` 的成绩；没有与教师比较（``compared``）时没有后者。"""
+    if not compared:
+        return _metrics(tokens, sums.cross_entropy), None
+    student = _metrics(tokens, sums.cross_entropy, sums.divergence, sums.top1_agreement)
+    return student, _metrics(tokens, sums.teacher_cross_entropy, 0, tokens)  # 教师与自己相比
 
-    Args:
-        sums: 整个验证集的总和，目标函数是 ``WITH_TEACHER`` 或 ``WITHOUT_TEACHER``。
-        tokens: 整个验证集的 token 数。
-        has_teacher: 有没有教师。
-    """
-    cross_entropy = float(sums.cross_entropy) / tokens
+
+def _metrics(tokens: int, cross_entropy: Sum, kl: Sum | None = None, top1: Sum = 0) -> Metrics:
+    """各个总和除以 token 数；困惑度是 ``exp(总 nat / 总 token)``。"""
+    mean = float(cross_entropy) / tokens
     return Metrics(
-        perplexity=perplexity(cross_entropy),
-        cross_entropy=cross_entropy,
-        kl=float(sums.divergence) / tokens if has_teacher else None,
-        top1_agreement=float(sums.top1_agreement) / tokens if has_teacher else None,
+        perplexity=perplexity(mean),
+        cross_entropy=mean,
+        kl=None if kl is None else float(kl) / tokens,
+        top1_agreement=None if kl is None else float(top1) / tokens,
     )
-
-
-def teacher_metrics(sums: LossSums, tokens: int) -> Metrics:
-    """由同一次总和得出教师自己的成绩：与自己的 KL 为 0，一致率为 1。"""
-    cross_entropy = float(sums.teacher_cross_entropy) / tokens
-    return Metrics(
-        perplexity=perplexity(cross_entropy),
-        cross_entropy=cross_entropy,
-        kl=0.0,
-        top1_agreement=1.0,
-    )
-
-
-def perplexity(cross_entropy: float) -> float:
-    """``exp(cross_entropy)``；大到 float 装不下时为无穷。"""
-    try:
-        return math.exp(cross_entropy)
-    except OverflowError:
-        return math.inf

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from ..figures import AFTER, TEACHER, WITHOUT, exact, gap_closed
 from .agreement import by_frequency, by_position
-from .bootstrap import Figure, difference_figure, gap_figure, ratio_figure
+from .bootstrap import difference_figure, mean_figure, ratio_figure
 from .scores import Scores
 from .sequences import Sequences
-from .subjects import AFTER, BEFORE, TEACHER, WITHOUT
 from .tasks import TaskRow
 
 
@@ -24,29 +25,20 @@ class Answers(NamedTuple):
 
 
 def text_figures(data: Sequences, scores: Mapping[str, Scores], seed: int) -> dict[str, Any]:
-    """一份数据上各个模型的困惑度与每字节的比特数。
-
-    Args:
-        data: 数据。
-        scores: 模型名 → 结果。
-        seed: 重抽的种子。
-    """
-    gap = None
-    if TEACHER in scores:  # 以 nat 计：(before - after) / (before - teacher)
-        nats = {name: (-scores[name].nats).tolist() for name in (TEACHER, BEFORE, AFTER)}
-        gap = gap_figure(nats[TEACHER], nats[BEFORE], nats[AFTER], seed)
+    """一份数据上各个模型的困惑度与每字节的比特数；``scores`` 是模型名 → 结果。"""
+    nats = {name: (-one.nats).tolist() for name, one in scores.items()}
     return {
         "sha256": data.sha256,
         "sequences": len(data),
         "tokens": int(data.tokens.sum()),
         "bytes": int(data.bytes.sum()),
         "models": {name: one.quality(data, seed) for name, one in scores.items()},
-        "gap_closed": gap,
+        "gap_closed": gap_closed(nats, partial(ratio_figure, seed=seed)),
     }
 
 
 def agreement_figures(data: Sequences, scores: Mapping[str, Scores], seed: int) -> dict[str, Any]:
-    """一份数据上各个模型与教师的一致程度；tokenizer 不同的为 ``None``。参数同 ``text_figures``。"""
+    """一份数据上各个模型与教师的一致程度；tokenizer 不同的为 ``None``。"""
     return {
         name: {
             **one.agreement(seed),
@@ -71,18 +63,10 @@ def on_policy_figures(scores: Scores, seed: int) -> dict[str, Any]:
 
 
 def task_figures(answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
-    """一个任务上各个模型的正确率，与成对的差：训练后的学生减别人，教师减不读经验的教师。
-
-    Args:
-        answers: 模型名 → 回答；每个模型回答的是同样的问题。
-        seed: 重抽的种子。
-    """
+    """一个任务上各个模型的正确率，与成对的差：训练后的学生减别人，教师减不读经验的教师。"""
     correct = {name: [float(row["correct"]) for row in one.rows] for name, one in answers.items()}
     rows = next(iter(answers.values())).rows
     items = json.dumps([[row["id"], row["question"], row["answer"]] for row in rows])
-    gap: Figure | None = None
-    if TEACHER in correct:
-        gap = gap_figure(correct[TEACHER], correct[BEFORE], correct[AFTER], seed)
     pairs = [(AFTER, name) for name in correct if name != AFTER]
     if WITHOUT in correct:
         pairs.append((TEACHER, WITHOUT))
@@ -91,13 +75,13 @@ def task_figures(answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
         "sha256": hashlib.sha256(items.encode()).hexdigest(),
         "models": {
             name: {
-                "accuracy": ratio_figure(values, [1.0] * len(values), seed),
+                "accuracy": mean_figure(values, seed),
                 "correct": int(sum(values)),
                 "items_per_second": round(len(values) / answers[name].seconds, 2),
             }
             for name, values in correct.items()
         },
-        "gap_closed": gap,
+        "gap_closed": gap_closed(correct, partial(ratio_figure, seed=seed)),
         "differences": [
             {"models": [a, b], "difference": difference_figure(correct[a], correct[b], seed)}
             for a, b in pairs
@@ -108,46 +92,38 @@ def task_figures(answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
 def harness_figures(found: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """lm-evaluation-harness 的任务上各个模型的指标，与训练后的学生减别人的成对的差。
 
-    Args:
-        found: 模型名 → ``evaluate_with_harness`` 的返回值；做的是同样的任务。
-        seed: 重抽的种子。
-
-    Returns:
-        任务名 → ``items``、``version``、``num_fewshot``、``models``（模型名 → 指标 → ``Figure``）与
-        ``differences``。不是每题平均的指标（如困惑度）没有区间，也没有差。
+    ``found`` 是模型名 → ``evaluate_with_harness`` 的返回值，做的是同样的任务。不是每题平均的指标
+    （如困惑度）没有区间，也没有差。
     """
+    return {name: _harness_task(name, found, seed) for name in next(iter(found.values()))["tasks"]}
+
+
+def _harness_task(name: str, found: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    tasks = {model: one["tasks"][name] for model, one in found.items()}
+    ours, first = tasks[AFTER], next(iter(tasks.values()))
     return {
-        name: {
-            **{key: task[key] for key in ("items", "version", "num_fewshot")},
-            "models": {
-                model: {
-                    metric: _metric(metric, one["tasks"][name], seed)
-                    for metric in one["tasks"][name]["metrics"]
-                }
-                for model, one in found.items()
-            },
-            "differences": [
-                {
-                    "models": [AFTER, model],
-                    "metric": metric,
-                    "difference": difference_figure(ours, one["tasks"][name]["per_item"][metric],
-                                                    seed),
-                }
-                for model, one in found.items()
-                if model != AFTER
-                for metric, ours in found[AFTER]["tasks"][name]["per_item"].items()
-                if _is_mean(metric, found[AFTER]["tasks"][name])
-            ],
-        }
-        for name, task in next(iter(found.values()))["tasks"].items()
-    }  # fmt: skip
-
-
-def _metric(metric: str, task: Mapping[str, Any], seed: int) -> Figure:
-    if _is_mean(metric, task):
-        values = task["per_item"][metric]
-        return ratio_figure(values, [1.0] * len(values), seed)
-    return Figure(value=task["metrics"][metric], low=None, high=None)
+        **{key: first[key] for key in ("items", "version", "num_fewshot")},
+        "models": {
+            model: {
+                metric: mean_figure(task["per_item"][metric], seed)
+                if _is_mean(metric, task)
+                else exact(value)
+                for metric, value in task["metrics"].items()
+            }
+            for model, task in tasks.items()
+        },
+        "differences": [
+            {
+                "models": [AFTER, model],
+                "metric": metric,
+                "difference": difference_figure(values, task["per_item"][metric], seed),
+            }
+            for model, task in tasks.items()
+            if model != AFTER
+            for metric, values in ours["per_item"].items()
+            if _is_mean(metric, ours)
+        ],
+    }
 
 
 def _is_mean(metric: str, task: Mapping[str, Any]) -> bool:
