@@ -12,9 +12,8 @@ from rich.table import Table
 
 from distillab import cli, console, terminal
 from distillab.console import SafeFormatter, make_console, safe, say
-from distillab.report.evaluation_tables import evaluation_tables
 from distillab.report.run_data import read_run
-from distillab.report.terminal_tables import runs_table
+from distillab.report.terminal_tables import evaluation_tables, runs_table
 
 PACKAGE = Path(cli.__file__).parent
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202egpj.exe\u2066[/][bold red]x[/bold]\udc80"

@@ -199,7 +199,7 @@ def evaluate(
     """  # noqa: D301
     quiet_libraries()
     from .evaluate.evaluate import evaluate as measure
-    from .report.evaluation_tables import evaluation_tables
+    from .report.terminal_tables import evaluation_tables
 
     found, path = measure(run, checkpoint, model or [], output, trust=trust)
     terminal = make_console()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DistillabError, shown
+from .figures import AFTER, BEFORE, RUN_MODELS, TEACHER
 from .parsing import parse_json
 
 NUMBER, TEXT, FLAG = "a number", "text", "true or false"
@@ -44,9 +45,7 @@ RECIPE: Shape = {
 }  # fmt: skip
 METRICS_ROW: Shape = {"kind!": TEXT, "step!": NUMBER, "model": TEXT, "*": NUMBER}
 SUMMARY: Shape = {
-    "teacher": _SCORES,
-    "student_before": _SCORES,
-    "student_after": _SCORES,
+    **dict.fromkeys(RUN_MODELS, _SCORES),
     "tasks": {"*": _SCORES},
     "texts": {"*": _SCORES},
     "parameters": _SCORES,
@@ -54,12 +53,12 @@ SUMMARY: Shape = {
     **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
                      "tokens_per_second", "peak_memory_bytes"), NUMBER),
 }  # fmt: skip
-_NEEDED = ("name", "parameters", "student_after", "tokens", "seconds", "tokens_per_second",
+_NEEDED = ("name", "parameters", AFTER, "tokens", "seconds", "tokens_per_second",
            "peak_memory_bytes")  # fmt: skip
 FINISHED: Shape = {f"{key}!" if key in _NEEDED else key: shape for key, shape in SUMMARY.items()}
 FINISHED |= {
     key: dict.fromkeys(("perplexity!", "cross_entropy!", "kl?", "top1_agreement?"), NUMBER)
-    for key in ("teacher", "student_before", "student_after!")
+    for key in (TEACHER, BEFORE, f"{AFTER}!")
 }
 """走完的运行的 ``summary.json``：训练结束时印的表用得着的都在。"""
 EVALUATION: Shape = {
@@ -80,15 +79,8 @@ TEXTS: Shape = _SCORES
 
 
 def check(value: Any, shape: Shape, where: str) -> None:
-    """核对一个值。
-
-    Args:
-        value: 从 JSON 或 YAML 读出的。
-        shape: 见 ``Shape``。
-        where: 出处，写进错误信息；深处的接着写出键。
-
-    Raises:
-        DistillabError: 不是该有的样子。
+    """核对从 JSON 或 YAML 读出的一个值；不是 ``shape`` 时 ``DistillabError``，由 ``where`` 与深处的
+    键说起。
     """
     if isinstance(shape, str):
         kinds = _TYPES[shape]
@@ -130,8 +122,7 @@ _KINDS: dict[str, Shape] = {
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """读回 ``metrics.jsonl``；没有文件则为空，写到一半的、读不懂的行被忽略。
 
-    Returns:
-        各行；都有 ``kind`` 与整数的 ``step``，别的值是数或 ``None``，``model`` 是文字。
+    各行都有 ``kind`` 与整数的 ``step``，别的值是数或 ``None``，``model`` 是文字。
     """
     content = path.read_bytes() if path.exists() else b""
     return [row for line in content.splitlines() if (row := metrics_row(line)) is not None]

@@ -3,7 +3,7 @@
 import pytest
 
 from distillab.errors import DistillabError
-from distillab.evaluate.choices import read_choices
+from distillab.evaluate.problems import read_choices
 
 
 @pytest.mark.parametrize(("answer", "right"), [(0, 0), (2, 2), ("green", 1)])

@@ -6,7 +6,7 @@ import pytest
 
 from distillab.config.sections import GeneratorConfig
 from distillab.errors import DistillabError
-from distillab.evaluate.generated import generated
+from distillab.evaluate.problems import generated
 
 OPTIONS = {"min_terms": 2, "max_terms": 2, "operators": ["+"], "max_digits": 1}
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from distillab.report.evaluation_tables import evaluation_tables
+from distillab.report.terminal_tables import evaluation_tables
 
 
 def figure(value, low=None, high=None):

@@ -29,8 +29,7 @@ from ..run_file_shapes import ANSWERS_ROW, check
 from ..synthesize.filters import make_filter, needs_answer
 from ..synthesize.local_backend import LocalBackend
 from ..synthesize.questions import Answer, Question, check_tasks
-from .choices import Choices, read_choices
-from .generated import Score, generated
+from .problems import Choices, Score, generated, read_choices
 from .subjects import Side, Subject
 
 if TYPE_CHECKING:

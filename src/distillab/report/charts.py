@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from markupsafe import escape
 
-from .measures import LABELS, Measure, measures
+from ..figures import AFTER, AGREEMENT, BEFORE, LABELS, TEACHER
+from .measures import Measure, measures
 from .run_data import RunData
 
 COLORS = ("#3b82f6", "#d97706", "#059669", "#8b5cf6", "#db2777", "#0891b2")
 """每次运行一种颜色，全页一致；在白底与深底上对比度都不低于 3:1。"""
 
-TEACHER = "#808a9a"
+TEACHER_COLOR = "#808a9a"
 
 MAX_POINTS = 1000
 """一条曲线最多这么多点，多的均匀地抽去：页面不随训练的长短无限变大。"""
@@ -44,7 +46,7 @@ def train_rows(run: RunData) -> list[dict[str, Any]]:
 
 def validation_rows(run: RunData) -> list[dict[str, Any]]:
     """画验证曲线的行：第 0 步是训练前的成绩；秒数取自同一步或之前的训练行。"""
-    before = run.reference.get("student_before")
+    before = run.reference.get(BEFORE)
     rows = [{**before, "step": 0, "tokens": 0}] if before else []
     train = run.train
     steps = [row["step"] for row in train]
@@ -77,9 +79,9 @@ def curve_charts(runs: Sequence[RunData]) -> list[Chart]:
                   if not single else ""),
         _validation(runs, "perplexity", "Validation perplexity", "perplexity", "log scale",
                     axis_type="log", tickformat="~s"),
-        _validation(runs, "kl", "KL(teacher ‖ student)", "kl", "nats per token, validation"),
-        _validation(runs, "top1", "Same top-1 token as the teacher", "top1_agreement",
-                    "share of validation tokens", tickformat=".0%"),
+        _validation(runs, "kl", AGREEMENT["forward_kl"], "kl", "nats per token, validation"),
+        _validation(runs, "top1", f"{AGREEMENT['top1'].capitalize()} as the teacher",
+                    "top1_agreement", "share of validation tokens", tickformat=".0%"),
     ]  # fmt: skip
     return [chart for chart in charts if chart["data"]]
 
@@ -120,21 +122,23 @@ def rollout_charts(runs: Sequence[RunData]) -> list[Chart]:
 def agreement_charts(runs: Sequence[RunData]) -> list[Chart]:
     """与教师的 KL 和 top-1 一致率，按 token 频率的档与在 response 里的位置。"""
     datasets = dict.fromkeys(name for run in runs for name in run.evaluation.get("agreement", {}))
+    divisions = (("by_frequency", "token frequency"), ("by_position", "position"))
+    columns = (
+        ("forward_kl", AGREEMENT["forward_kl"], "nats per token", ""),
+        ("top1", AGREEMENT["top1"].capitalize(), "share of tokens", ".0%"),
+    )
     charts = []
-    for name in datasets:
-        for by, title in (("by_frequency", "token frequency"), ("by_position", "position")):
-            for kind, said, tickformat in (("forward_kl", "KL(teacher ‖ student)", ""),
-                                           ("top1", "Same top-1 token", ".0%")):  # fmt: skip
-                data = [
-                    trace for index, run in enumerate(runs)
-                    for trace in _parts(run, index, len(runs) == 1, name, by, kind)
-                ]  # fmt: skip
-                if data:
-                    unit = "nats per token" if kind == "forward_kl" else "share of tokens"
-                    charts.append(_chart(f"{by}-{kind}-{name}", f"{said} by {title}",
-                                         f"{unit}, {name}", data, tickformat=tickformat,
-                                         category=True, tozero=True))  # fmt: skip
-    return charts
+    for name, (by, division), (kind, said, unit, form) in product(datasets, divisions, columns):
+        data = [
+            trace
+            for index, run in enumerate(runs)
+            for trace in _parts(run, index, len(runs) == 1, name, by, kind)
+        ]
+        charts.append(
+            _chart(f"{by}-{kind}-{name}", f"{said} by {division}", f"{unit}, {name}", data,
+                   tickformat=form, category=True, tozero=True)
+        )  # fmt: skip
+    return [chart for chart in charts if chart["data"]]
 
 
 def task_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -145,17 +149,17 @@ def task_charts(runs: Sequence[RunData]) -> list[Chart]:
     ]
     tasks = list(dict.fromkeys(task for found in each for task in found))
     data = []
-    for model in ("teacher", "teacher_without", "student_before", "student_after"):
+    for model in LABELS:
         drawn: dict[tuple[Any, ...], int] = {}
         for index, found in enumerate(each):
             values = tuple(found[task].value(model) if task in found else None for task in tasks)
-            own = (index,) if model == "student_after" else ()
+            own = (index,) if model == AFTER else ()
             if any(value is not None for value in values):
                 drawn.setdefault(values + own, index)
         for index in drawn.values():
-            shared = len(drawn) == 1 and (len(runs) == 1 or model != "student_after")
+            shared = len(drawn) == 1 and (len(runs) == 1 or model != AFTER)
             name = "" if shared else str(escape(runs[index].label))
-            shade = TEACHER if shared and len(runs) > 1 else color(index)
+            shade = TEACHER_COLOR if shared and len(runs) > 1 else color(index)
             data.append(_bars(each[index], model, tasks, name, shade))
     if not data:
         return []
@@ -167,15 +171,17 @@ def task_charts(runs: Sequence[RunData]) -> list[Chart]:
 def _bars(
     found: dict[str, Measure], model: str, tasks: list[str], run: str, shade: str
 ) -> dict[str, Any]:
-    figures = [found[task].values.get(model) or {} if task in found else {} for task in tasks]
+    figures: list[Any] = [
+        found[task].values.get(model) or {} if task in found else {} for task in tasks
+    ]
     trace: dict[str, Any] = {
         "type": "bar",
-        "name": f"{LABELS[model]}, {run}" if run else LABELS[model],
+        "name": ", ".join(filter(None, (LABELS[model].page, run))),
         "x": [str(escape(task)) for task in tasks],
         "y": [figure.get("value") for figure in figures],
         "marker": {
-            "color": TEACHER if model.startswith("teacher") else shade,
-            "opacity": 1 if model in ("teacher", "student_after") else 0.45,
+            "color": TEACHER_COLOR if model.startswith("teacher") else shade,
+            "opacity": 1 if model in (TEACHER, AFTER) else 0.45,
         },
         "hovertemplate": "%{y:.1%}<extra>%{fullData.name}</extra>",
     }
@@ -202,18 +208,18 @@ def _parts(
     """一次运行在一种划分上的 trace：训练前淡，训练后浓。"""
     models = run.evaluation.get("agreement", {}).get(data, {})
     traces = []
-    for model in ("student_before", "student_after"):
+    for model, when in ((BEFORE, "before"), (AFTER, "after")):
         parts = models.get(model, {}).get(by)
         if not parts:
             continue
         labels = [part.get("band") or f"{part['from']}–{part['to']}" for part in parts]
         trace: dict[str, Any] = {
-            "name": LABELS[model] if single else f"{escape(run.label)}, {LABELS[model][8:]}",
+            "name": LABELS[model].page if single else f"{escape(run.label)}, {when}",
             "x": [str(escape(label)) for label in labels],
             "y": [part.get(kind) for part in parts],
             "customdata": [part.get("tokens") for part in parts],
             "hovertemplate": "%{y:.4~g} (%{customdata:,} tokens)<extra>%{fullData.name}</extra>",
-            "opacity": 0.45 if model == "student_before" else 1,
+            "opacity": 0.45 if model == BEFORE else 1,
         }
         if by == "by_frequency":
             trace |= {"type": "bar", "marker": {"color": color(index)}}
@@ -258,13 +264,13 @@ def _validation(
             continue
         name = "student" if len(runs) == 1 else str(escape(run.label))
         data.append(_line(f"{index}/validation", values, name, color(index), markers=True))
-        teacher = run.models.get("teacher", {}).get(column)
+        teacher = run.models.get(TEACHER, {}).get(column)
         if teacher is not None and column == "perplexity":
             longest[teacher] = max(longest.get(teacher, (0, "")),
                                    (rows[-1]["tokens"], f"{index}/validation"))  # fmt: skip
     for value, (_, axis) in longest.items():
         count = len(validation_rows(runs[int(axis.split("/")[0])]))
-        data.append(_line(axis, [value] * count, "teacher", TEACHER, "dash"))
+        data.append(_line(axis, [value] * count, "teacher", TEACHER_COLOR, "dash"))
     return _chart(key, title, unit, data, **layout)
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..figures import BEFORE, TEACHER
 from ..files import replace_file
 from ..run_file_shapes import read_metrics
 
@@ -19,14 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """画出损失与困惑度曲线。
-
-    Args:
-        run_dir: 运行目录，要有 ``metrics.jsonl``。
-
-    Returns:
-        写下的 PNG：``plots/loss.png`` 与 ``plots/perplexity.png``。
-    """
+    """由运行目录的 ``metrics.jsonl`` 画出 ``plots/loss.png`` 与 ``plots/perplexity.png``。"""
     rows = read_metrics(run_dir / "metrics.jsonl")
     written = []
     for name, draw in (("loss", _draw_loss), ("perplexity", _draw_perplexity)):
@@ -111,16 +105,16 @@ def _draw_perplexity(axes: Axes, rows: Rows) -> None:
     rows = [row for row in rows if math.isfinite(row.get("perplexity") or math.inf)]
     reference = {row["model"]: row for row in rows if row["kind"] == "reference"}
     points = [row for row in rows if row["kind"] == "validation"]
-    if "student_before" in reference:
-        points = [{"tokens": 0, **reference["student_before"]}, *points]
+    if BEFORE in reference:
+        points = [{"tokens": 0, **reference[BEFORE]}, *points]
     tokens, values = [row["tokens"] for row in points], [row["perplexity"] for row in points]
     axes.set_yscale("log")
     if points:
         axes.plot(tokens, values, marker="o", label="student (validation)")
     for x, y in zip(tokens, values, strict=True):
         axes.annotate(f"{y:,.1f}", (x, y), xytext=(4, 6), textcoords="offset points")
-    if "teacher" in reference:
-        value = reference["teacher"]["perplexity"]
+    if TEACHER in reference:
+        value = reference[TEACHER]["perplexity"]
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
         axes.annotate(f"teacher {value:.1f}", (0, value), xytext=(4, 4),
                       xycoords=("axes fraction", "data"), textcoords="offset points",

@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import Terminated
+from ..figures import AFTER
 from ..files import replace_file
 from .charts import (
     agreement_charts,
@@ -30,18 +31,9 @@ from .charts import (
     rollout_charts,
     task_charts,
 )
-from .measures import (
-    LABELS,
-    Key,
-    difference,
-    duration,
-    headline,
-    measures,
-    memory,
-    number,
-)
+from .measures import Key, difference, duration, headline, measures, memory, number
 from .run_data import RunData, differing, finite, read_runs, signature
-from .tables import answers, costs, flat, method, results, samples, shown
+from .tables import answers, costs, flat, method, model_name, results, samples, shown
 
 logger = logging.getLogger("distillab")
 
@@ -54,21 +46,12 @@ def write_report(
     reload_seconds: float | None = None,
     summary: dict[str, Any] | None = None,
 ) -> tuple[Path, bool]:
-    """把一次或几次运行写成一页。
+    """把一次或几次运行写成一页，头一个是比较的基准；``(写下的文件, 各次运行是否都已走完)``。
 
-    Args:
-        paths: 运行目录；头一个是比较的基准。
-        output: 写到哪里；缺省为 ``RUN/report.html``，几次运行时为它们上级目录里的 ``report.html``。
-        reload_seconds: 还没走完时，页面每隔这么久重新载入自己；``None`` 则不。
-
-        summary: 就要写成 ``summary.json`` 的，只有一次运行时才给。
-
-    Returns:
-        ``(写下的文件, 各次运行是否都已走完)``。
-
-    Raises:
-        DistillabError: 运行目录里有一个文件不成样子。
-        OSError: 写不下去；旧的还在。
+    ``output`` 缺省为 ``RUN/report.html``，几次运行时为它们上级目录里的 ``report.html``。还没走完
+    时，页面每隔 ``reload_seconds`` 重新载入自己。``summary`` 是就要写成 ``summary.json`` 的，只有一
+    次运行时才给。运行目录里有一个文件不成样子时 ``DistillabError``；写不下去是 ``OSError``，旧的还
+    在。
     """
     runs = read_runs(paths)
     if summary is not None:
@@ -87,13 +70,9 @@ def watch_report(
     seconds: float,
     written: Callable[[Path], None],
 ) -> None:
-    """文件有变就重写，直到每次运行都走完，或 Ctrl-C（留下不再自己载入的一页）。
+    """每 ``seconds`` 看一次，文件有变就重写，每写一次调用 ``written``。
 
-    Args:
-        paths: 运行目录。
-        output: 同 ``write_report``。
-        seconds: 多久看一次。
-        written: 每写一次调用一次。
+    直到每次运行都走完，或 Ctrl-C：那时留下不再自己载入的一页。
     """
     seen: list[Any] = []
     try:
@@ -157,8 +136,8 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
     measure = measures(run).get(key) if key else None
     against = ""
     if index and key and measure:
-        reference = measures(first)[key].value("student_after")
-        against = difference(measure.value("student_after"), reference, measure.kind)
+        reference = measures(first)[key].value(AFTER)
+        against = difference(measure.value(AFTER), reference, measure.kind)
     evaluation = run.evaluation
     return {
         "label": run.label,
@@ -190,19 +169,17 @@ def _configured(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
 def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """``evaluation.json`` 里成对的差：同样的题，前者减后者。"""
     return [
-        {"run": run.label, "task": task, "first": _named(run, row["models"][0]),
-         "second": _named(run, row["models"][1]), "difference": row["difference"]}
+        {
+            "run": run.label,
+            "task": task,
+            "first": model_name(row["models"][0], [run]),
+            "second": model_name(row["models"][1], [run]),
+            "difference": row["difference"],
+        }
         for run in runs
         for task, result in run.evaluation.get("tasks", {}).items()
         for row in result.get("differences", [])
-    ]  # fmt: skip
-
-
-def _named(run: RunData, model: str) -> str:
-    label: str = LABELS.get(model) or run.evaluation.get("models", {}).get(model, {}).get(
-        "label", model
-    )
-    return label
+    ]
 
 
 @lru_cache(maxsize=1)

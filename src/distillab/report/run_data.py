@@ -14,6 +14,7 @@ import yaml
 from .. import run_file_shapes as shapes
 from ..credentials import without_secrets
 from ..errors import DistillabError, foreign
+from ..figures import AFTER, RUN_MODELS
 from ..parsing import parse_json, parse_yaml
 from ..run_file_shapes import check, read_metrics
 
@@ -24,21 +25,11 @@ FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "sa
 
 @dataclass(frozen=True)
 class RunData:
-    """一个运行目录里报告用得上的东西。
+    """一个运行目录里报告用得上的东西；没有的文件是空的。
 
-    Attributes:
-        path: 目录。
-        label: 页面上的名字，在一页之内不重复。
-        recipe: ``recipe.yaml``，逐级的字典；里面有密钥的换成 ``***``。
-        recipe_text: 它的原文。
-        rows: ``metrics.jsonl`` 的各行。
-        environment: ``environment.json``。
-        summary: ``summary.json``；还没有走完时为空。
-        evaluation: ``evaluation.json``，形状见 ``distillab evaluate``；没有则为空。
-        samples: ``samples.jsonl`` 的各行。
-        answers: ``{任务: {模型: 各题的回答}}``，来自 ``checks/*.jsonl``。
-        texts: ``{文本: {模型: 困惑度}}``，来自 ``checks/*.json``。
-        changed: 最后一次写这些文件的时间，Unix 秒。
+    ``label`` 在一页之内不重复；``recipe`` 里的密钥换成了 ``***``；``answers`` 是
+    ``{任务: {模型: 各题的回答}}``，``texts`` 是 ``{文本: {模型: 困惑度}}``，都来自 ``checks/``；
+    ``changed`` 是最后一次写这些文件的时间，Unix 秒。
     """
 
     path: Path
@@ -91,12 +82,11 @@ class RunData:
     def models(self) -> dict[str, dict[str, Any]]:
         """教师、训练前、训练后在验证集上的成绩；还没走完时，训练后取至今最好的一次。"""
         if self.summary:
-            models = ("teacher", "student_before", "student_after")
-            return {model: self.summary[model] for model in models if model in self.summary}
+            return {model: self.summary[model] for model in RUN_MODELS if model in self.summary}
         found = dict(self.reference)
         scored = [row for row in self.validation if row.get("cross_entropy") is not None]
         if scored:
-            found["student_after"] = min(scored, key=lambda row: row["cross_entropy"])
+            found[AFTER] = min(scored, key=lambda row: row["cross_entropy"])
         return found
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -108,11 +98,7 @@ class RunData:
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunData]:
-    """读若干个运行目录；同一个目录给了两次只算一次，重名的以路径相称。
-
-    Raises:
-        DistillabError: 一个文件读不了。
-    """
+    """读若干个运行目录；同一个目录给了两次只算一次，重名的以路径相称。"""
     unique = {path.resolve(): path for path in paths}
     runs = [read_run(path) for path in unique.values()]
     names = [run.label for run in runs]
@@ -122,11 +108,7 @@ def read_runs(paths: Iterable[Path]) -> list[RunData]:
 
 
 def read_run(path: Path) -> RunData:
-    """读一个运行目录。
-
-    Raises:
-        DistillabError: ``recipe.yaml`` 或一个 JSON 文件不成样子。
-    """
+    """读一个运行目录；``recipe.yaml`` 或一个 JSON 文件不成样子时 ``DistillabError``。"""
     file = path / "recipe.yaml"
     with foreign(f"{file}: not UTF-8 text"):
         text = file.read_text(encoding="utf-8")
@@ -212,8 +194,7 @@ def _given(value: Any) -> Any:
 def _object(path: Path, shape: shapes.Shape) -> dict[str, Any]:
     if not path.exists():
         return {}
-    value = parse_json(path.read_bytes(), str(path))
-    value = finite(value)
+    value = finite(parse_json(path.read_bytes(), str(path)))
     check(value, shape, str(path))
     return cast("dict[str, Any]", value)
 

@@ -5,45 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .measures import LABELS, difference, measures
+from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
+from .measures import difference, measures
 from .run_data import RunData, leaves
 
 CHANGES = ("learned", "lost", "still wrong", "kept", "right", "wrong")
 """训练前后的变化，按列出的先后；只答过一次的只说对错。"""
 
 
+def model_name(model: str, runs: Sequence[RunData]) -> str:
+    """一个模型在页面上的名字；评测时另外给的用 ``evaluation.json`` 里的。"""
+    if model in LABELS:
+        return LABELS[model].page
+    named = [run.evaluation.get("models", {}).get(model, {}).get("label") for run in runs]
+    return next((str(name) for name in reversed(named) if name), model)
+
+
 def results(runs: Sequence[RunData]) -> dict[str, Any]:
     """成绩表：每项成绩一组，组内每次运行一行；列是各模型。"""
     each = [measures(run) for run in runs]
-    keys = dict.fromkeys(key for found in each for key in found)
     present = {model for found in each for measure in found.values() for model in measure.values}
-    named = {model: str(info.get("label", model)) for run in runs
-             for model, info in run.evaluation.get("models", {}).items()}  # fmt: skip
-    columns = [model for model in LABELS if model in present]
-    columns += sorted(present - set(LABELS))
+    columns = [model for model in LABELS if model in present] + sorted(present - LABELS.keys())
     groups: list[dict[str, Any]] = []
-    for key in keys:
+    for key in dict.fromkeys(key for found in each for key in found):
         first = next(found[key] for found in each if key in found)
         baseline = each[0].get(key)
-        reference = baseline.value("student_after") if baseline else None
-        groups.append({
-            "label": first.label,
-            "kind": first.kind,
-            "rows": [
-                {
-                    "run": index,
-                    "cells": [found[key].values.get(model) for model in columns],
-                    "gap": found[key].gap,
-                    "against": difference(
-                        found[key].value("student_after"), reference, first.kind
-                    ) if index else "",
-                }
-                for index, found in enumerate(each) if key in found
-            ],
-        })  # fmt: skip
-    headers = [LABELS.get(model) or named.get(model, model) for model in columns]
-    gaps = any(found[key].gap for found in each for key in found)
-    return {"columns": headers, "groups": groups, "gaps": gaps}
+        reference = baseline.value(AFTER) if baseline else None
+        rows = [
+            {
+                "run": index,
+                "cells": [found[key].values.get(model) for model in columns],
+                "gap": found[key].gap,
+                "against": difference(found[key].value(AFTER), reference, first.kind)
+                if index
+                else "",
+            }
+            for index, found in enumerate(each)
+            if key in found
+        ]
+        groups.append({"label": first.label, "kind": first.kind, "rows": rows})
+    return {
+        "columns": [model_name(model, runs) for model in columns],
+        "groups": groups,
+        "gaps": any(row["gap"] for group in groups for row in group["rows"]),
+    }
 
 
 def costs(run: RunData) -> dict[str, Any]:
@@ -104,17 +109,14 @@ def samples(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """同一个 prompt 的续写并排：教师、训练前，然后每次运行训练后的。"""
     found: dict[str, dict[str, str]] = {}
     for run in runs:
-        after = run.label if len(runs) > 1 else LABELS["student_after"]
         rows = run.evaluation.get("samples") or [
-            {"prompt": row.get("prompt", ""), "student_after": row.get("student")}
-            for row in run.samples
+            {"prompt": row.get("prompt", ""), AFTER: row.get("student")} for row in run.samples
         ]
         for row in rows:
             texts = found.setdefault(str(row["prompt"]), {})
-            for model in ("teacher", "student_before", "student_after"):
+            for model in RUN_MODELS:
                 if row.get(model) is not None:
-                    label = after if model == "student_after" else LABELS[model]
-                    texts.setdefault(label, str(row[model]))
+                    texts.setdefault(_beside(model, run, runs), str(row[model]))
     return [{"prompt": prompt, "texts": texts} for prompt, texts in found.items()]
 
 
@@ -126,37 +128,45 @@ def answers(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """每个任务的回答并排，按第一次运行把题分成学会的、忘掉的、一直错的、一直对的。"""
     found = []
     for task, models in runs[0].answers.items():
-        before = {row.get("id"): row for row in models.get("student_before", [])}
-        after = {row.get("id"): row for row in models.get("student_after", [])}
-        others = {LABELS["teacher"]: models.get("teacher", []), LABELS["student_before"]:
-                  models.get("student_before", [])}  # fmt: skip
-        for run in runs:
-            label = run.label if len(runs) > 1 else LABELS["student_after"]
-            others[label] = run.answers.get(task, {}).get("student_after", [])
-        by_model = {label: {row.get("id"): row for row in rows}
-                    for label, rows in others.items() if rows}  # fmt: skip
+        columns = [(runs[0], TEACHER), (runs[0], BEFORE), *((run, AFTER) for run in runs)]
+        by_model = {
+            _beside(model, run, runs): {row.get("id"): row for row in rows}
+            for run, model in columns
+            if (rows := run.answers.get(task, {}).get(model))
+        }
+        before, after = (
+            {row.get("id"): row for row in models.get(model, [])} for model in (BEFORE, AFTER)
+        )
         groups: dict[str, list[Any]] = {}
         for key, row in (before or after).items():
             groups.setdefault(_change(before.get(key), after.get(key)), []).append((key, row))
         groups = {change: groups[change] for change in CHANGES if change in groups}
-        found.append({
-            "task": task,
-            "counts": {change: len(rows) for change, rows in groups.items()},
-            "items": [
-                {"change": change, "question": row.get("question"), "answer": row.get("answer"),
-                 "texts": {label: rows[key] for label, rows in by_model.items() if key in rows}}
-                for change, rows in groups.items() for key, row in rows[:EACH]
-            ],
-        })  # fmt: skip
+        items = [
+            {
+                "change": change,
+                "question": row.get("question"),
+                "answer": row.get("answer"),
+                "texts": {label: rows[key] for label, rows in by_model.items() if key in rows},
+            }
+            for change, rows in groups.items()
+            for key, row in rows[:EACH]
+        ]
+        counts = {change: len(rows) for change, rows in groups.items()}
+        found.append({"task": task, "counts": counts, "items": items})
     return found
+
+
+def _beside(model: str, run: RunData, runs: Sequence[RunData]) -> str:
+    """几次运行并排时，训练后的以运行的名字相称。"""
+    return run.label if model == AFTER and len(runs) > 1 else LABELS[model].page
 
 
 def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     if before is None or after is None:
         return "right" if (before or after or {}).get("correct") else "wrong"
-    names = {(False, True): "learned", (True, False): "lost",
-             (True, True): "kept", (False, False): "still wrong"}  # fmt: skip
-    return names[bool(before.get("correct")), bool(after.get("correct"))]
+    if before.get("correct"):
+        return "kept" if after.get("correct") else "lost"
+    return "learned" if after.get("correct") else "still wrong"
 
 
 def shown(value: Any) -> str:

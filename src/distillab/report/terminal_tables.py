@@ -1,11 +1,15 @@
-"""把一次运行的结果变成给人看的表；只读运行目录里的文件，不导入 torch。"""
+"""印在终端上的表，80 列放得下：训练结束时的、``distillab evaluate`` 与 ``distillab runs`` 的。
+
+只读运行目录里的文件，不导入 torch；rich 在函数里面导入。
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
 from .measures import Measure, measures
 from .run_data import RunData
 from .tables import costs
@@ -13,68 +17,38 @@ from .tables import costs
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODELS = {
-    "teacher": "teacher",
-    "student_before": "student before",
-    "student_after": "student after",
-}
 
-
-def checks_table(summary: dict[str, Any]) -> Table | None:
-    """任务的正确率与旁的文本上的困惑度，训练前后；配方里都没有就是 ``None``。
-
-    Args:
-        summary: ``summary.json`` 的内容。
-
-    Returns:
-        rich 的 ``Table``，80 列放得下。
-    """
-    from rich.table import Table
-
+def checks_table(summary: Mapping[str, Any]) -> Table | None:
+    """``summary.json`` 里任务的正确率与旁的文本上的困惑度，训练前后；配方里都没有就是 ``None``。"""
     tasks, texts = summary.get("tasks", {}), summary.get("texts", {})
     if not tasks and not texts:
         return None
-    table = Table(title=f"{summary['name']}: checks", title_justify="left")
-    for column in ("check", "teacher", "before", "after", "gap closed"):
-        table.add_column(column, justify="left" if column == "check" else "right", no_wrap=True)
+    columns = ("check", "teacher", "before", "after", "gap closed")
+    table = _table(f"{summary['name']}: checks", *columns, fold=False)
     for name, scores in tasks.items():
-        values = [scores.get(model) for model in MODELS] + [scores.get("gap_closed")]
-        table.add_row(name, *("-" if value is None else f"{value:.1%}" for value in values))
+        values = (scores.get(key) for key in (*RUN_MODELS, "gap_closed"))
+        table.add_row(name, *(_fixed(value, ".1%") for value in values))
     for name, scores in texts.items():
-        values = [scores.get(model) for model in MODELS]
-        shown = ("-" if value is None else f"{value:,.2f}" for value in values)
+        shown = (_fixed(scores.get(model), ",.2f") for model in RUN_MODELS)
         table.add_row(f"{name} (perplexity)", *shown, "-")
     return table
 
 
-def closing_table(summary: dict[str, Any]) -> Table:
-    """训练结束时的表：教师、训练前、训练后。
-
-    Args:
-        summary: ``summary.json`` 的内容。
-
-    Returns:
-        rich 的 ``Table``，80 列放得下。
-    """
-    from rich.table import Table
-
-    table = Table(title=f"{summary['name']}: validation, in nats per token", title_justify="left")
-    for column in ("model", "parameters", "perplexity", "CE", "KL(teacher)", "top-1"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for key, label in MODELS.items():
-        metrics = summary.get(key)
-        if metrics is None:
-            continue
-        kl, top1 = metrics["kl"], metrics["top1_agreement"]
-        table.add_row(
-            label,
-            f"{summary['parameters']['teacher' if key == 'teacher' else 'student'] / 1e6:.1f}M",
-            f"{metrics['perplexity']:,.1f}",
-            f"{metrics['cross_entropy']:.3f}",
-            "-" if kl is None else f"{kl:.3f}",
-            "-" if top1 is None else f"{top1:.1%}",
-        )
-    table.caption_justify = "left"
+def closing_table(summary: Mapping[str, Any]) -> Table:
+    """``summary.json`` 里教师、训练前、训练后在验证集上的成绩，与训练的花费。"""
+    columns = ("model", "parameters", "perplexity", "CE", "KL(teacher)", "top-1")
+    table = _table(f"{summary['name']}: validation, in nats per token", *columns, fold=False)
+    for key in RUN_MODELS:
+        if (metrics := summary.get(key)) is not None:
+            size = summary["parameters"]["teacher" if key == TEACHER else "student"]
+            table.add_row(
+                LABELS[key].short,
+                f"{size / 1e6:.1f}M",
+                f"{metrics['perplexity']:,.1f}",
+                f"{metrics['cross_entropy']:.3f}",
+                _fixed(metrics["kl"], ".3f"),
+                _fixed(metrics["top1_agreement"], ".1%"),
+            )
     table.caption = (
         f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s of training\n"
         f"{summary['tokens_per_second']:,.0f} tokens/s, "
@@ -83,22 +57,18 @@ def closing_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+# ---------------------------------------------------------------------- distillab runs
+
+
 def runs_table(runs: Sequence[RunData]) -> Table:
-    """一行一次运行，新的在前：到了哪一步，困惑度与头一个任务从多少到多少，花了多少。
-
-    Args:
-        runs: 读好的运行目录。
-
-    Returns:
-        rich 的 ``Table``，80 列放得下。
-    """
+    """一行一次运行，新的在前：到了哪一步，困惑度与头一个任务从多少到多少，花了多少。"""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("run", "state", "perplexity", "teacher", "task", "tokens", "time", "date"):
-        words = column in ("run", "state")
-        table.add_column(column, justify="left" if words else "right", overflow="fold",
-                         no_wrap=column not in ("run", "state"))  # fmt: skip
+    for column in ("run", "state"):
+        table.add_column(column, overflow="fold")
+    for column in ("perplexity", "teacher", "task", "tokens", "time", "date"):
+        table.add_column(column, justify="right", overflow="fold", no_wrap=True)
     for run in sorted(runs, key=lambda run: -run.changed):
         found, cost = measures(run), costs(run)
         validation = found.get(("perplexity", "validation"))
@@ -107,19 +77,19 @@ def runs_table(runs: Sequence[RunData]) -> Table:
             run.label,
             run.state,
             _from_to(validation, _short),
-            "-" if validation is None else _short(validation.value("teacher")),
+            "-" if validation is None else _short(validation.value(TEACHER)),
             _from_to(task, "{:.0%}".format),
             _short(cost["tokens"]),
             "-" if cost["seconds"] is None else f"{cost['seconds'] / 60:,.0f}m",
             datetime.fromtimestamp(run.changed).strftime("%m-%d"),
-        )  # fmt: skip
+        )
     return table
 
 
 def _from_to(measure: Measure | None, write: Callable[[float], str]) -> str:
     if measure is None:
         return "-"
-    ends = (measure.value("student_before"), measure.value("student_after"))
+    ends = (measure.value(BEFORE), measure.value(AFTER))
     return "→".join("?" if value is None else write(value) for value in ends)
 
 
@@ -131,3 +101,139 @@ def _short(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+# ---------------------------------------------------------------------- distillab evaluate
+
+
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """``evaluation.json`` 的各份数据、on-policy 与各个任务；方括号里是 bootstrap 95 % 区间。"""
+    labels = {name: model["label"] for name, model in evaluation["models"].items()}
+    agreement = evaluation["agreement"]
+    tables = [
+        _text(name, data, agreement.get(name, {}), labels)
+        for name, data in evaluation["texts"].items()
+    ]
+    if evaluation["on_policy"]:
+        tables.append(_on_policy(evaluation["on_policy"], agreement["validation"], labels))
+    tables += [_task(name, task, labels) for name, task in evaluation["tasks"].items()]
+    tables += [_harness(name, task, labels) for name, task in evaluation["lm_eval"].items()]
+    tables[0].title = f"{evaluation['name']}, {evaluation['checkpoint']}\n{tables[0].title}"
+    return tables
+
+
+Labels = Mapping[str, str]
+
+
+def _text(
+    name: str, data: Mapping[str, Any], agreement: Mapping[str, Any], labels: Labels
+) -> Table:
+    title = f"{name}: {data['sequences']:,} sequences, {data['tokens']:,} tokens"
+    table = _table(title, "model", "perplexity", "95 %", "bits/byte", "KL", "top-1")
+    for model, figures in data["models"].items():
+        row = agreement.get(model) or {}
+        table.add_row(
+            labels[model],
+            _number(_value(figures, "perplexity")),
+            _interval(figures["perplexity"]),
+            _fixed(_value(figures, "bits_per_byte"), ".3f"),
+            _fixed(_value(row, "forward_kl"), ".3f"),
+            _fixed(_value(row, "top1"), ".1%"),
+        )
+    table.caption = "\n".join(_gap(data)) or None
+    return table
+
+
+def _on_policy(on_policy: Mapping[str, Any], forced: Mapping[str, Any], labels: Labels) -> Table:
+    title = "KL to the teacher: on validation data, on own samples"
+    table = _table(title, "model", "validation", "own", "95 %", "reverse", "top-1")
+    for model, figures in on_policy.items():
+        table.add_row(
+            labels[model],
+            _fixed(_value(forced[model], "forward_kl"), ".3f"),
+            _fixed(_value(figures, "forward_kl"), ".3f"),
+            _interval(figures["forward_kl"], ".3f"),
+            _fixed(_value(figures, "reverse_kl"), ".3f"),
+            _fixed(_value(figures, "top1"), ".1%"),
+        )
+    return table
+
+
+def _task(name: str, task: Mapping[str, Any], labels: Labels) -> Table:
+    table = _table(f"{name}: {task['items']:,} items", "model", "right", "95 %", "items/s")
+    for model, figures in task["models"].items():
+        table.add_row(
+            labels[model],
+            _fixed(_value(figures, "accuracy"), ".1%"),
+            _interval(figures["accuracy"], ".1%"),
+            f"{figures['items_per_second']:,.1f}",
+        )
+    lines = _gap(task)
+    for one in task["differences"]:
+        a, b = (labels[model] for model in one["models"])
+        figure = one["difference"]
+        lines.append(f"{a} - {b}: {figure['value']:+.1%} {_bracketed(figure, '+.1%')}")
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def _harness(name: str, task: Mapping[str, Any], labels: Labels) -> Table:
+    title = f"lm-eval {name}: {task['items']:,} items, {task['num_fewshot']}-shot"
+    table = _table(title, "model", "metric", "value", "95 %")
+    for model, metrics in task["models"].items():
+        for metric, figure in metrics.items():
+            value = _fixed(figure["value"], ".4g")
+            table.add_row(labels[model], metric, value, _interval(figure, ".4g"))
+    lines = []
+    for one in task["differences"]:
+        a, b = (labels[model] for model in one["models"])
+        shown = f"{one['difference']['value']:+.3f} {_bracketed(one['difference'], '+.3f')}"
+        lines.append(f"{a} - {b}: {one['metric']} {shown}".rstrip())
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def _gap(measured: Mapping[str, Any]) -> list[str]:
+    if (gap := measured["gap_closed"]) is None:
+        return []
+    return [f"gap closed: {gap['value']:.1%} {_bracketed(gap, '.1%')}".rstrip()]
+
+
+# ---------------------------------------------------------------------- 共用
+
+
+def _table(title: str, *columns: str, fold: bool = True) -> Table:
+    """头一栏是文字，放不下时折行（``fold``）或截短；其余是数，不折行。"""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    first, *numbers = columns
+    table.add_column(first, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _value(figures: Mapping[str, Any], key: str) -> float | None:
+    value: float | None = figures[key]["value"] if key in figures else None
+    return value
+
+
+def _number(value: float | None) -> str:
+    return _fixed(value, ",.1f" if value is None or value < 1e5 else ".2e")
+
+
+def _fixed(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(figure: Mapping[str, float | None], form: str | None = None) -> str:
+    low, high = figure["low"], figure["high"]
+    if low is None or high is None:
+        return "-"
+    return "-".join(_number(end) if form is None else format(end, form) for end in (low, high))
+
+
+def _bracketed(figure: Mapping[str, float | None], form: str) -> str:
+    low, high = figure["low"], figure["high"]
+    return "" if low is None or high is None else f"[{format(low, form)}, {format(high, form)}]"

@@ -1,15 +1,16 @@
-"""``reasoning-gym`` 现出的题：同样的名字、选项与种子总是同样的题，由它自己判分。"""
+"""任务的题目从哪里来：记录里的选择题，与 ``reasoning-gym`` 现出的、由它自己判分的题。"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.sections import GeneratorConfig
 from ..data.conversations import Conversation
-from ..errors import DistillabError, foreign, nearest
+from ..errors import DistillabError, foreign, nearest, shown
 
 logger = logging.getLogger("distillab")
 
@@ -71,3 +72,47 @@ def generated(config: GeneratorConfig, where: str) -> tuple[list[Conversation], 
         for index, entry in enumerate(entries)
     ]
     return conversations, score
+
+
+class Choices(NamedTuple):
+    """一道选择题的各个选项，正确的是第几个，从 0 数起。"""
+
+    texts: list[str]
+    right: int
+
+
+def read_choices(record: Mapping[str, Any], where: str) -> Choices:
+    """读出 ``choices`` 与 ``answer``；后者是从 0 数起的下标，或选项的原文。
+
+    没有选项、选项不是各不相同的文字，或 ``answer`` 不是其中之一时 ``DistillabError``，以 ``where``
+    开头。
+    """
+    texts, answer = record.get("choices"), record.get("answer")
+    if texts is None:
+        raise DistillabError(f"{where}: expected choices, a list of texts to choose from")
+    if (
+        not isinstance(texts, list)
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+        or not 1 < len(texts) == len(set(texts))
+    ):
+        found = json.dumps(texts, ensure_ascii=False, default=str)
+        raise DistillabError(
+            f"{where}: choices is {found if len(found) <= 60 else f'{found[:57]}...'}, expected a "
+            f"list of at least two different texts"
+        )
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(texts):
+            raise DistillabError(
+                f"{where}: answer {answer} is no index of its {len(texts)} choices, expected 0 to "
+                f"{len(texts) - 1}"
+            )
+        return Choices(texts, answer)
+    if not isinstance(answer, str):
+        raise DistillabError(
+            f"{where}: expected answer, the index (from 0) or the text of the right choice"
+        )
+    if answer not in texts:
+        raise DistillabError(
+            f"{where}: answer {shown(answer)} is not among the choices; {nearest(answer, texts)}"
+        )
+    return Choices(texts, texts.index(answer))
