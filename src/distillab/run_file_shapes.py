@@ -15,7 +15,8 @@ _TYPES: dict[str, tuple[type, ...]] = {NUMBER: (int, float), TEXT: (str,), FLAG:
 Shape = Any
 """``NUMBER`` 等；``[形状]`` 是列表；``{键: 形状}`` 是对象，``"*"`` 是其余的键，没有写到的不问。
 
-键尾的 ``!`` 是必有，``?`` 是必有而可以是 null；别的可以没有，其中的值与区间也可以是 null。
+键尾的 ``!`` 是必有，``?`` 是必有而可以是 null；别的可以没有，其中的值、区间与换了 tokenizer 的模型
+的一致程度也可以是 null。
 """
 
 _ROW = {"by_position": [{"from!": NUMBER, "to!": NUMBER, "*": NUMBER}],
@@ -23,7 +24,8 @@ _ROW = {"by_position": [{"from!": NUMBER, "to!": NUMBER, "*": NUMBER}],
 _FIGURE = {"value?": NUMBER, "low?": NUMBER, "high?": NUMBER}
 _DIFFERENCES = [{"models!": [TEXT], "metric": TEXT, "difference!": _FIGURE}]
 _SCORES = {"*": NUMBER}
-_AGREEMENT = {"*": {**_ROW, "tokens": NUMBER, "sequences": NUMBER, "*": _FIGURE}}
+_AGREES = {**_ROW, "tokens": NUMBER, "sequences": NUMBER, "*": _FIGURE}
+_AGREEMENT = {"*": _AGREES}
 _MODELS = {
     "*": dict.fromkeys(("perplexity", "cross_entropy", "bits_per_byte", "accuracy"), _FIGURE)
 }
@@ -101,8 +103,8 @@ def check(value: Any, shape: Shape, where: str) -> None:
         named = {key.rstrip("!?"): inner for key, inner in shape.items()}
         for key, inner in value.items():
             expected = named.get(key, shape.get("*"))
-            nothing = inner is None and (isinstance(expected, str) or expected is _FIGURE)
-            if expected is not None and not nothing:
+            nullable = isinstance(expected, str) or expected in (_FIGURE, _AGREES)
+            if expected is not None and not (inner is None and nullable):
                 check(inner, expected, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
 
 

@@ -58,6 +58,15 @@ def test_tasks_of_the_harness_are_rows_of_the_page_with_their_own_metrics(kd):
     assert "0.625" in shown
 
 
+def test_a_model_with_another_tokenizer_agrees_with_nobody(kd):
+    found = json.loads((kd / "evaluation.json").read_text())
+    found["agreement"]["validation"]["stranger"] = None
+    (kd / "evaluation.json").write_text(json.dumps(found))
+    measured = measures(read_run(kd))["forward_kl", "validation"]
+    assert set(measured.values) == {"student_before", "student_after"}
+    assert page(read_runs([kd]))
+
+
 def test_gap_closed_of_perplexity_is_in_nats(ce):
     measure = measures(read_run(ce))["perplexity", "validation"]
     before, after, teacher = (
