@@ -177,16 +177,13 @@ def find_checkpoint(directory: Path, name: str) -> Path:
 
 def publish(temporary: Path, target: Path) -> None:
     """写好的 ``temporary`` 改名为 ``target``；旧的先挪开：目录不能原子地替换。"""
+    aside = target.with_name(f".{target.name}.old")
     if target.exists():
-        aside = target.with_name(f".{target.name}.old")
         remove(aside)
         target.rename(aside)
-        temporary.rename(target)
-        sync(target.parent)
-        remove(aside)
-    else:
-        temporary.rename(target)
-        sync(target.parent)
+    temporary.rename(target)
+    sync(target.parent)
+    remove(aside)
 
 
 def discard(path: Path) -> None:
