@@ -217,7 +217,7 @@ def distillab_loop(cell: Cell, clock: Clock, compiled: bool = False) -> None:
         clock.watch(trainer.accelerator, "backward", "student body backward")
         clock.watch(trainer.accelerator, "clip_grad_norm_", "gradient clip")
         clock.watch(trainer.optimizer, "step", "optimizer step")
-        window = Prepared([collate_text(data).to(cell.device)], [False])
+        window = Prepared([collate_text(data).to(cell.device)])
         more = True
         while more:
             clock.start()

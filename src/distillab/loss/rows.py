@@ -160,8 +160,8 @@ def dense_rows(
 ) -> tuple[RowValues, Tensor]:
     """两份 ``[R, V]`` 的 ``hidden @ weight.T`` → 每行的值；``student`` 就地变成梯度。
 
-    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值 ``[R]``。``teacher`` 在 α
-    = 0 时、``label_product``（``student`` 在标签处的数）与 ``labels`` 在 α = 1 时是 ``None``。
+    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值 ``[R]``。α 为 0 时没有
+    ``teacher``，为 1 时没有 ``labels`` 与 ``label_product``（``student`` 在标签处的数）。
     ``spec.excluded`` 的列须已填成 ``-inf``；它们的梯度没有意义，由调用者填成 0。
     """
     logits = shifted(student, bias, spec.scale, spec.softcap)

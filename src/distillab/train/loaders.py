@@ -34,8 +34,7 @@ def evenly(total: int, limit: int | None = None) -> list[int]:
 def in_step(
     batches: Iterable[Batch], loader: DataLoader[Any], accelerator: Accelerator
 ) -> Iterator[tuple[Batch, bool]]:
-    """各进程给出同样多的 ``(批次, 算不算数)``：分片的模型前向一次，每个进程都要到场，凑数的一批不
-    算。
+    """各进程给出同样多的 ``(批次, 算不算数)``：分片的模型前向一次，每个进程都要到场，凑数的不算。
 
     ``batches`` 是 ``loader``（``evaluation_loader`` 的），或它外面套了进度条的。
     """
@@ -119,8 +118,9 @@ class StreamLoader:
 def windows(
     loader: Any, state: TrainerState, size: int, total_steps: int, watch: Watch
 ) -> Iterator[list[Batch]]:
-    """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 ``size`` 批（轮末可能不足），直到第
-    ``total_steps`` 步；先把读到的位置记进 ``state``。
+    """从 ``state`` 记的位置起，逐个给出一个 optimizer 步的 ``size`` 批；先记下读到哪里。
+
+    一轮的最后一步可能不足 ``size`` 批。
     """
     if isinstance(loader, StreamLoader):
         yield from loader.windows(state, size, total_steps)
@@ -140,9 +140,7 @@ def windows(
 
 
 def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:
-    """一共走多少 optimizer 步，一个窗口走 ``reuse`` 步；流没有尽头，而没有 ``max_steps``，是
-    ``DistillabError``。
-    """
+    """一共走多少 optimizer 步，一个窗口走 ``reuse`` 步；流没有尽头，要有 ``max_steps``。"""
     if isinstance(loader, StreamLoader):
         if config.max_steps is None:
             raise DistillabError("data.streaming=true needs train.max_steps: a stream has no end")
@@ -160,9 +158,7 @@ def evaluation_loader(
     batch_size: int,
     max_sequences: int | None = None,
 ) -> DataLoader[Any]:
-    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条。一条也没有是
-    ``DistillabError``。
-    """
+    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条，一条也没有就报错。"""
     chosen = evenly(len(data), max_sequences)  # type: ignore[arg-type]
     if not chosen:
         raise DistillabError("the validation data has no sequence")
