@@ -27,22 +27,14 @@ from ..models.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_harness", "evaluate_with_harness"]
-
-BATCH_SIZE = 16
-"""一起算的序列数。"""
-
 SEED, FEWSHOT_SEED = 0, 1234
 """lm-evaluation-harness 命令行缺省的种子；示例由后者抽取，结果才与发表的相同。"""
 
 
 def check_harness(config: LmEvalConfig) -> None:
-    """有没有安装，任务的名字对不对；不读数据，不要模型。
+    """有没有安装，任务的名字对不对，不对就是 ``DistillabError``；不读数据，不要模型。
 
     只有自己的任务时很快；要查自带的，得先读它的一万多个 YAML。
-
-    Raises:
-        DistillabError: 没有安装 ``lm-eval``，没有 ``include_path``，或没有这个任务。
     """
     _manager(config)
 
@@ -52,24 +44,19 @@ def evaluate_with_harness(
     tokenizer: PreTrainedTokenizerBase | None,
     config: LmEvalConfig,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = 16,
 ) -> dict[str, Any]:
-    """用 lm-evaluation-harness 量一个模型。
+    """用 lm-evaluation-harness 量一个模型，给出能写成 JSON 的字典。
 
-    Args:
-        model: 模型，或任意模型来源（如运行目录的 ``export/``），以 float32 读入。
-        tokenizer: 它的 tokenizer；``None`` 则从 ``model`` 那个来源读。
-        config: 哪些任务，每个多少题，几个示例。
-        batch_size: 一起算的序列数。
+    ``model`` 也可以是任意模型来源（如运行目录的 ``export/``），以 float32 读入；那时不必给
+    ``tokenizer``。``batch_size`` 条序列一起算。
 
-    Returns:
-        能写成 JSON 的字典：``lm_eval`` 是它的版本；``tasks`` 里每个任务有 ``items``、``version``、
-        ``num_fewshot``、``metrics``（指标 → 值）、``higher_is_better`` 与 ``per_item``（指标 →
-        每题的值，次序固定，供成对比较；每题不是一个数的指标没有）；``groups`` 是任务组的指标；另有
-        ``items_per_second``。指标的名字是它的，如 ``acc``、``acc_norm``、``exact_match,strict``。
+    ``lm_eval`` 是它的版本；``tasks`` 里每个任务有 ``items``、``version``、``num_fewshot``、
+    ``metrics``（指标 → 值）、``higher_is_better`` 与 ``per_item``（指标 → 每题的值，次序固定，供
+    成对比较；每题不是一个数的指标没有）；``groups`` 是任务组的指标；另有 ``items_per_second``。
+    指标的名字是它的，如 ``acc``、``acc_norm``、``exact_match,strict``。
 
-    Raises:
-        DistillabError: 见 ``check_harness``；或任务的数据读不了，要运行代码或看图，或放不进模型。
+    ``DistillabError`` 见 ``check_harness``；任务的数据读不了，要运行代码或看图，或放不进模型也是。
     """
     manager = _manager(config)
     from lm_eval import __version__
@@ -151,8 +138,11 @@ def _quiet() -> Iterator[None]:
 
 def _prepare(name: str, task: Any, config: LmEvalConfig) -> None:
     """示例的个数与种子，规则同 ``lm_eval.simple_evaluate``：任务写明 0 个的总是 0 个。"""
-    for attribute, what in (("UNSAFE_CODE", "runs code that the model writes"),
-                            ("MULTIMODAL", "needs more than text")):  # fmt: skip
+    unsupported = {
+        "UNSAFE_CODE": "runs code that the model writes",
+        "MULTIMODAL": "needs more than text",
+    }
+    for attribute, what in unsupported.items():
         if getattr(task, attribute, False):
             raise DistillabError(f"evaluate.lm_eval.tasks: {name} {what}, which is not supported")
     default = task.get_config("num_fewshot")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
@@ -89,21 +88,20 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         """整段文字的 log 似然，单位 nat：每个 token 预测一次，太长的分成几窗。"""
-        windows: list[tuple[None, list[int], list[int]]] = []
-        of: list[int] = []
-        for index, request in enumerate(requests):
-            for window in get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.model.max_seq_len,
-                context_len=1,
-            ):
-                windows.append((None, *make_disjoint_window(window)))
-                of.append(index)
-        totals = [0.0] * len(requests)
-        for index, (value, _) in zip(of, self._loglikelihood_tokens(windows), strict=True):
-            totals[index] += value
-        return totals
+        windows = [
+            [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.model.max_seq_len,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        found = iter(self._loglikelihood_tokens([window for part in windows for window in part]))
+        return [sum(next(found)[0] for _ in part) for part in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """写到 ``until`` 里的任何一段文字为止，不含它；同样参数的一起生成，由长到短。"""
@@ -130,9 +128,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 batch_size=self.batch_size,
                 until=until,
             )
-            for row, ids in chain.from_iterable(batch.items() for batch in batches):
-                text = self._generator.decode(ids)
-                found[indices[row]] = postprocess_generated_text(text, until, None)
+            for batch in batches:
+                for row, ids in batch.items():
+                    text = self._generator.decode(ids)
+                    found[indices[row]] = postprocess_generated_text(text, until, None)
         return found
 
 

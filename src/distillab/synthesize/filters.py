@@ -12,8 +12,6 @@ from typing import Any
 from ..config.sections import FilterConfig
 from ..errors import DistillabError, foreign, nearest
 
-__all__ = ["Filter", "make_filter", "needs_answer", "normalise"]
-
 Filter = Callable[[Mapping[str, Any], "str | None", str], bool]
 """``(record, answer, response)`` → 留不留。"""
 
@@ -21,17 +19,9 @@ _FINAL_PUNCTUATION = ".,;:!?…。，；：！？、"  # 不含 % 与括号：�
 
 
 def make_filter(config: FilterConfig | None, where: str = "synthesize.filter") -> Filter:
-    """由配置得到过滤函数；写错的正则与找不到的函数在这里、提第一个问题之前就拒绝。
+    """由配置得到过滤函数，``None`` 是全部留下；``where`` 是它在配方里的键。
 
-    Args:
-        config: ``None`` 表示全部留下。
-        where: 它在配方里的键，写进错误信息。
-
-    Returns:
-        过滤函数；使用者的函数抛出的异常原样传出。
-
-    Raises:
-        DistillabError: 正则写错，或函数导入不了。
+    写错的正则与找不到的函数在这里、提第一个问题之前就拒绝；使用者的函数抛出的异常原样传出。
     """
     if config is None:
         return lambda record, answer, response: True

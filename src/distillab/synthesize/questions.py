@@ -10,30 +10,12 @@ from typing import Any, Protocol
 from ..data.pairs import Task
 from ..errors import DistillabError
 
-__all__ = [
-    "TOO_LONG",
-    "Answer",
-    "Backend",
-    "Outcome",
-    "Question",
-    "Unanswered",
-    "check_tasks",
-]
-
 TOO_LONG = "prompt_too_long"
 """提示放不进教师的上下文时的 ``finish_reason``：记下来，不再问。"""
 
 
 def check_tasks(tasks: Sequence[Task], compares: str | None) -> None:
-    """提问之前查对：有任务，``id`` 各不相同，要核对的都有标准答案。
-
-    Args:
-        tasks: 全部任务。
-        compares: 与标准答案比较的那个键，写进错误信息；``None`` 表示用不到标准答案。
-
-    Raises:
-        DistillabError: 有一条不满足。
-    """
+    """提问之前查对：有任务，``id`` 各不相同，要与标准答案比较的（键是 ``compares``）都有答案。"""
     if not tasks:
         raise DistillabError("there is nothing to ask: the data has no tasks")
     twice, count = Counter(task.id for task in tasks).most_common(1)[0]
@@ -58,27 +40,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """教师答了。
-
-    Attributes:
-        question: 答的是哪一个。
-        response: 回答的文字，不含停止 token。
-        finish_reason: ``stop`` 说完了；``length`` 到上限被截断；``TOO_LONG``；或服务自己的说法。
-        model: 回答的模型。
-        tokens: 回答的 token 数；服务不说则为 ``None``。
-        seed: 采样用的种子；没有用到则为 ``None``。
-        error: 为什么没有文字，写进这一行。
-        reasoning: 服务另给的思考过程；没有则为 ``None``。
-    """
+    """教师答了；``response`` 不含停止 token。"""
 
     question: Question
     response: str
-    finish_reason: str
+    finish_reason: str  # stop 说完了；length 到上限被截断；TOO_LONG；或服务自己的说法
     model: str
-    tokens: int | None = None
-    seed: int | None = None
-    error: str | None = None
-    reasoning: str | None = None
+    tokens: int | None = None  # 服务不说则为 None
+    seed: int | None = None  # 没有用到则为 None
+    error: str | None = None  # 为什么没有文字
+    reasoning: str | None = None  # 服务另给的思考过程
 
 
 @dataclass(frozen=True)
@@ -105,11 +76,7 @@ class Backend(Protocol):
     ) -> Generator[Sequence[Outcome], None, None]:
         """回答全部问题，次序不限；每给出一批，就会落盘一批。
 
-        Args:
-            questions: 要问的。
-            stopped: 为真之后不再问新的，把手上已有的给出来就结束。
-
-        Raises:
-            DistillabError: 没法继续；在此之前给出的都有效。
+        ``stopped`` 为真之后不再问新的，把手上已有的给出来就结束。没法继续是 ``DistillabError``，
+        在此之前给出的都有效。
         """
         ...

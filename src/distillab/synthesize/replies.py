@@ -11,8 +11,6 @@ from typing import Any
 import anyio
 import openai
 
-__all__ = ["BadReply", "Redirected", "bounded_client"]
-
 MAX_BYTES = 64 << 20
 """一个回复解压之后最多这么大；几十万 token 的回答也不过几 MB。"""
 
@@ -53,20 +51,17 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
             for name, value in response.headers.multi_items()
             if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")
         ]
-        whole = type(response)(response.status_code, headers=headers, content=content,
-                               request=response.request)  # fmt: skip
+        whole = type(response)(
+            response.status_code, headers=headers, content=content, request=response.request
+        )
         whole.history = response.history
         return whole
 
 
 def bounded_client(seconds: float) -> Any:
-    """``AsyncOpenAI(http_client=...)`` 用的客户端。
+    """``AsyncOpenAI(http_client=...)`` 用的客户端；``seconds`` 是一个请求连同收完它的回复的时限。
 
-    Args:
-        seconds: 一个请求连同收完它的回复的时限。
-
-    Returns:
-        客户端；不合规矩的回复在其中抛出 ``BadReply``，拖过时限的抛出 ``openai.APITimeoutError``。
+    不合规矩的回复在其中抛出 ``BadReply``，拖过时限的抛出 ``openai.APITimeoutError``。
     """
     return _BoundedClient(seconds)
 

@@ -18,6 +18,7 @@ from ..credentials import without_secrets
 from ..data.responses import Row, whole_rows
 from ..errors import DistillabError
 from ..files import append, leftovers, open_to_append, refuse_link, replace_file, sweep
+from ..parsing import parse_json
 
 _RECORDED_ONLY = ("created", "versions", "recipe", "backend.base_url", "filter")
 """只作记录、不必对得上的键：同一个模型可以换台机器接着服务；``filter`` 变了会重新过滤。"""
@@ -27,14 +28,8 @@ _ROW_KEYS = {"id", "sample", "response", "kept"}
 class ResponseFile:
     """打开着的回答文件；期间加锁，两个进程不会写进同一个文件。
 
-    用法：``with`` 打开，``resume`` 取得已有的行，然后一批一批 ``append``。
-
-    Args:
-        path: 回答文件，可以还不存在。
-
-    Attributes:
-        sidecar: 来历文件。
-        filter_changed: ``resume`` 之后：已有的行是用另一种过滤留下的。
+    用法：``with`` 打开，``resume`` 取得已有的行，然后一批一批 ``append``。``resume`` 之后，
+    ``filter_changed`` 为真是已有的行是用另一种过滤留下的。
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,16 +57,9 @@ class ResponseFile:
         self._lock.release()
 
     def resume(self, provenance: Mapping[str, Any]) -> list[Row]:
-        """查对来历，丢掉写到一半的行；还没有任何行时写下来历。
+        """查对来历，丢掉写到一半的行，给出已有的（含没有留下的）；还没有任何行时写下来历。
 
-        Args:
-            provenance: 这一次的来历，能写成 JSON。
-
-        Returns:
-            已有的行，含没有留下的。
-
-        Raises:
-            DistillabError: 文件不是 ``synthesize`` 写的，或来历对不上。
+        不是 ``synthesize`` 写的文件，或来历对不上，就是 ``DistillabError``。
         """
         self._provenance = json.loads(json.dumps(provenance, default=str))
         rows, end, size = whole_rows(self.path, _ROW_KEYS) if self.path.exists() else ([], 0, 0)
@@ -85,7 +73,7 @@ class ResponseFile:
             self._check_same(before)
             self.filter_changed = before.get("filter") != self._provenance.get("filter")
         else:
-            replace_file(self.sidecar, json.dumps(self._provenance, indent=1, ensure_ascii=False))
+            self._write_sidecar(self._provenance)
         if size > end:
             os.truncate(self.path, end)
         return rows
@@ -99,11 +87,7 @@ class ResponseFile:
         return inner.get(key) if isinstance(inner, dict) else None
 
     def append(self, rows: Iterable[Row]) -> None:
-        """追加一批，并确保它们已经落盘。
-
-        Raises:
-            OSError: 写不下去；已写下的整行都还在。
-        """
+        """追加一批，并确保它们已经落盘；写不下去是 ``OSError``，已写下的整行都还在。"""
         data = b"".join(_line(row) for row in rows)
         if not data:
             return
@@ -115,20 +99,19 @@ class ResponseFile:
         """换掉已有的全部行（重新过滤之后），来历随之更新；要在 ``append`` 之前。"""
         # 先在来历里记下「正在换」：换到一半被杀，下次对不上任何过滤，会再过滤一遍。
         unfinished = {**self._read_sidecar(), "filter": "being changed"}
-        replace_file(self.sidecar, json.dumps(unfinished, indent=1, ensure_ascii=False))
+        self._write_sidecar(unfinished)
         replace_file(self.path, b"".join(_line(row) for row in rows))
-        final = {**unfinished, "filter": self._provenance.get("filter")}
-        replace_file(self.sidecar, json.dumps(final, indent=1, ensure_ascii=False))
+        self._write_sidecar({**unfinished, "filter": self._provenance.get("filter")})
         self.filter_changed = False
 
     def _read_sidecar(self) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(self.sidecar.read_bytes())
-        except ValueError as error:
-            raise DistillabError(f"{self.sidecar} is not JSON: {error}") from error
+        content: dict[str, Any] = parse_json(self.sidecar.read_bytes(), str(self.sidecar))
         # 从前的来历里也许有密钥：既不写进报错，也不再写回去。
         cleaned: dict[str, Any] = without_secrets(content)
         return cleaned
+
+    def _write_sidecar(self, content: Mapping[str, Any]) -> None:
+        replace_file(self.sidecar, json.dumps(content, indent=1, ensure_ascii=False))
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
         old, new = _flat(before), _flat(self._provenance)

@@ -18,12 +18,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..config.sections import SamplingConfig, ServerConfig
 from ..errors import DistillabError, reason
+from ..parsing import parse_json
 from .questions import TOO_LONG, Answer, Outcome, Question, Unanswered
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
-
-__all__ = ["ServerBackend"]
 
 _POLL_SECONDS = 0.2
 _ERROR_CHARACTERS = 1 << 16
@@ -65,9 +64,8 @@ class _Message(BaseModel):
     @property
     def unusable(self) -> str | None:
         """有什么用不上的。"""
-        used = {"tool_calls": self.tool_calls, "function_call": self.function_call,
-                "refusal": self.refusal}  # fmt: skip
-        return next((name for name, value in used.items() if value), None)
+        names = ("tool_calls", "function_call", "refusal")
+        return next((name for name in names if getattr(self, name)), None)
 
 
 class _Choice(BaseModel):
@@ -95,21 +93,10 @@ class ServerBackend:
     """由服务回答，至多 ``config.concurrency`` 个请求同时在途。
 
     ``temperature`` 大于 0 时每个请求带自己的种子；服务不认就不带。同一个种子是否给出同一个回答，
-    取决于服务。
-
-    Args:
-        config: 地址、模型与限度。
-        sampling: 采样；``top_k`` 不在 OpenAI 的协议里，只在设了时才发。
-
-    Raises:
-        DistillabError: 没有装 ``openai``，或说好放密钥的环境变量里没有密钥。
+    取决于服务。没有装 ``openai``，或说好放密钥的环境变量里没有密钥，就是 ``DistillabError``。
     """
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        sampling: SamplingConfig,
-    ) -> None:
+    def __init__(self, config: ServerConfig, sampling: SamplingConfig) -> None:
         try:
             import openai
         except ImportError as error:
@@ -119,7 +106,6 @@ class ServerBackend:
         self.config = config
         self._key = _read_key(config.api_key_env)
         self._send_seed = sampling.temperature > 0
-        self._extra_body = dict(config.extra_body)
         self._options: dict[str, Any] = {
             "model": config.model,
             "max_tokens": sampling.max_new_tokens,
@@ -127,8 +113,9 @@ class ServerBackend:
         }
         if sampling.top_p is not None:
             self._options["top_p"] = sampling.top_p
+        # top_k 不在 OpenAI 的协议里，只在设了时才发。
         top_k = {} if sampling.top_k is None else {"top_k": sampling.top_k}
-        self._options["extra_body"] = self._extra_body | top_k
+        self._options["extra_body"] = config.extra_body | top_k
         if self._key is None:
             self._options["extra_headers"] = {"Authorization": openai.Omit()}
 
@@ -138,7 +125,7 @@ class ServerBackend:
             "kind": "server",
             "model": self.config.model,
             "base_url": self.config.base_url,
-            "extra_body": self._extra_body,
+            "extra_body": self.config.extra_body,
         }
 
     def answer(
@@ -146,8 +133,7 @@ class ServerBackend:
     ) -> Generator[Sequence[Outcome], None, None]:
         """回答全部问题；谁先答完谁先给出。
 
-        Raises:
-            DistillabError: 密钥、模型名或地址不对；接连 ``2 * concurrency`` 个问题没有答成。
+        密钥、模型名或地址不对，或接连 ``2 * concurrency`` 个问题没有答成，就是 ``DistillabError``。
         """
         from anyio.from_thread import start_blocking_portal
 
@@ -226,9 +212,9 @@ class ServerBackend:
 
         seed = question.seed if self._send_seed else None
         options = self._options if seed is None else self._options | {"seed": seed}
+        if question.task.tools is not None:
+            options = options | {"tools": question.task.tools}
         try:
-            if question.task.tools is not None:
-                options = options | {"tools": question.task.tools}
             reply = await client.chat.completions.with_raw_response.create(
                 messages=question.task.messages, **options
             )
@@ -304,11 +290,11 @@ class ServerBackend:
         """服务的话，一行；有的服务会把密钥原样送回来。"""
         text = error.response.text[:_ERROR_CHARACTERS]
         try:
-            body = json.loads(text)
+            body = parse_json(text, "reply")
             for key in ("error", "message", "detail"):  # OpenAI 与 vLLM、FastAPI 各有写法
                 body = body[key] if isinstance(body, dict) and key in body else body
             text = body if isinstance(body, str) else json.dumps(body)
-        except (ValueError, RecursionError):
+        except DistillabError:
             pass
         if self._key:
             text = text.replace(self._key, "***")

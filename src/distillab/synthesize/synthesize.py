@@ -28,38 +28,23 @@ from .filters import Filter, make_filter, needs_answer
 from .questions import TOO_LONG, Answer, Backend, Question, Unanswered, check_tasks
 from .response_file import ResponseFile
 
-__all__ = ["Backend", "SynthesisReport", "Task", "synthesize"]
-
 logger = logging.getLogger("distillab")
 
 
 @dataclass
 class SynthesisReport:
-    """一次 ``synthesize`` 的结果；除了速度，数的都是整个文件，与中断过几次无关。
-
-    Attributes:
-        output: 回答文件。
-        asked: 问题数：任务数乘以每个任务的回答数。
-        kept: 留下的回答。
-        rejected: 没有留下的：过滤掉的，与空白的。
-        truncated: 到 ``max_new_tokens`` 被截断的，留下与否都算。
-        too_long: 提示放不进教师上下文的。
-        tokens: 全部回答的 token 数。
-        new_tokens: 这一次得到的 token 数。
-        seconds: 这一次用的时间。
-        failures: 没有答成的原因与个数；再运行一遍就会再问。
-    """
+    """一次 ``synthesize`` 的结果；除了速度，数的都是整个文件，与中断过几次无关。"""
 
     output: Path
-    asked: int
+    asked: int  # 任务数乘以每个任务的回答数
     kept: int = 0
-    rejected: int = 0
-    truncated: int = 0
-    too_long: int = 0
+    rejected: int = 0  # 过滤掉的，与空白的
+    truncated: int = 0  # 到 max_new_tokens 被截断的，留下与否都算
+    too_long: int = 0  # 提示放不进教师上下文的
     tokens: int = 0
-    new_tokens: int = 0
-    seconds: float = 0.0
-    failures: Counter[str] = field(default_factory=Counter)
+    new_tokens: int = 0  # 这一次得到的
+    seconds: float = 0.0  # 这一次用的
+    failures: Counter[str] = field(default_factory=Counter)  # 没有答成的原因；再运行就会再问
 
     @property
     def answered(self) -> int:
@@ -133,22 +118,11 @@ def synthesize(
     每行一个回答，过滤掉的也在：``id``、``sample``、``response``、``kept``、``finish_reason``、
     ``model``、``seed``、``prompt_sha256``、``tokens``，放不进上下文的另有 ``error``，服务
     另给了思考过程的另有 ``reasoning``。
-    ``kept`` 为 null 表示过滤函数出了错、还没有判断，接着做时会补上。
+    ``kept`` 为 null 表示过滤函数出了错、还没有判断，接着做时会补上。旁边的来历里，除 ``recipe``
+    以外的键接着做时都必须不变。
 
-    Args:
-        tasks: 全部任务。
-        backend: 由谁回答。
-        config: 配方的 ``synthesize`` 一节。
-        output: 回答文件；旁边会有 ``OUTPUT.provenance.json``。
-        provenance: 教师与数据的来历；接着做时除 ``recipe`` 以外的键都必须不变。
-        seed: 总的种子。
-
-    Returns:
-        报告；``exit_code`` 非 0 表示还有没答成的。
-
-    Raises:
-        DistillabError: 任务或过滤有误，来历对不上，过滤函数出错，或教师没法继续；答好的都已存下。
-        KeyboardInterrupt: Ctrl-C；答好的都已存下。
+    任务或过滤有误，来历对不上，过滤函数出错，或教师没法继续，就是 ``DistillabError``；那时与
+    Ctrl-C 时，答好的都已存下。
     """
     judge = make_filter(config.filter)
     check_tasks(tasks, "synthesize.filter" if needs_answer(config.filter) else None)
@@ -192,7 +166,9 @@ def _ask(
 ) -> None:
     problem: DistillabError | None = None
     started = time.perf_counter()
-    with StopRequest() as stop, _SynthesisProgress(report) as progress:
+    before = report.answered
+    with StopRequest() as stop, make_bar() as bar:
+        shown = bar.add_task("synthesize", total=report.asked, completed=before, status="starting")
         batches = backend.answer(pending, lambda: stop.requested or problem is not None)
         try:
             for batch in batches:
@@ -211,7 +187,14 @@ def _ask(
                     report.new_tokens += row["tokens"] or 0
                 report.failures.update(o.reason for o in batch if isinstance(o, Unanswered))
                 report.seconds = time.perf_counter() - started
-                progress.update()
+                rate = (report.answered - before) / report.seconds
+                failed = f"  failed {report.failed:,}" if report.failed else ""
+                bar.update(
+                    shown,
+                    completed=report.answered,
+                    status=f"{rate:.1f} answers/s  {report.tokens_per_second:,.0f} tok/s  "
+                    f"kept {report.kept_share:.0%}{failed}",
+                )
         except DistillabError as error:
             problem = problem or error
         finally:
@@ -290,34 +273,3 @@ def _version(package: str) -> str | None:
 def _sha256(value: Any) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-class _SynthesisProgress:
-    """进度条：答了多少、速度、留下的比例；输出被重定向时什么也不画。"""
-
-    def __init__(self, report: SynthesisReport) -> None:
-        self._report = report
-        self._before = report.answered
-        self._bar = make_bar()
-        self._task = self._bar.add_task(
-            "synthesize", total=report.asked, completed=report.answered, status="starting"
-        )
-
-    def __enter__(self) -> _SynthesisProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self) -> None:
-        """又落盘了一批。"""
-        report = self._report
-        rate = (report.answered - self._before) / report.seconds
-        failed = f"  failed {report.failed:,}" if report.failed else ""
-        self._bar.update(
-            self._task,
-            completed=report.answered,
-            status=f"{rate:.1f} answers/s  {report.tokens_per_second:,.0f} tok/s  "
-            f"kept {report.kept_share:.0%}{failed}",
-        )
