@@ -18,7 +18,7 @@ from distillab.export.convert import from_hf
 from distillab.models.interface import PretrainedLM
 from distillab.models.pretrained import load_pretrained
 from distillab.models.tokenizer import load_tokenizer
-from distillab.plan.model_shapes import find_shape
+from distillab.plan.shapes import find_shape
 from distillab.report.page import write_report
 from distillab.report.run_data import read_run
 

@@ -33,7 +33,7 @@ from distillab.models.interface import PretrainedLM
 from distillab.models.pretrained import load_pretrained
 from distillab.models.student import StudentModel
 from distillab.models.tokenizer import document_separator, load_tokenizer, tokenizer_fingerprint
-from distillab.plan.model_shapes import find_shape
+from distillab.plan.shapes import find_shape
 from distillab.report.page import write_report
 from distillab.report.run_data import read_run
 from distillab.report.terminal_tables import runs_table

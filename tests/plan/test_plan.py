@@ -15,11 +15,11 @@ from distillab.config.recipes import load_recipe, shipped_recipes
 from distillab.config.schema import Recipe
 from distillab.errors import DistillabError
 from distillab.plan.hardware import GIB, GPUS, find_device
-from distillab.plan.model_shapes import BUILT_IN, find_shape, from_config
-from distillab.plan.plan import ENGINES, plan, suggestions
-from distillab.plan.shapes import SHAPES, Shape
+from distillab.plan.plan import plan, suggestions
+from distillab.plan.shapes import BUILT_IN, SHAPES, Shape, find_shape, from_config
 from distillab.plan.table import MOMENTS, change_table, memory_table, summary
 
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 T4, H100 = GPUS["t4"], GPUS["h100"]
 CPU = replace(find_device("cpu"), memory=16 * GIB)
 CONFIG = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..limits import MANY_ROWS, MANY_STEPS, cache_room
 from ..loss.chunking import BUDGET_BYTES, Chunking
-from .shapes import BYTES, Shape, forward_operations
+from .shapes import BYTES, Shape
 
 ZERO_BUCKET = 500_000_000
 """DeepSpeed 归约梯度的桶缺省有这么多个数。"""
@@ -104,12 +104,10 @@ class Step:
         """训练的参数个数；LoRA 时是全部线性层上的 adapter。"""
         if self.lora_rank is None:
             return self.student.parameters
-        h, q, kv, i = (
-            self.student.hidden_size, self.student.query_size,
-            self.student.kv_size, self.student.intermediate_size,
-        )  # fmt: skip
-        widths = 2 * (h + q) + 2 * (h + kv) + 3 * (h + i)  # q、o，k、v，gate、up、down
-        return self.lora_rank * widths * self.student.num_layers
+        student = self.student
+        qkvo = 4 * student.hidden_size + 2 * (student.query_size + student.kv_size)
+        gates = 3 * (student.hidden_size + student.intermediate_size)
+        return self.lora_rank * (qkvo + gates) * student.num_layers
 
     def _shards(self, *engines: str) -> int:
         """``engines`` 把某一样东西分到全部进程；别的引擎不分。"""
@@ -169,7 +167,10 @@ class Step:
             width = self.teacher.hidden_size * BYTES[self.teacher_precision]
             targets = {"teacher forward": self.response_rows * width}
 
-        layer = self._layer()
+        masked = self.seq_len if self.padded else 0
+        layer = self.tokens * student.activations(
+            self.precision, masked=masked, lora_rank=self.lora_rank
+        )
         ends = self.tokens * student.hidden_size * (4 + 4 * full)  # 最后的 norm
         stream = BYTES[self.base_precision]  # 残差流与权重同类型
         inputs = self.tokens * student.hidden_size * stream
@@ -179,47 +180,20 @@ class Step:
             # 前向里每个权重的半精度副本，反向还要用
             cast = {"autocast weights": student.num_layers * student.block_matmuls * size}
         rows = self.response_rows * student.hidden_size * 4
-        found["loss"] = (
-            kept
-            | cast
-            | targets
-            | {
-                "gradients": held + head,
-                "student activations": layers,
-                "loss": self.loss_buffers(device) + 2 * rows,  # hidden state 与它的梯度
-            }
-        )
+        buffers = self.loss_buffers(device) + 2 * rows  # hidden state 与它的梯度
+        so_far = kept | targets | {"gradients": held + head}
+        found["loss"] = so_far | cast | {"student activations": layers, "loss": buffers}
         # 反向走到最后一层：它的激活值还在（重算的话此刻才有），又有 gate、up 与残差流的梯度。
         wide = 2 * student.intermediate_size + 2 * student.hidden_size
         working = self.tokens * (wide * size + student.hidden_size * 4)
-        found["backward"] = (
-            kept
-            | ({} if self.checkpointing else cast)
-            | targets
-            | {
-                "gradients": held + head,
-                "student activations": layers + layer * self.checkpointing + working,
-            }
-        )
+        working += layer * self.checkpointing
+        cast = {} if self.checkpointing else cast
+        found["backward"] = so_far | cast | {"student activations": layers + working}
         # 走完各层：embedding 的梯度先单独算出，再与 head 的相加；已有的梯度要等它们都齐了才加上去。
         apart = student.tied + (held > 0 or sharded > 1)
-        found["embedding"] = (
-            kept
-            | targets
-            | {
-                "gradients": gradients + apart * head,
-                "student activations": layer * self.checkpointing + working,
-            }
-        )
+        gradients += apart * head
+        found["embedding"] = so_far | {"gradients": gradients, "student activations": working}
         return found
-
-    def _layer(self) -> int:
-        """一层为反向留下的字节数，整个 micro-batch。"""
-        return self.tokens * self.student.activations(
-            self.precision,
-            masked=self.seq_len if self.padded else 0,
-            lora_rank=self.lora_rank,
-        )
 
     def peak(self, device: str = "cuda") -> tuple[str, dict[str, int]]:
         """占得最多的时刻，与那一刻的各部分，单位字节；总和就是一个进程的峰值。"""
@@ -298,16 +272,16 @@ class Step:
         backward = 2 if self.lora_rank is None else 1
         passes = 1 + backward + self.checkpointing
         found = {
-            "student": forward_operations(self.student, self.tokens, length) * passes,
+            "student": self.student.forward_operations(self.tokens, length) * passes,
             "heads": 2.0 * rows * self.student.head_parameters * (1 + backward),
         }
         if self.teacher is not None and self.distils:
             read = self.teacher_seq_len or length
-            found["teacher"] = forward_operations(self.teacher, self.teacher_tokens, read)
+            found["teacher"] = self.teacher.forward_operations(self.teacher_tokens, read)
             found["heads"] += 2.0 * rows * self.teacher.head_parameters
         if self.sampling is not None:
             total = self.sampling.prompt + self.sampling.new_tokens
-            found["sampling"] = forward_operations(self.student, self.batch_size * total, total)
+            found["sampling"] = self.student.forward_operations(self.batch_size * total, total)
             found["sampling"] += (
                 2.0 * self.batch_size * self.sampling.new_tokens * self.student.head_parameters
             )
