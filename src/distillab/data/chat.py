@@ -43,19 +43,9 @@ def render(
     的部分与补上的标记。正文整段分词一次；如果分词器会让某个 token
     跨过 response 的开头（或受它影响），就在那里切开、两边各自分词：推理时 prompt 是单独分词的。
 
-    Args:
-        messages: 各轮，最后一轮是 assistant。
-        tokenizer: 有 chat template 的快速分词器。
-        template_options: 模板的选项，例如 ``{"enable_thinking": False}``。
-        loss_on: 训练每个 assistant 轮，还是只训练最后一轮；开场的 assistant 轮不是回答，总不训练。
-        style: 内容里的控制 token 怎样办，模板写哪一天。
-
-    Returns:
-        整段对话的 token，与 response 的位置。
-
-    Raises:
-        DistillabError: 没有模板，模板拒绝或丢掉了某条消息、不认识选项、用了太多时间或内存，训练与
-            推理时的 prompt 不同，或 ``style`` 不许内容里有控制 token。
+    ``loss_on`` 为 ``all`` 时训练每个 assistant 轮，开场的除外：它不是回答。没有模板，模板拒绝或丢掉
+    了某条消息、不认识选项、用了太多时间或内存，训练与推理时的 prompt 不同，或 ``style`` 不许内容里
+    有控制 token，都报错。
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise DistillabError(
@@ -96,17 +86,7 @@ def render_prompt(
 ) -> list[int]:
     """推理时的 prompt，到 generation prompt 为止；结尾的 assistant 轮（如果有）不算在内。
 
-    Args:
-        messages: 各轮。
-        tokenizer: 有 chat template 的分词器。
-        template_options: 模板的选项。
-        style: 见 :func:`render`。
-
-    Returns:
-        token；与 :func:`render` 在 ``loss_on="last"`` 时 response 之前的部分相同。
-
-    Raises:
-        DistillabError: 与 :func:`render` 相同。
+    与 :func:`render` 在 ``loss_on="last"`` 时 response 之前的 token 相同，错误也相同。
     """
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -136,7 +116,7 @@ def text_ids(
     template_options: Mapping[str, Any],
     style: Style = USUAL,
 ) -> list[int]:
-    """接在 prompt 之后的一段文字（选择题的一个选项）的 token；参数见 :func:`render`。"""
+    """接在 prompt 之后的一段文字（选择题的一个选项）的 token。"""
     template = Template(tokenizer, template_options, style)
     (message,) = template.read([{"role": "assistant", "content": text}])
     return template.encode(message["content"])[0]
@@ -149,14 +129,7 @@ def render_ahead(
     loss_on: Literal["all", "last"],
     style: Style = USUAL,
 ) -> None:
-    """先渲染好接下来要 :func:`render` 或 :func:`render_prompt` 的几段，快得多；参数同它们。
-
-    Args:
-        conversations: 各轮与模板的选项。
-        tokenizer: 见 :func:`render`。
-        loss_on: 见 :func:`render`。
-        style: 见 :func:`render`。
-    """
+    """先渲染好接下来要 :func:`render` 或 :func:`render_prompt` 的几段，快得多。"""
     templates = []
     for messages, options in conversations:
         with suppress(DistillabError):  # 轮到它时再报，那时说得出是哪一条
@@ -184,15 +157,7 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def turn_end(
     tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
 ) -> TurnEnd | None:
-    """结束 assistant 一轮的 token。
-
-    Args:
-        tokenizer: 分词器。
-        template_options: 模板的选项。
-
-    Returns:
-        ``None`` 表示没有模板，或它渲染不了一问一答。
-    """
+    """结束 assistant 一轮的 token；没有模板，或它渲染不了一问一答，是 ``None``。"""
     own = {key: value for key, value in template_options.items() if key != "tools"}
     try:
         template = Template(tokenizer, own)
@@ -216,14 +181,7 @@ def generation_prompt_length(
 ) -> int:
     """Generation prompt（例如 ``<|im_start|>assistant`` 与换行）有几个 token。
 
-    Args:
-        messages: 各轮；结尾的 assistant 轮（如果有）不算在内。
-        tokenizer: 有 chat template 的快速分词器。
-        template_options: 见 :func:`render`。
-        style: 见 :func:`render`。
-
-    Returns:
-        至少为 1：没有单独一段的模板，也要有一个 token 来预测 response 的开头。
+    至少为 1：没有单独一段的模板，也要有一个 token 来预测 response 的开头。
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     template = Template(tokenizer, template_options, style)

@@ -40,10 +40,8 @@ def shown_text(text: str) -> str:
 class ControlTokens:
     """一个分词器在一个模板里的控制 token。
 
-    Args:
-        tokenizer: 快速分词器。
-        written: 模板渲染的一小段对话；没有标成 special、模板却用来分开各轮的 token（DeepSeek 的
-            ``<｜User｜>``）由此看出。
+    ``written`` 是模板渲染的一小段对话：没有标成 special、模板却用来分开各轮的 token（DeepSeek 的
+    ``<｜User｜>``）由此看出。
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str) -> None:
@@ -69,11 +67,7 @@ class ControlTokens:
 
     @staticmethod
     def mark(texts: Iterable[str]) -> str:
-        """这些文字里都没有的记号。
-
-        Raises:
-            DistillabError: 文字里有全部记号。
-        """
+        """这些文字里都没有的记号。"""
         used = set().union(*(_MARK.findall(text) for text in texts))
         for mark in _MARKS:
             if mark not in used:
@@ -88,14 +82,9 @@ class ControlTokens:
         return text
 
     def encode(self, text: str, mark: str) -> tuple[list[int], list[Span]]:
-        """``(token, 每个 token 在 text 里的位置)``，记号不占 token。
+        """``(token, 每个 token 在 text 里的位置)``，``text`` 里的记号不占 token。
 
-        Args:
-            text: 渲染出的文字，内容里的控制 token 带着记号。
-            mark: 记号。
-
-        Raises:
-            DistillabError: 这个分词器从普通文字里也认出控制 token。
+        这个分词器从普通文字里也认出控制 token 的，报错。
         """
         ids: list[int] = []
         offsets: list[Span] = []

@@ -76,14 +76,7 @@ class Conversation:
 
 
 def question_key(question: str) -> str:
-    """没有 ``id`` 的对话的键。
-
-    Args:
-        question: 最后一条 user 消息；首尾的空白不计。
-
-    Returns:
-        ``q-`` 与 16 位十六进制。
-    """
+    """没有 ``id`` 的对话的键，由最后一条 user 消息得出，首尾的空白不计。"""
     return f"q-{hashlib.sha256(question.strip().encode()).hexdigest()[:16]}"
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import nearest
+from ..errors import DistillabError, nearest
+from ..parsing import parse_json
 
 Message = dict[str, Any]
 """chat template 的一轮：``role`` 与 ``content``，也许还有 ``KEPT`` 里的键。
@@ -63,31 +64,19 @@ _NOT_IN_TURNS = (_OF_PROMPT | _OF_RESPONSE | _OTHER_WEIGHTS | {"refusal", "citat
 
 @dataclass(frozen=True)
 class Dialogue:
-    """一条记录里的对话。
-
-    Attributes:
-        messages: 各轮。
-        tools: 模型可以调用的工具，JSON Schema；没有则为 ``None``。
-        unread: 没有读的键；轮里的写成 ``turn.KEY``。
-        cut: 结尾去掉了几轮没有回答的问题，只有 guanaco 的写法才会。
-    """
+    """一条记录里的对话；各项见 ``Conversation``。"""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     unread: frozenset[str]
-    cut: int
+    cut: int  # 结尾去掉了几轮没有回答的问题
 
 
 def read_dialogue(record: Mapping[str, Any], text_field: str, need_response: bool) -> Dialogue:
-    """认出写法，取出各轮。
+    """认出一条记录（没有值为 ``None`` 的键）的写法，取出各轮；guanaco 的全文在 ``text_field`` 里。
 
-    Args:
-        record: 一条记录，没有值为 ``None`` 的键。
-        text_field: guanaco 写法放全文的字段。
-        need_response: 没有 response 的写法要报错；不要 response 时，写 response 的键也不查。
-
-    Raises:
-        ValueError: 认不出、角色不认识、内容不是文字，或有一个改变对话的键用不上。
+    认不出、角色不认识、内容不是文字，或有一个改变对话的键用不上，是 ``ValueError``。不要 response
+    时，写 response 的键也不查。
     """
     unread: set[str] = set()
     form = next((key for key in _OF_FORM if key in record), text_field)
@@ -270,8 +259,8 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
         return None
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
+            tools = parse_json(tools, "tools")
+        except DistillabError:
             raise ValueError(f"expected a list of tools in tools, found {_shown(tools)}") from None
         if _empty(tools):
             return None

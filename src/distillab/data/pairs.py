@@ -24,21 +24,13 @@ from .responses import usable_responses
 
 @dataclass(frozen=True)
 class Task:
-    """一个任务。
+    """一个任务。"""
 
-    Attributes:
-        id: 在全部任务里唯一。
-        messages: 教师读到的消息，经验已在其中，不含回答。
-        answer: 标准答案；没有则为 ``None``。
-        record: 原始记录，交给使用者的过滤函数。
-        tools: 教师可以调用的工具；没有则为 ``None``。
-    """
-
-    id: str
-    messages: list[dict[str, Any]]
-    answer: str | None
-    record: dict[str, Any]
-    tools: list[dict[str, Any]] | None = None
+    id: str  # 在全部任务里唯一
+    messages: list[dict[str, Any]]  # 教师读到的，经验已在其中，不含回答
+    answer: str | None  # 标准答案
+    record: dict[str, Any]  # 原始记录，交给使用者的过滤函数
+    tools: list[dict[str, Any]] | None = None  # 教师可以调用的工具
 
 
 @dataclass(frozen=True)
@@ -116,11 +108,7 @@ def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[P
 
 
 def with_experience(conversations: list[Conversation], config: Experience) -> list[Pair]:
-    """给教师的视角拼上 ``config.experience``；没有经验则两个视角相同。
-
-    Raises:
-        DistillabError: 经验读不了，或学生的 prompt 里已有它。
-    """
+    """给教师的视角拼上 ``config.experience``；没有经验则两个视角相同，学生已读到它的报错。"""
     problems = _Problems()
     pairs = _with_experience(conversations, config, problems)
     problems.raise_any("experience")
@@ -128,17 +116,10 @@ def with_experience(conversations: list[Conversation], config: Experience) -> li
 
 
 def read_experience(text: str) -> str:
-    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径。
+    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径；去掉首尾的空白。
 
-    Args:
-        text: 没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的
-            文件与 ``shipped:`` 也是；其余是经验本身。
-
-    Returns:
-        去掉首尾空白的经验。
-
-    Raises:
-        DistillabError: 没有这个文件、不是 UTF-8 文本，或经验是空的。
+    没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的文件与
+    ``shipped:`` 也是；其余是经验本身。
     """
     content = text
     if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):

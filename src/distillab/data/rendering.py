@@ -41,36 +41,22 @@ _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); " \
 
 @dataclass(frozen=True)
 class Rendered:
-    """一次渲染。
-
-    Attributes:
-        text: 渲染出的文字；模板拒绝时为空。
-        blocks: ``{% generation %}`` 圈出的各段。
-        error: 模板为什么拒绝；渲染出来了则为 ``None``。
-    """
+    """一次渲染。"""
 
     text: str
-    blocks: list[Span]
-    error: str | None
+    blocks: list[Span]  # {% generation %} 圈出的各段
+    error: str | None  # 模板为什么拒绝；那时 text 为空
 
 
 @dataclass(frozen=True)
 class Request:
-    """一段对话的若干个开头。
-
-    Attributes:
-        messages: 各轮。
-        wanted: 要渲染哪些开头：``(前几轮, 要不要 generation prompt)``。
-        variables: 模板读的其余变量，能写成 JSON。
-        blocks: 要不要 ``{% generation %}`` 圈出的各段。
-        today: 模板写的日期；``None`` 为今天。
-    """
+    """一段对话的若干个开头。"""
 
     messages: Sequence[Message]
-    wanted: Sequence[tuple[int, bool]]
-    variables: Mapping[str, Any]
-    blocks: bool = False
-    today: date | None = None
+    wanted: Sequence[tuple[int, bool]]  # （前几轮，要不要 generation prompt）
+    variables: Mapping[str, Any]  # 模板读的其余变量，能写成 JSON
+    blocks: bool = False  # 要不要 {% generation %} 圈出的各段
+    today: date | None = None  # 模板写的日期
 
     def line(self) -> bytes:
         """写成一行 JSON。"""
@@ -79,18 +65,7 @@ class Request:
 
 
 def rendered(template: str, request: Request) -> list[Rendered]:
-    """渲染一段对话的若干个开头。
-
-    Args:
-        template: 模板的原文。
-        request: 要哪些。
-
-    Returns:
-        与 ``request.wanted`` 一一对应。
-
-    Raises:
-        DistillabError: 模板用的时间或内存超过了界限，或写得太长。
-    """
+    """渲染一段对话的若干个开头；模板用的时间或内存超过了界限，或写得太长，就报错。"""
     line = request.line()
     reply = _ahead.pop((template, line), None) or _process.ask(template, [line])[0]
     if "stopped" in reply:

@@ -71,14 +71,9 @@ class Template:
         return nearest(key, names) if names else "it has none"
 
     def read(self, messages: Sequence[Message], loss_on: LossOn | None = None) -> list[Message]:
-        """要渲染的对话：内容里的控制 token 断开，用得到的几次渲染一次做完。
+        """要渲染的对话：内容里的控制 token 断开（不许有的拒绝），用得到的几次渲染一次做完。
 
-        Args:
-            messages: 各轮。
-            loss_on: 训练哪些轮；``None`` 是只有 prompt。
-
-        Raises:
-            DistillabError: 不许内容里有控制 token，而它有。
+        ``loss_on`` 为 ``None`` 是只有 prompt。
         """
         style, tools = self.style.control_tokens, self.options.get("tools")
         token = None if style == "keep" else self.controls.first(self.said(messages))

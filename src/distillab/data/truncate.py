@@ -21,17 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fitted:
-    """截断到 ``max_seq_len`` 的一条数据。
+    """截断到 ``max_seq_len`` 的一条数据。"""
 
-    Attributes:
-        views: 学生的视角；教师的 prompt 不同时还有教师的。
-        prompt_cut: 去掉了最早的若干轮，或 prompt 的开头。
-        response_cut: 去掉了 response 的结尾。
-    """
-
-    views: tuple[Tokens, ...]
-    prompt_cut: bool
-    response_cut: bool
+    views: tuple[Tokens, ...]  # 学生的；教师的 prompt 不同时还有教师的
+    prompt_cut: bool  # 去掉了最早的若干轮，或 prompt 的开头
+    response_cut: bool  # 去掉了 response 的结尾
 
 
 def fit(
@@ -49,19 +43,8 @@ def fit(
     generation prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，
     截掉经验的教师不再值得学，宁可少学一截 response。
 
-    Args:
-        views: 学生的各轮，以及（不同时）教师的各轮；不以 assistant 结尾时只有 prompt。
-        tokenizer: 有 chat template 的快速分词器。
-        max_seq_len: 每个视角最多的 token 数；只有 prompt 时要给 response 留出至少一个。
-        template_options: 见 :func:`distillab.data.chat.render`。
-        loss_on: 见 :func:`distillab.data.chat.render`。
-        style: 见 :func:`distillab.data.chat.render`。
-
-    Returns:
-        截断的结果；连一个 response token 也留不下时为 ``None``。
-
-    Raises:
-        DistillabError: 见 :func:`distillab.data.chat.render`；或两个视角把 response 渲染得不同。
+    ``views`` 是学生的各轮，以及（不同时）教师的；不以 assistant 结尾的只有 prompt，那时要给
+    response 留出至少一个 token。一个 response token 也留不下时为 ``None``。
     """
     has_response = views[0][-1]["role"] == "assistant"
     limit = max_seq_len if has_response else max_seq_len - 1

@@ -28,19 +28,12 @@ _RESPONSE: Message = {"role": "assistant", "content": "qzxresponse"}
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """一轮 assistant 的结束。
-
-    Attributes:
-        token: 结束这一轮的 token。
-        text: 它的文字。
-        unwritten: 最后一轮之后模板没有写、要补上的文字，以 ``text`` 结尾；模板自己写了则为空。
-        markers: 这个分词器的控制 token。
-    """
+    """一轮 assistant 的结束。"""
 
     token: int
-    text: str
-    unwritten: str
-    markers: tuple[str, ...]
+    text: str  # 这个 token 的文字
+    unwritten: str  # 最后一轮之后模板没有写、要补上的，以 text 结尾；模板自己写了则为空
+    markers: tuple[str, ...]  # 这个分词器的控制 token
 
     def end_of(self, text: str, start: int) -> int:
         """``text[start:]`` 是一段 response 与它之后模板写的东西；给出 response 在哪里结束。
@@ -72,15 +65,7 @@ class TurnEnd:
 
 
 def find_turn_end(render: Render, tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
-    """渲染一段小对话，看 response 之后是什么。
-
-    Args:
-        render: chat template。
-        tokenizer: 它的分词器。
-
-    Returns:
-        ``None`` 表示看不出来：模板渲染不了这段对话，或不照写 response。
-    """
+    """渲染一段小对话，看 response 之后是什么；模板渲染不了它，或不照写 response，是 ``None``。"""
     special, markers = _markers(tokenizer)
 
     def turn_end(text: str, unwritten: str) -> TurnEnd:
