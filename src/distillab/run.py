@@ -79,13 +79,16 @@ def train(
             if not run.report.exists() and main_process():
                 _report(run, done)
             return run, done
-        pairs, tasks = read_pairs(recipe.data, recipe.responses), load_tasks(recipe)
+        pairs, tasks = (
+            read_pairs(recipe.data, recipe.responses),
+            load_tasks(recipe.evaluate, recipe.data),
+        )
         parts = parts or build_models(recipe.student, recipe.teacher, recipe.train)
         parameters = parts.parameters  # 分片之后就数不出来了
         counts = (f"{name} {n / 1e6:.1f}M" for name, n in parameters.items())
         logger.info("parameters: %s", ", ".join(counts))
         trainer = build_trainer(recipe, parts, run.path, pairs)
-        checks = Checks(recipe, tasks, parts, trainer, run.checks)
+        checks = Checks(recipe.evaluate.texts, tasks, parts, trainer, run.checks)
         main = trainer.accelerator.is_main_process
         with trainer.watch:
             measured = _reference(run, trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from ..assembly.parts import Parts
 from ..assembly.training import build_text
 from ..batch import collate_text
-from ..config.schema import Recipe
+from ..config.schema import EvaluateConfig
+from ..config.sections import DataSection, TextConfig
 from ..errors import DistillabError
 from ..figures import AFTER, BEFORE, LABELS, TEACHER, gap_closed
 from ..files import replace_file
@@ -40,7 +41,7 @@ class Checks:
 
     def __init__(
         self,
-        recipe: Recipe,
+        texts: Mapping[str, TextConfig],
         tasks: list[TaskSet],
         parts: Parts,
         trainer: DistillationTrainer,
@@ -56,7 +57,7 @@ class Checks:
             name: trainer.evaluation_loader(
                 build_text(config, parts.tokenizer), collate, config.max_sequences
             )
-            for name, config in recipe.evaluate.texts.items()
+            for name, config in texts.items()
         }
 
     def measure(self, when: When) -> dict[str, dict[str, Any]]:
@@ -148,13 +149,13 @@ def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Itera
         yield replace(parts, student=student, teacher=teacher)
 
 
-def load_tasks(recipe: Recipe) -> list[TaskSet]:
+def load_tasks(config: EvaluateConfig, data: DataSection) -> list[TaskSet]:
     """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
-    if recipe.evaluate.lm_eval is not None:
-        check_harness(recipe.evaluate.lm_eval)
+    if config.lm_eval is not None:
+        check_harness(config.lm_eval)
     return [
-        TaskSet.load(name, config, recipe.data.template_options, recipe.data.style)
-        for name, config in recipe.evaluate.tasks.items()
+        TaskSet.load(name, task, data.template_options, data.style)
+        for name, task in config.tasks.items()
     ]
 
 

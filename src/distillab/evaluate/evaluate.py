@@ -105,7 +105,9 @@ def evaluate(
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     sources = check_names(models)
     bench = _prepare(recipe)
-    own, step = run_subjects(recipe, bench.parts, path, _is_privileged(bench))
+    own, step = run_subjects(
+        recipe.student, recipe.teacher, bench.parts, path, _is_privileged(bench)
+    )
     device = bench.parts.student.head.weight.device
     bench.teacher = own[0] if own[0].name == TEACHER else None
     _measure(bench, own)
@@ -148,7 +150,10 @@ def _prepare(recipe: Recipe) -> _Bench:
             f"evaluate.texts.{VALIDATION}: this name is the run's own validation data; "
             f"name the text differently"
         )
-    pairs, tasks = read_pairs(recipe.data, recipe.responses), load_tasks(recipe)
+    pairs, tasks = (
+        read_pairs(recipe.data, recipe.responses),
+        load_tasks(recipe.evaluate, recipe.data),
+    )
     parts = build_models(recipe.student, recipe.teacher, recipe.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):

@@ -13,7 +13,7 @@ import torch
 
 from ..assembly.parts import Parts
 from ..config.run_dir import exported_model
-from ..config.schema import Recipe
+from ..config.schema import ModelSource, StudentSection
 from ..errors import DistillabError
 from ..figures import AFTER, BEFORE, LABELS, TEACHER, WITHOUT
 from ..models.interface import LanguageModel, PretrainedLM, evaluating
@@ -71,28 +71,31 @@ class Subject:
 
 
 def run_subjects(
-    recipe: Recipe, parts: Parts, checkpoint: Path, privileged: bool
+    section: StudentSection,
+    source: ModelSource | None,
+    parts: Parts,
+    checkpoint: Path,
+    privileged: bool,
 ) -> tuple[list[Subject], int]:
     """一次运行自己的模型，和检查点在第几步：教师（如果有）在最前面，然后是训练前与训练后的学生。
 
     学生的权重换成检查点里的，训练前的另留一份；``privileged`` 是教师读到学生读不到的东西。检查点损
     坏或与配方不符时 ``DistillabError``。
     """
-    student, tokenizer, section = parts.student, parts.tokenizer, recipe.student
+    student, tokenizer = parts.student, parts.tokenizer
     # 关掉 adapter 就是训练前的学生：B 从 0 开始。
     before = student if has_lora(student) else copy.deepcopy(student)
     step = load_student(student, checkpoint).current_step
     origin = section.path or "random weights"
     found = []
-    if parts.teacher is not None and recipe.teacher is not None:
-        path = recipe.teacher.path
+    if parts.teacher is not None and source is not None:
         if section.init is not None:
-            origin = f"layers of {path}"
+            origin = f"layers of {source.path}"
         reads: list[tuple[str, Side]] = [(TEACHER, "student")]
         if privileged:
             reads = [(TEACHER, "teacher"), (WITHOUT, "student")]
         found = [
-            Subject(name, parts.teacher, tokenizer, side, path, parts.teacher is not student)
+            Subject(name, parts.teacher, tokenizer, side, source.path, parts.teacher is not student)
             for name, side in reads
         ]
     found += [
