@@ -79,10 +79,8 @@ def train(
             if not run.report.exists() and main_process():
                 _report(run, done)
             return run, done
-        pairs, tasks = (
-            read_pairs(recipe.data, recipe.responses),
-            load_tasks(recipe.evaluate, recipe.data),
-        )
+        pairs = read_pairs(recipe.data, recipe.responses)
+        tasks = load_tasks(recipe.evaluate, recipe.data)
         parts = parts or build_models(recipe.student, recipe.teacher, recipe.train)
         parameters = parts.parameters  # 分片之后就数不出来了
         counts = (f"{name} {n / 1e6:.1f}M" for name, n in parameters.items())

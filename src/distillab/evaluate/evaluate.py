@@ -150,10 +150,8 @@ def _prepare(recipe: Recipe) -> _Bench:
             f"evaluate.texts.{VALIDATION}: this name is the run's own validation data; "
             f"name the text differently"
         )
-    pairs, tasks = (
-        read_pairs(recipe.data, recipe.responses),
-        load_tasks(recipe.evaluate, recipe.data),
-    )
+    pairs = read_pairs(recipe.data, recipe.responses)
+    tasks = load_tasks(recipe.evaluate, recipe.data)
     parts = build_models(recipe.student, recipe.teacher, recipe.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):
