@@ -105,9 +105,9 @@ def evaluate(
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     sources = check_names(models)
     bench = _prepare(recipe)
-    own, step = run_subjects(
-        recipe.student, recipe.teacher, bench.parts, path, _is_privileged(bench)
-    )
+    privileged = any(data.privileged for data in bench.texts.values())
+    privileged = privileged or any(map(_has_views, bench.tasks))
+    own, step = run_subjects(recipe.student, recipe.teacher, bench.parts, path, privileged)
     device = bench.parts.student.head.weight.device
     bench.teacher = own[0] if own[0].name == TEACHER else None
     _measure(bench, own)
@@ -176,12 +176,6 @@ def _beginning(example: Example) -> Example:
     ids = example.student.ids
     view = Tokens(ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))], [])
     return Example(view, view)
-
-
-def _is_privileged(bench: _Bench) -> bool:
-    return any(data.privileged for data in bench.texts.values()) or any(
-        map(_has_views, bench.tasks)
-    )
 
 
 def _has_views(task: TaskSet) -> bool:

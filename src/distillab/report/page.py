@@ -99,8 +99,8 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         loader=PackageLoader("distillab.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "duration": duration, "memory": memory,
-                            "shown": shown}  # fmt: skip
+    filters = {"number": number, "duration": duration, "memory": memory, "shown": shown}
+    environment.filters |= filters
     sections = {
         "curves": curve_charts(runs),
         "agreement": agreement_charts(runs),
@@ -162,8 +162,8 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
 
 def _configured(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
     """取值不同的配方键；名字、说明与开始的日子不算。"""
-    return [row for row in differing([run.recipe for run in runs])
-            if row[0] not in ("name", "description", "data.today")]  # fmt: skip
+    own = ("name", "description", "data.today")
+    return [row for row in differing([run.recipe for run in runs]) if row[0] not in own]
 
 
 def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:

@@ -54,14 +54,14 @@ def results(runs: Sequence[RunData]) -> dict[str, Any]:
 def costs(run: RunData) -> dict[str, Any]:
     """花了多少：走完的取自 ``summary.json``，没走完的取自最后一行指标。"""
     last = run.train[-1] if run.train else {}
-    found = {key: run.summary.get(key, last.get(key))
-             for key in ("tokens", "seconds", "skipped_steps")}  # fmt: skip
+    keys = ("tokens", "seconds", "skipped_steps")
+    found = {key: run.summary.get(key, last.get(key)) for key in keys}
     tokens, seconds = found["tokens"], found["seconds"]
     speed = tokens / seconds if tokens is not None and seconds else None
+    measured = run.evaluation.get("models", {})
     parameters = run.summary.get("parameters", {}) or {
-        model: info.get("parameters")
-        for model, info in run.evaluation.get("models", {}).items()
-    }  # fmt: skip
+        model: info.get("parameters") for model, info in measured.items()
+    }
     return found | {
         "steps": run.summary.get("steps", last.get("step")),
         "tokens_per_second": run.summary.get("tokens_per_second", speed),
