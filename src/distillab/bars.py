@@ -36,9 +36,11 @@ def make_bar(enabled: bool = True) -> Progress:
     )
 
 
-def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """给一段较长的工作一条自己的进度条。"""
-    with make_bar() as bar:
+def track(
+    items: Iterable[Item], description: str, total: int, *, at_least: int = 0
+) -> Iterator[Item]:
+    """给一段较长的工作一条自己的进度条；不足 ``at_least`` 个就不画。"""
+    with make_bar(total >= at_least) as bar:
         task = bar.add_task(description, total=total, status=description)
         for item in items:
             yield item

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import DistillabError, foreign
-from .files import replace_file, settle, sweep, sync, temporary_beside, writing
+from .files import rename_directory, replace_file, sweep, temporary_beside, writing
 
 logger = logging.getLogger("distillab")
 
@@ -31,33 +31,18 @@ _LEFTOVER = re.compile(r"\.(?P<target>.{,200})\.[0-9a-f]{12}(\.tmp)?")
 
 
 def cache_dir() -> Path:
-    """缓存根目录。
-
-    Returns:
-        环境变量 ``DISTILLAB_CACHE`` 所指，没有设置则是 ``~/.cache/distillab``；不保证已存在。
-    """
+    """缓存根目录：``DISTILLAB_CACHE`` 所指，没有设置则是 ``~/.cache/distillab``；不保证已存在。"""
     return expanded(os.environ.get("DISTILLAB_CACHE") or "~/.cache/distillab")
 
 
 def expanded(path: str) -> Path:
-    """开头的 ``~`` 换成家目录。
-
-    Raises:
-        DistillabError: 不知道家目录在哪里，例如没有 ``HOME`` 的容器。
-    """
+    """开头的 ``~`` 换成家目录；不知道它在哪里的（没有 ``HOME`` 的容器）是错误。"""
     with foreign(f"{path}: where is '~'? Set HOME, or give a path without it"):
         return Path(path).expanduser()
 
 
 def file_sha256(path: Path) -> str:
-    """文件内容的 sha256。
-
-    Args:
-        path: 已存在的文件。
-
-    Returns:
-        64 位小写十六进制。
-    """
+    """文件内容的 sha256，64 位小写十六进制。"""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -72,20 +57,9 @@ def sound(directory: Path) -> bool:
 
 @contextmanager
 def build_dir(target: Path) -> Iterator[Path]:
-    """在 ``target`` 旁边的临时目录里构建，成功后一次 rename 到位。
+    """在 ``target`` 旁边的临时目录里构建，成功后一次改名到位：``target`` 要么不存在，要么完整。
 
-    ``target`` 要么不存在，要么完整：中途出错会清掉临时目录；中途被杀只留下一个名字不同、
-    没有人会去读的临时目录。
-
-    Args:
-        target: 最终的目录；别的进程抢先建好了，就用它的，丢掉自己这份。
-
-    Yields:
-        空的临时目录。
-
-    Raises:
-        DistillabError: 缓存目录不可写。
-        NoRoom: 放不下。
+    别的进程抢先建好了，就用它的，丢掉自己这份。缓存目录不可写是 ``DistillabError``。
     """
     temporary = temporary_beside(target)
     with writing(target, temporary):
@@ -95,31 +69,16 @@ def build_dir(target: Path) -> Iterator[Path]:
             raise _not_writable(target, error) from error
         yield temporary
         _record(temporary)
-        settle(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        if not rename_directory(temporary, target):
             shutil.rmtree(temporary, ignore_errors=True)
-        sync(target.parent)
 
 
 @contextmanager
 def build_once(target: Path) -> Iterator[Path | None]:
-    """同 ``build_dir``，但只有一个进程在建，同时要它的别的进程等着用。
+    """同 ``build_dir``，但只有一个进程在建；``target`` 已经在了（也许刚刚等来）则给出 ``None``。
 
     锁由系统持有：建的进程被杀，锁随它而去，等着的进程接手重建，并清掉它留下的临时目录。``target``
     坏了时，日志里说一行，重建。
-
-    Args:
-        target: 最终的目录。
-
-    Yields:
-        空的临时目录；``target`` 已经在了（也许是刚才等来的），则为 ``None``。
-
-    Raises:
-        DistillabError: 缓存目录不可写。
     """
     if sound(target):
         yield None
@@ -212,10 +171,8 @@ def _damage(directory: Path) -> str | None:
 
 def _stamps(directory: Path) -> Any:
     """上次对摘要时各文件的 mtime 与 ctime，纳秒。"""
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         return json.loads((directory / _CHECKED).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _not_writable(target: Path, error: OSError) -> DistillabError:

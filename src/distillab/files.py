@@ -1,7 +1,7 @@
 """写文件只有这一处：整个换掉，一次改名到位；不跟随别人摆好的符号链接，磁盘满了说得清。
 
 写到一半的东西叫 ``.NAME.<12 个十六进制>.tmp``，与目标在同一个目录里：名字猜不到，``O_EXCL`` 又保证
-它是新建的，所以摆在那里的符号链接骗不了我们去改别的文件。出错就删掉；被杀留下的由名字认得出来。
+它是新建的，符号链接骗不了我们去改别的文件。出错就删掉；被杀留下的由名字认得出来。
 """
 
 from __future__ import annotations
@@ -42,12 +42,7 @@ def temporary_beside(target: Path) -> Path:
 
 
 def leftovers(directory: Path, target: str | None = None) -> list[Path]:
-    """被杀的进程留在 ``directory`` 里的、写到一半的文件与目录；正在写的也在内，所以要先拿到锁。
-
-    Args:
-        directory: 在哪里找；不往下找，可以不存在。
-        target: 只要这个名字的；缺省为全部。
-    """
+    """``directory`` 里写到一半的（``target`` 的，缺省为全部）；正在写的也在内，所以要先拿到锁。"""
     found = ((path, TEMPORARY.fullmatch(path.name)) for path in directory.glob(".*.tmp"))
     return sorted(path for path, match in found if match and target in (None, match["target"]))
 
@@ -59,8 +54,8 @@ def sweep(paths: Iterable[Path]) -> None:
     size = sum(_written(path) for path in left if not path.is_symlink())
     for path in left:
         remove(path)
-    logger.info("removed what interrupted processes left: %s (%s)",
-                ", ".join(map(str, left)), _size(size))  # fmt: skip
+    names = ", ".join(map(str, left))
+    logger.info("removed what interrupted processes left: %s (%s)", names, _size(size))
 
 
 def remove(path: Path) -> None:
@@ -78,17 +73,9 @@ def idle(path: Path) -> bool:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """整个换掉一个文件：任何时候被杀，留下的不是旧的就是新的；已经落盘才返回。
+    """整个换掉一个文件：任何时候被杀，留下的不是旧的就是新的；已经落盘才返回，出错时旧的还在。
 
-    ``path`` 是符号链接时，换掉的是链接本身，它指着的文件不动。
-
-    Args:
-        path: 目标；它的目录已经存在。
-        content: 字节，或写成 UTF-8 的文字；落单的 surrogate 写成 ``?``。
-
-    Raises:
-        NoRoom: 放不下；旧的还在。
-        OSError: 写不下去；旧的还在。
+    ``path`` 是符号链接时，换掉的是链接本身。文字写成 UTF-8，落单的 surrogate 写成 ``?``。
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     temporary = temporary_beside(path)
@@ -102,28 +89,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def open_to_append(path: Path) -> IO[bytes]:
-    """打开一个文件，用 ``append`` 往后写；没有就新建。
-
-    Raises:
-        DistillabError: 它是符号链接：写下去的会是别处的文件。
-        OSError: 打不开。
-    """
+    """打开一个文件，用 ``append`` 往后写；没有就新建，是符号链接就拒绝。"""
     refuse_link(path)
     return open(path, "ab", opener=_not_following)
 
 
 def append(file: IO[bytes], data: bytes, sync: bool = True) -> None:
-    """写到 ``open_to_append`` 打开的文件的末尾。
-
-    Args:
-        file: 打开的文件。
-        data: 要写的字节。
-        sync: 落盘才返回；否则断电也许会丢。
-
-    Raises:
-        NoRoom: 放不下；只写下了一部分的，已经截去。
-        OSError: 写不下去。
-    """
+    """写到 ``open_to_append`` 打开的文件的末尾，``sync`` 时落盘才返回；写不完的一部分会截去。"""
     path, before = Path(file.name), os.fstat(file.fileno()).st_size
     with writing(path, path, len(data), discard=False):
         try:
@@ -140,11 +112,7 @@ def append(file: IO[bytes], data: bytes, sync: bool = True) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """要在原地改动的文件或目录不能是符号链接。
-
-    Raises:
-        DistillabError: 它是符号链接。
-    """
+    """要在原地改动的文件或目录不能是符号链接：写下去的会是别处的。"""
     if path.is_symlink():
         raise DistillabError(
             f"{path} is a symbolic link to {path.readlink()}, expected a file or directory of its "
@@ -154,57 +122,48 @@ def refuse_link(path: Path) -> None:
 
 @contextmanager
 def replacing_directory(target: Path, wanted: int | None = None) -> Iterator[Path]:
-    """在旁边的临时目录里写好，落盘，一次改名到位。
+    """在旁边的临时目录里写好，落盘，一次改名到位；出错时 ``target`` 没有动过。
 
-    ``target`` 已经有了东西时，逐个换掉同名的文件，别的不动。
-
-    Args:
-        target: 最终的目录。
-        wanted: 大约一共要写多少字节，写进 ``NoRoom``。
-
-    Yields:
-        空的临时目录；出错时连同写了一半的文件一起删掉。
-
-    Raises:
-        DistillabError: ``target`` 是符号链接。
-        NoRoom: 放不下，不论是哪个库写的；``target`` 没有动过。
-        OSError: 写不下去；同上。
+    ``target`` 已经有了东西时，逐个换掉同名的文件，别的不动；是符号链接就拒绝。``wanted`` 是大约一共
+    要写多少字节。
     """
     refuse_link(target)
     temporary = temporary_beside(target)
     with writing(target, temporary, wanted):
         temporary.mkdir(parents=True)
         yield temporary
-        settle(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        if not rename_directory(temporary, target):
             for file in sorted(temporary.iterdir()):
                 file.replace(target / file.name)
             temporary.rmdir()
             sync(target)
-        sync(target.parent)
+
+
+def rename_directory(temporary: Path, target: Path) -> bool:
+    """落盘，改名；那里已经有了不空的目录就什么也不动，返回 ``False``。"""
+    settle(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+    sync(target.parent)
+    return True
 
 
 @contextmanager
 def writing(
     target: Path, temporary: Path, wanted: int | None = None, *, discard: bool = True
 ) -> Iterator[None]:
-    """其间出错就删掉 ``temporary``；错误说的是 ``target``，空间不够的换成 ``NoRoom``。
+    """其间出错就删掉 ``temporary``（除非不 ``discard``）；错误说的是 ``target``。
 
-    Args:
-        target: 要写的文件或目录。
-        temporary: 实际在写的。
-        wanted: 一共要写多少字节；缺省为说出已经写了多少。
-        discard: 是否删掉 ``temporary``。
+    空间不够的换成 ``NoRoom``，说出一共要写 ``wanted`` 字节，没有它就说已经写了多少。
     """
     try:
         yield
     except BaseException as error:
-        number = _no_room(error, temporary)
-        size = _written(temporary)
+        number, size = _no_room(error, temporary), _written(temporary)
         if discard:
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)

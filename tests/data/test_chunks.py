@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillab.data.articles import read_hub
-from distillab.data.chunks import WikiDataset, split_articles
-from distillab.data.spool import first_megabytes, text_digest
+from distillab.data.chunks import WikiDataset
+from distillab.data.corpus import Corpus, first_megabytes, text_digest
 from distillab.errors import DistillabError
 from distillab.models.tokenizer import load_tokenizer
 
@@ -84,7 +84,8 @@ def test_no_article_is_in_both_splits(jsonl, tiny_tokenizer):
 
 
 def split(articles: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    held_out = split_articles([text_digest(text) for text in articles], fraction, seed)
+    corpus = Corpus("", validation_fraction=fraction, seed=seed)
+    held_out = corpus.held_out([text_digest(text) for text in articles])
     pairs = list(zip(articles, held_out, strict=True))
     return [text for text, out in pairs if not out], [text for text, out in pairs if out]
 

@@ -9,6 +9,7 @@ import pytest
 
 from distillab.data.articles import ArticleStream, read_files, text_files
 from distillab.data.conversations import read_conversations
+from distillab.data.corpus import Corpus
 from distillab.errors import DistillabError
 
 CARD = """---
@@ -148,7 +149,7 @@ def test_every_reader_takes_the_split(tmp_path, caplog, monkeypatch):
     assert found == ["test"]
     assert f"{root}: read 1 of its 4 files: split test of train, validation, test" in caplog.text
     assert [one.question for one in read_conversations(str(root))] == ["train"]
-    stream = ArticleStream.open(str(root), "text", None, "validation", None)
+    stream = ArticleStream.open(Corpus(str(root), split="validation"))
     assert list(stream) == ["validation"]
     with pytest.raises(DistillabError, match="split 'test' does not apply to the file"):
         list(read_conversations(str(root / "train.jsonl"), split="test"))

@@ -14,8 +14,8 @@ import distillab.data.streams
 from distillab.batch import collate_text
 from distillab.data.articles import ArticleStream
 from distillab.data.chunks import WikiDataset
+from distillab.data.corpus import Corpus, text_digest
 from distillab.data.encoding import ArticleEncoder
-from distillab.data.spool import text_digest
 from distillab.data.streams import StreamState, TextStream
 from distillab.errors import DistillabError
 from distillab.train.loaders import StreamLoader
@@ -42,9 +42,9 @@ def corpus(tmp_path, empty_cache) -> str:
 @pytest.fixture
 def build(corpus, tiny_tokenizer):
     def build(source=corpus, **options):
-        return TextStream.build(
-            source, tiny_tokenizer, **{"max_seq_len": LENGTH, "shuffle_buffer": 20} | options
-        )
+        shuffle_buffer = options.pop("shuffle_buffer", 20)
+        corpus = Corpus(source, **{"max_seq_len": LENGTH} | options)
+        return TextStream.build(corpus, tiny_tokenizer, shuffle_buffer)
 
     return build
 
@@ -135,7 +135,7 @@ def test_every_form_gives_the_same_chunks(build, tmp_path, form):
             again = [ids(i) for i, _ in islice(found.items(states[cut]), len(whole) - cut - 1)]
             assert again == whole[cut + 1 :]
         write(tmp_path / "all.jsonl", ARTICLES)
-        plain = ArticleStream.open(str(tmp_path / "all.jsonl"), "text", None, "train", None)
+        plain = ArticleStream.open(Corpus(str(tmp_path / "all.jsonl")))
         same = TextStream(plain, tokenizer, max_seq_len=LENGTH, shuffle_buffer=20)
         assert epoch(same) == whole
         return

@@ -20,6 +20,7 @@ from ..config.sections import DataSection, ResponsesConfig, TextConfig
 from ..data.chat import turn_end
 from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset
+from ..data.corpus import Corpus
 from ..data.left_out import LeftOut, count_left_out
 from ..data.packing import PackedDataset, collate_rows, keeps_documents_apart
 from ..data.pairs import Pair, load_pairs
@@ -35,9 +36,6 @@ from ..train.trainer import DistillationTrainer
 from .parts import Parts
 
 logger = logging.getLogger("distillab")
-
-_TEXT_KEYS = ("text_field", "subset", "split", "sha256", "size_mb")
-"""配方里说文本在哪里、取多少的键，与 ``WikiDataset.build`` 的参数同名。"""
 
 
 @dataclass
@@ -108,17 +106,15 @@ def text_splits(
 
     切好的存在缓存里，第二次很快；错误见 ``WikiDataset.build``。
     """
-    options = data.model_dump(include={*_TEXT_KEYS, "validation_fraction"})
-    options |= {"max_seq_len": max_seq_len, "seed": seed}
+    corpus = Corpus.of(data, max_seq_len=max_seq_len, seed=seed)
     if data.streaming:
-        options["shuffle_buffer"] = data.shuffle_buffer
-        stream, held_out = TextStream.build(data.source, tokenizer, **options)
+        stream, held_out = TextStream.build(corpus, tokenizer, data.shuffle_buffer)
         logger.info(
             f"streaming the training text; {held_out.num_tokens:,} tokens for validation, from "
             f"its beginning, in sequences of {max_seq_len}"
         )
         return stream, held_out
-    train, validation = WikiDataset.build(data.source, tokenizer, **options)
+    train, validation = WikiDataset.of(corpus, tokenizer)
     logger.info(
         f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} for validation, "
         f"in sequences of {max_seq_len}"
@@ -128,8 +124,7 @@ def text_splits(
 
 def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDataset:
     """``evaluate.texts`` 的一项：这份文本的验证部分；错误见 ``WikiDataset.build``。"""
-    options = config.model_dump(include={*_TEXT_KEYS, "max_seq_len"})
-    return WikiDataset.build(config.source, tokenizer, **options)[1]
+    return WikiDataset.of(Corpus.of(config), tokenizer)[1]
 
 
 def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:

@@ -17,6 +17,7 @@ from ..models.pretrained import hub_is_reachable, one_line_errors
 from ..parsing import parse_json
 from ..sources import fetch
 from .bad_rows import BadRows
+from .corpus import Corpus
 from .local_splits import split_files
 
 if TYPE_CHECKING:
@@ -26,22 +27,15 @@ logger = logging.getLogger("distillab")
 
 TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
 
+_COUNTS = "rows_good_and_bad"
+
 
 def text_files(path: Path, subset: str | None = None, split: str = "train") -> list[Path]:
-    """本地来源由哪些文件组成。
+    """本地来源（一个文件，或一个目录及其子目录）由哪些文件组成，按路径排序。
 
-    Args:
-        path: 一个文件，或一个目录（含子目录）。
-        subset: ``README.md`` 里的一个 config，或目录下的子目录，例如数据集仓库副本里的
-            ``20231101.zh``。
-        split: 目录里的文件按名字或 ``README.md`` 分了 split 时，要哪一个，见 ``local_splits``；没有
-            分的目录，全部文件都是 ``train``。
-
-    Returns:
-        按路径排序的文件。
-
-    Raises:
-        DistillabError: 没有能读的文件，或没有这个子目录、这个 split。
+    目录的 ``subset`` 是 ``README.md`` 里的一个 config，或一个子目录，例如数据集仓库副本里的
+    ``20231101.zh``；``split`` 见 ``local_splits``，没有分的目录，全部文件都是 ``train``。没有能读的
+    文件，没有这个 ``subset`` 或 ``split``，是错误。
     """
     if path.is_file():
         if subset is not None:
@@ -63,44 +57,36 @@ def text_files(path: Path, subset: str | None = None, split: str = "train") -> l
         raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")
     files, total = found[split], sum(file.suffix in TEXT_SUFFIXES for file in path.rglob("*"))
     if len(files) < total:
-        logger.info("%s: read %d of its %d files: split %s of %s",
-                    path, len(files), total, split, ", ".join(found))  # fmt: skip
+        logger.info(
+            "%s: read %d of its %d files: split %s of %s",
+            path, len(files), total, split, ", ".join(found),
+        )  # fmt: skip
     return files
 
 
-def files_identity(files: list[Path]) -> list[str]:
-    """文件内容的身份；改名或移动不算变化，内容或顺序变了才算。
+def open_articles(corpus: Corpus) -> tuple[Iterator[str], list[Any]]:
+    """文章的生成器与来源的身份；缓存命中时生成器根本不会启动。
 
-    Args:
-        files: 已存在的文件。
-
-    Returns:
-        每个文件的后缀与 sha256。
+    文件的身份是内容：改名或移动不算变化，内容或顺序变了才算。
     """
-    return [f"{file.suffix}:{file_sha256(file)}" for file in files]
+    path = fetch(corpus.source, sha256=corpus.sha256)
+    subset, split, field = corpus.subset, corpus.split, corpus.text_field
+    if isinstance(path, str):
+        return read_hub(path, subset, split, field), ["hub", path, subset, split]
+    files = text_files(path, subset, split)
+    identity = [f"{file.suffix}:{file_sha256(file)}" for file in files]
+    return read_files(files, field), ["files", *identity]
 
 
 def read_files(files: list[Path], text_field: str) -> Iterator[str]:
-    """逐篇读出本地文件里的文章。
-
-    Args:
-        files: :func:`text_files` 的结果。
-        text_field: 每条记录里放正文的字段。
-
-    Yields:
-        正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
-
-    Raises:
-        DistillabError: 文件为空、读不懂，或多半的行没有这个字段、不是文字。
-    """
+    """逐篇读出本地文件里的文章，原样；空白的与读不出的行跳过，见 ``bad_rows``。"""
     bad = BadRows(str(files[0] if len(files) == 1 else files[0].parent))
-    for text in _texts(_records(files, text_field), text_field):
-        if isinstance(text, DistillabError):
-            bad.skip(text)
-        else:
-            bad.good += 1
-            yield text
-    bad.finish()
+    return bad.readable(_texts(_records(files, text_field), text_field))
+
+
+def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iterator[str]:
+    """同 ``read_files``，以流的方式读 hub 上的数据集，或 ``datasets`` 认识的本地目录。"""
+    return BadRows(name).readable(_texts(hub_records(name, subset, split), text_field))
 
 
 def _texts(records: Iterator[tuple[str, Any]], text_field: str) -> Iterator[str | DistillabError]:
@@ -115,73 +101,27 @@ def _texts(records: Iterator[tuple[str, Any]], text_field: str) -> Iterator[str 
                 yield text
 
 
-def read_records(files: list[Path], column: str | None = None) -> Iterator[tuple[str, Any]]:
-    """逐条读出本地文件里的记录，不问里面有什么。
+def read_records(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """逐条读出本地文件里的 ``(出处, 记录)``，不问里面有什么；读不懂是错误。
 
-    Args:
-        files: :func:`text_files` 的结果。
-        column: 只用得到这一列；``parquet`` 便不读其余的列。
-
-    Yields:
-        ``(出处, 记录)``；出处是 ``文件:行号`` 或 ``文件: row 序号``，写进错误信息。
-
-    Raises:
-        DistillabError: 文件为空，或读不懂。
+    出处是 ``文件:行号`` 或 ``文件: row 序号``，写进错误信息。
     """
-    for where, record in _records(files, column):
+    for where, record in _records(files, None):
         if isinstance(record, DistillabError):
             raise record
         yield where, record
 
 
 def _records(files: list[Path], column: str | None) -> Iterator[tuple[str, Any]]:
-    """同 ``read_records``；读不懂的行是它的错误。"""
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}
+    """同 ``read_records``，但读不懂的行是它的错误；parquet 只读 ``column``，``None`` 为全部。"""
     for file in files:
         if not file.stat().st_size:
             raise DistillabError(f"{str(file)!r} is empty")
-        yield from readers[file.suffix](file, column)
-
-
-def read_hub(name: str, subset: str | None, split: str, text_field: str) -> Iterator[str]:
-    """以流的方式读 hub 上的数据集。
-
-    Args:
-        name: 例如 ``wikimedia/wikipedia``；``datasets`` 认识的本地目录也可以。
-        subset: 例如 ``20231101.zh``。
-        split: 例如 ``train``。
-        text_field: 放正文的列。
-
-    Yields:
-        正文，原样；空白的文章跳过。
-
-    Raises:
-        DistillabError: hub 连不上、没有这个数据集，或没有这一列。
-    """
-    bad = BadRows(name)
-    for text in _texts(hub_records(name, subset, split), text_field):
-        if isinstance(text, DistillabError):
-            bad.skip(text)
-        else:
-            bad.good += 1
-            yield text
-    bad.finish()
+        yield from _READERS[file.suffix](file, column)
 
 
 def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """以流的方式逐条读出 hub 上的数据集。
-
-    Args:
-        name: 同 :func:`read_hub`，``subset`` 与 ``split`` 亦然。
-        subset: 见 :func:`read_hub`。
-        split: 见 :func:`read_hub`。
-
-    Yields:
-        ``(出处, 记录)``。
-
-    Raises:
-        DistillabError: hub 连不上，或没有这个数据集。
-    """
+    """以流的方式逐条读出 hub 上的数据集：``(出处, 记录)``。"""
     with one_line_errors("data", name):
         for number, record in enumerate(_hub_stream(name, subset, split)):
             yield f"{name}: row {number}", record
@@ -201,12 +141,8 @@ def _hub_stream(name: str, subset: str | None, split: str) -> datasets.IterableD
 class ArticleStream:
     """一篇篇文章的流，读到哪里都能记下，再从那里接着读。
 
-    Args:
-        rows: ``datasets`` 的流，每行的 ``text_field`` 是正文。
-        text_field: 同上。
-        name: 来源，写进错误信息。
-        identity: 内容的身份，换一台机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。
-        local_identity: 在这台机器上的：文件还看路径与修改时间。
+    ``rows`` 每行的 ``text_field`` 是正文，``name`` 写进错误信息。``identity`` 是内容的身份，换一台
+    机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。``local_identity`` 还看路径与修改时间。
     """
 
     def __init__(
@@ -221,70 +157,44 @@ class ArticleStream:
         self.identity, self.local_identity = identity, local_identity
 
     @classmethod
-    def open(
-        cls, source: str, text_field: str, subset: str | None, split: str, sha256: str | None
-    ) -> ArticleStream:
-        """打开来源；每个文件是一个分片。
-
-        Raises:
-            DistillabError: 来源读不到，或 ``split``、``subset`` 不适用。
-        """
-        path = fetch(source, sha256=sha256)
+    def open(cls, corpus: Corpus) -> ArticleStream:
+        """打开来源；每个文件是一个分片。"""
+        path = fetch(corpus.source, sha256=corpus.sha256)
+        subset, split = corpus.subset, corpus.split
         if isinstance(path, str):
             with one_line_errors("data", path):
                 rows = _hub_stream(path, subset, split)
             hub = ["hub", path, subset, split]
-            return cls(rows, text_field, path, hub, hub)
+            return cls(rows, corpus.text_field, path, hub, hub)
         import datasets
 
         files = text_files(path, subset, split)
+        text = datasets.Value("string")
         rows = datasets.IterableDataset.from_generator(
             _file_rows,
-            features=datasets.Features(
-                {"text": datasets.Value("string"), "error": datasets.Value("string")}
-            ),
-            gen_kwargs={"files": [str(file) for file in files], "text_field": text_field},
+            features=datasets.Features({"text": text, "error": text}),
+            gen_kwargs={"files": [str(file) for file in files], "text_field": corpus.text_field},
         )
-        sizes = [file.stat() for file in files]
-        identity = [
-            "files",
-            *(f"{f.suffix}:{s.st_size}" for f, s in zip(files, sizes, strict=True)),
-        ]
-        local = [f"{f.resolve()}:{s.st_mtime_ns}" for f, s in zip(files, sizes, strict=True)]
+        found = [(file, file.stat()) for file in files]
+        identity = ["files", *(f"{file.suffix}:{status.st_size}" for file, status in found)]
+        local = [f"{file.resolve()}:{status.st_mtime_ns}" for file, status in found]
         return cls(rows, "text", str(path), identity, [*identity, *local])
 
     def __iter__(self) -> Iterator[str]:
         return self.resume(None)
 
     def resume(self, state: dict[str, Any] | None) -> Iterator[str]:
-        """从 ``state_dict()`` 记下的地方接着读；``None`` 为从头。
-
-        Yields:
-            正文，原样；空白的文章与读不出的行跳过，见 ``bad_rows``。
-
-        Raises:
-            DistillabError: 读不了，或多半的行没有这个字段、不是文字。
-        """
+        """从 ``state_dict()`` 记下的地方接着读，``None`` 为从头；给出的同 ``read_files``。"""
         place = dict(state or {})
-        self._bad = bad = BadRows(self.name, *place.pop(_COUNTS, ()))
+        self._bad = BadRows(self.name, *place.pop(_COUNTS, ()))
         self.rows.load_state_dict(place or None)
         with one_line_errors("data", self.name):
             records = ((f"{self.name}: row {n}", _record(row)) for n, row in enumerate(self.rows))
-            for text in _texts(records, self.text_field):
-                if isinstance(text, DistillabError):
-                    bad.skip(text)
-                else:
-                    bad.good += 1
-                    yield text
-            bad.finish()
+            yield from self._bad.readable(_texts(records, self.text_field))
 
     def state_dict(self) -> dict[str, Any]:
         """最近一次 ``resume`` 读到了哪里，能存成 JSON。"""
-        counts = [self._bad.good, self._bad.bad]
-        return {**self.rows.state_dict(), _COUNTS: counts}
-
-
-_COUNTS = "rows_good_and_bad"
+        return {**self.rows.state_dict(), _COUNTS: [self._bad.good, self._bad.bad]}
 
 
 def _record(row: dict[str, Any]) -> Any:
@@ -380,3 +290,6 @@ def _lines(file: Path, errors: str = "strict") -> Iterator[str]:
         raise DistillabError(
             f"{str(file)!r} is not UTF-8 text ({error.reason}); convert it first"
         ) from error
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _txt}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 
 from ..errors import DistillabError
 
@@ -16,25 +17,26 @@ AT_ONCE = 10
 
 
 class BadRows:
-    """数着读得出与读不出的行。
-
-    Args:
-        source: 来源，写进日志。
-        good: 以前读得出的行。
-        bad: 以前读不出的行。
-    """
+    """数着来源 ``source`` 里读得出与读不出的行，接着以前的数。"""
 
     def __init__(self, source: str, good: int = 0, bad: int = 0) -> None:
         self.source, self.good, self.bad = source, good, bad
         self._first: DistillabError | None = None
         self._named = 0
 
-    def skip(self, error: DistillabError) -> None:
-        """跳过一行。
+    def readable(self, rows: Iterable[str | DistillabError]) -> Iterator[str]:
+        """读得出的各行；一半以上读不出是错误，信息是第一行的。"""
+        for row in rows:
+            if isinstance(row, DistillabError):
+                self._skip(row)
+            else:
+                self.good += 1
+                yield row
+        self._check()
+        if self.bad:
+            logger.warning("%s: %d of %d rows skipped", self.source, self.bad, self.bad + self.good)
 
-        Raises:
-            DistillabError: 已有不少行，一半以上读不出；信息是第一行的。
-        """
+    def _skip(self, error: DistillabError) -> None:
         self.bad += 1
         self._first = self._first or error
         if self.bad >= AT_ONCE:
@@ -42,16 +44,6 @@ class BadRows:
         if self._named < NAMED:
             self._named += 1
             logger.error("row skipped: %s", error)
-
-    def finish(self) -> None:
-        """读完了。
-
-        Raises:
-            DistillabError: 一半以上读不出；信息是第一行的。
-        """
-        self._check()
-        if self.bad:
-            logger.warning("%s: %d of %d rows skipped", self.source, self.bad, self.bad + self.good)
 
     def _check(self) -> None:
         if self._first is None or self.bad < self.good:

@@ -6,57 +6,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import random
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..bars import track
 from ..batch import IGNORE_INDEX
 from ..cache import build_once, cache_dir
-from ..console import make_console
 from ..errors import DistillabError
-from ..models.tokenizer import leading_ids, tokenizer_fingerprint, vocab_limit
-from ..sources import fetch
-from .articles import (
-    files_identity,
-    read_files,
-    read_hub,
-    text_files,
-)
-from .encoding import ArticleEncoder, cut_chunks, encoded_articles, together
-from .spool import SpooledTexts, first_megabytes
+from ..models.tokenizer import vocab_limit
+from .articles import open_articles
+from .corpus import Corpus, SpooledTexts, cache_key
+from .encoding import WRITTEN_TOGETHER, ArticleEncoder, batches, cut_chunks, encoded_articles
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger("distillab")
-
-# 改了切块的规则就加一，旧缓存随之失效。
-_FORMAT = 1
-
-
-_PROGRESS_FROM = 2000
-"""文章多于这么多篇时才显示进度条。"""
-
-
-@dataclass(frozen=True)
-class _SplitInfo:
-    num_articles: int
-    text_bytes: int
-    unlearned: list[int]
-    num_unlearned: int
 
 
 class WikiDataset(Dataset[dict[str, Tensor]]):
@@ -129,29 +100,36 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         Raises:
             DistillabError: 来源读不到或读不懂、参数越界，或文本不够每边切出一块。
         """
-        check_arguments(max_seq_len, size_mb, validation_fraction)
-        articles, identity = _open_source(source, text_field, subset, split, sha256)
-        settings = {
-            "format": _FORMAT,
-            "source": identity,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "max_seq_len": max_seq_len,
-            "size_mb": size_mb,
-            "validation_fraction": validation_fraction,
-            "text_field": text_field,
-            "seed": seed,
-            **chunk_rules(tokenizer),
-        }
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        corpus = Corpus(
+            source,
+            max_seq_len=max_seq_len,
+            size_mb=size_mb,
+            validation_fraction=validation_fraction,
+            text_field=text_field,
+            subset=subset,
+            split=split,
+            seed=seed,
+            sha256=sha256,
+        )
+        return cls.of(corpus, tokenizer, num_proc)
+
+    @classmethod
+    def of(
+        cls, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
+    ) -> tuple[WikiDataset, WikiDataset]:
+        """同 ``build``。"""
+        articles, identity = open_articles(corpus)
+        rules = corpus.chunk_rules(tokenizer)
+        key = cache_key(rules | {"source": identity, "size_mb": corpus.size_mb})
         directory = cache_dir() / "datasets" / key
         with build_once(directory) as building:
             if building is not None:
-                with spooled(articles, size_mb, source, building) as texts:
-                    held_out = split_articles(texts.digests, validation_fraction, seed)
+                with corpus.spooled(articles, building) as texts:
+                    held_out = corpus.held_out(texts.digests)
                     for name in ("train", "validation"):
                         chosen = [out == (name == "validation") for out in held_out]
                         write_chunks(
-                            building / name, texts, chosen, tokenizer, max_seq_len, num_proc
+                            building / name, texts, chosen, tokenizer, corpus.max_seq_len, num_proc
                         )
         return cls.open(directory, "train", key), cls.open(directory, "validation", key)
 
@@ -192,88 +170,6 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": input_ids, "labels": labels}
 
 
-def chunk_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """块的内容还取决于什么，写进缓存的键：每块以什么开头；没有 BOS 的仍是原来的键。"""
-    leading = leading_ids(tokenizer)
-    return {"leading": leading} if leading else {}
-
-
-def split_articles(digests: Sequence[int], validation_fraction: float, seed: int) -> list[bool]:
-    """以文章为单位拆成训练集与验证集。
-
-    内容相同的文章总在同一边，否则重复的词条会让验证集泄漏。
-
-    Args:
-        digests: 每篇文章的摘要，按来源的顺序。
-        validation_fraction: 验证集占（不重复）文章数的比例，两边都至少一篇。
-        seed: 决定哪些文章进验证集。
-
-    Returns:
-        每篇是否在验证集里。
-
-    Raises:
-        DistillabError: 不重复的文章不足两篇。
-    """
-    unique = array("Q", dict.fromkeys(digests))
-    if len(unique) < 2:
-        raise DistillabError(
-            f"found {len(unique)} article; expected at least 2, one for each split"
-        )
-    random.Random(seed).shuffle(unique)
-    count = min(max(1, round(len(unique) * validation_fraction)), len(unique) - 1)
-    validation = set(unique[:count])
-    return [digest in validation for digest in digests]
-
-
-@contextmanager
-def spooled(
-    articles: Iterator[str], size_mb: float | None, source: str, directory: Path
-) -> Iterator[SpooledTexts]:
-    """最前面的 ``size_mb``，放进 ``directory`` 里的临时文件。
-
-    Raises:
-        DistillabError: 一篇也没有；``source`` 写进信息。
-    """
-    with SpooledTexts(directory) as texts:
-        for text in first_megabytes(articles, size_mb):
-            texts.add(text)
-        if not texts.sizes:
-            raise DistillabError(
-                f"{source!r} gave no text within size_mb={size_mb}: it is blank, or its first "
-                f"article is larger"
-            )
-        yield texts
-
-
-def check_arguments(max_seq_len: int, size_mb: float | None, validation_fraction: float) -> None:
-    """``WikiDataset.build`` 的几个数在不在范围里。
-
-    Raises:
-        DistillabError: 不在。
-    """
-    if max_seq_len < 2:
-        raise DistillabError(
-            f"max_seq_len is {max_seq_len}; expected at least 2: a token and its target"
-        )
-    if size_mb is not None and not size_mb > 0:
-        raise DistillabError(f"size_mb is {size_mb}; expected a positive number or null")
-    if not 0 < validation_fraction < 1:
-        raise DistillabError(
-            f"validation_fraction is {validation_fraction}; expected between 0 and 1"
-        )
-
-
-def _open_source(
-    source: str, text_field: str, subset: str | None, split: str, sha256: str | None
-) -> tuple[Iterator[str], list[Any]]:
-    """文章的生成器，和来源的身份；生成器在缓存命中时根本不会启动。"""
-    path = fetch(source, sha256=sha256)
-    if isinstance(path, str):
-        return read_hub(path, subset, split, text_field), ["hub", path, subset, split]
-    files = text_files(path, subset, split)
-    return read_files(files, text_field), ["files", *files_identity(files)]
-
-
 def write_chunks(
     directory: Path,
     texts: SpooledTexts,
@@ -282,18 +178,9 @@ def write_chunks(
     max_seq_len: int,
     num_proc: int | None = None,
 ) -> None:
-    """把一边的文章切成块，写进 ``directory``，旁边的 ``.json`` 记着文章数与字节数。
+    """把一边（``chosen``）的文章切成块，写进 ``directory``；旁边的 ``.json`` 记着文章数与字节数。
 
-    Args:
-        directory: 不存在的目录。
-        texts: 全部文章。
-        chosen: 哪些在这一边。
-        tokenizer: 分词器。
-        max_seq_len: 每块的 token 数。
-        num_proc: 分词的进程数。
-
-    Raises:
-        DistillabError: 不足一块，或分词器给出的 id 越界。
+    不足一块，或分词器给出的 id 越界，是错误。
     """
     import datasets
     import pyarrow as pa
@@ -302,15 +189,17 @@ def write_chunks(
     features = datasets.Features(
         {"input_ids": datasets.Sequence(datasets.Value("int32"), length=max_seq_len)}
     )
-    low, high, tokens, count, unlearned = 0, 0, 0, 0, 0
+    low = high = tokens = count = unlearned = 0
     rest = np.empty(0, np.int32)
     written = directory.with_name(f"{directory.name}.arrow")
     with (
         pa.OSFile(str(written), "wb") as file,
         pa.ipc.new_stream(file, features.arrow_schema) as writer,
     ):
-        numbers = _counted(texts.texts(chosen), sum(chosen), f"tokenising {directory.name}")
-        for pieces in together(encoded_articles(numbers, encoder, num_proc)):
+        articles = track(
+            texts.texts(chosen), f"tokenising {directory.name}", sum(chosen), at_least=2000
+        )
+        for pieces in batches(encoded_articles(articles, encoder, num_proc), WRITTEN_TOGETHER):
             ids = np.concatenate([rest, *pieces])
             low, high = min(low, int(ids.min())), max(high, int(ids.max()))
             tokens += len(ids) - len(rest)
@@ -321,28 +210,25 @@ def write_chunks(
             column = pa.FixedSizeListArray.from_arrays(flat, max_seq_len)
             writer.write_table(pa.table({"input_ids": column}).cast(features.arrow_schema))
     if not count:
-        raise DistillabError(
-            f"the {directory.name} split has {tokens} tokens, less than one chunk of max_seq_len="
-            f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
-        )
+        raise too_short(directory.name, tokens, max_seq_len)
     limit = vocab_limit(tokenizer)
     if low < 0 or high >= limit:
         raise DistillabError(f"the tokenizer gave ids {low}..{high}; expected 0..{limit - 1}")
     datasets.Dataset.from_file(str(written)).save_to_disk(str(directory))
     written.unlink()
     size = sum(size for size, wanted in zip(texts.sizes, chosen, strict=True) if wanted)
-    info = _SplitInfo(sum(chosen), size, encoder.unlearned, unlearned)
-    directory.with_name(f"{directory.name}.json").write_text(json.dumps(asdict(info)))
+    info = {
+        "num_articles": sum(chosen),
+        "text_bytes": size,
+        "unlearned": encoder.unlearned,
+        "num_unlearned": unlearned,
+    }
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(info))
 
 
-def _counted(texts: Iterator[str], count: int, name: str) -> Iterator[str]:
-    from rich.progress import track
-
-    yield from track(
-        texts,
-        name,
-        total=count,
-        console=make_console(stderr=True),
-        transient=True,
-        disable=count < _PROGRESS_FROM,
+def too_short(split: str, tokens: int, max_seq_len: int) -> DistillabError:
+    """``split`` 的文章切不出一块。"""
+    return DistillabError(
+        f"the {split} split has {tokens} tokens, less than one chunk of max_seq_len="
+        f"{max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
     )

@@ -43,13 +43,8 @@ _TRIES = 2000
 class ArticleEncoder:
     """把文章变成 token。
 
-    Args:
-        tokenizer: :func:`distillab.models.tokenizer.load_tokenizer` 的结果。
-
-    Attributes:
-        leading: 分词器自己加在文字之前的；没有则为空。
-        between: 两篇文章之间的。
-        unlearned: ``leading`` 里从不作为目标的 id：与文章的分隔是同一个 token 时，那个分隔仍要学。
+    ``leading`` 是分词器自己加在文字之前的，``between`` 是两篇文章之间的；``unlearned`` 是
+    ``leading`` 里从不作为目标的：与文章的分隔是同一个 token 时，那个分隔仍要学。
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,82 +59,60 @@ class ArticleEncoder:
         self._pairs: dict[str, bool] = {}
 
     def encode(self, texts: list[str]) -> list[Ids]:
-        """每篇的 token：BOS（如果有）、正文、一个分隔 token；不加别的特殊 token。
-
-        Args:
-            texts: 几篇文章。
-
-        Returns:
-            每篇 ``[N]``，int32。
-        """
+        """每篇的 token，``[N]``，int32：BOS（如果有）、正文、一个分隔；不加别的特殊 token。"""
         found: list[Ids] = []
-        for batch in _batches(texts, TOGETHER):
+        before, after = np.array(self._before, np.int32), np.array([self._separator], np.int32)
+        for batch in batches(texts, TOGETHER):
             if len(batch) == 1 and len(batch[0]) > TOGETHER:
                 rows = [self._long(batch[0])]
             else:
                 rows = [np.asarray(ids, np.int32) for ids in self.plain(batch)]
-            found += [self._whole(ids) for ids in rows]
+            found += [np.concatenate([before, ids, after]) for ids in rows]
         return found
-
-    def _whole(self, ids: Ids) -> Ids:
-        whole = np.empty(len(self._before) + len(ids) + 1, np.int32)
-        whole[: len(self._before)] = self._before
-        whole[len(self._before) : -1] = ids
-        whole[-1] = self._separator
-        return whole
 
     def plain(self, texts: list[str]) -> list[list[int]]:
         """每段文字的 token，什么也不加。"""
-        # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
+        ids: list[list[int]] = self._tokenised(texts)["input_ids"]
         return ids
+
+    def _tokenised(self, texts: str | list[str], **options: Any) -> Any:
+        # 正文里字面上的 "<|endoftext|>" 只是文字：文章的边界由我们来放。
+        return self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **options
+        )
 
     def _long(self, text: str) -> Ids:
         """一段一段地分词，结果与整篇一次相同；找不到可靠的切口就整篇一次。"""
-        if self.tokenizer.is_fast:
-            pieces = list(self._pieces(text))
-            if pieces[-1] is not None:
-                return np.concatenate([piece for piece in pieces if piece is not None])
-        return np.asarray(self.plain([text])[0], np.int32)
+        pieces = self._pieces(text) if self.tokenizer.is_fast else None
+        if pieces is None:
+            return np.asarray(self.plain([text])[0], np.int32)
+        return np.concatenate(pieces)
 
-    def _pieces(self, text: str) -> Iterator[Ids | None]:
-        """各段的 token；``None`` 表示接不下去。
+    def _pieces(self, text: str) -> list[Ids] | None:
+        """各段的 token；接不下去则为 ``None``。
 
         切口在两段里都是词的边界，或在哪个 token 都不会跨过的两个字符之间：切词从词的边界往后走，不
         看前面；没有 token 会跨过的地方，合并也不会跨过。
         """
+        pieces: list[Ids] = []
         begin, start, before = 0, 0, np.empty(0, np.int32)
         while True:
             end = min(begin + TOGETHER, len(text))
-            window = self._window(text[begin:end])
+            window = _Window(
+                self._tokenised(text[begin:end], return_offsets_mapping=True), end - begin
+            )
             first = window.index_of(start - begin) if start else 0
             if first is None or (start and not self._joins(window, first, before)):
-                yield None
-                return
+                return None
             if end == len(text):
-                yield window.ids[first:]
-                return
+                return [*pieces, window.ids[first:]]
             cut = self._last_cut(window, first)
             if cut is None:
-                yield None
-                return
-            yield window.ids[first:cut]
+                return None
+            pieces.append(window.ids[first:cut])
             before = window.ids[cut - _OVERLAP // 2 : cut]
             start = begin + int(window.starts[cut])
             begin += int(window.starts[cut - _OVERLAP])
-
-    def _window(self, text: str) -> _Window:
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        return _Window(encoded, len(text))
 
     def _joins(self, window: _Window, first: int, before: Ids) -> bool:
         """前一段的切口在这一段里也是切口，之前的 token 也相同。"""
@@ -159,8 +132,7 @@ class ArticleEncoder:
 
     def _never_joined(self, window: _Window, index: int) -> bool:
         left, right = window.tokens[index - 1], window.tokens[index]
-        unknown = str(self.tokenizer.unk_token)
-        if not left or not right or unknown in (left, right):
+        if "" in (left, right) or self.tokenizer.unk_token in (left, right):
             return False
         if _is_byte(left) or _is_byte(right):
             return False
@@ -201,24 +173,18 @@ def _is_byte(token: str) -> bool:
 def encoded_articles(
     articles: Iterable[str], encoder: ArticleEncoder, num_proc: int | None = None
 ) -> Iterator[Ids]:
-    """依次给出每篇的 token；读得比用得快时也只攒几批。
+    """依次给出每篇的 token，见 ``ArticleEncoder.encode``；读得比用得快时也只攒几批。
 
-    Args:
-        articles: 文章。
-        encoder: 怎样变成 token。
-        num_proc: 用几个进程；``None`` 为就在这个进程里。
-
-    Yields:
-        见 :meth:`ArticleEncoder.encode`。
+    用 ``num_proc`` 个进程；``None`` 为就在这个进程里。
     """
-    batches = _batches(articles, TOGETHER)
+    parts = batches(articles, TOGETHER)
     if num_proc is None or num_proc < 2:
-        for batch in batches:
+        for batch in parts:
             yield from encoder.encode(batch)
         return
     pending: deque[Future[list[Ids]]] = deque()
     with ProcessPoolExecutor(num_proc, initializer=_start, initargs=(encoder,)) as pool:
-        for batch in batches:
+        for batch in parts:
             pending.append(pool.submit(_encode, batch))
             if len(pending) > 2 * num_proc:
                 yield from pending.popleft().result()
@@ -238,12 +204,8 @@ def _encode(batch: list[str]) -> list[Ids]:
     return _encoder.encode(batch)
 
 
-def together(pieces: Iterable[Ids]) -> Iterator[list[Ids]]:
-    """几篇一起，至多 ``WRITTEN_TOGETHER`` 个 token；更长的一篇自成一份。"""
-    return _batches(pieces, WRITTEN_TOGETHER)
-
-
-def _batches(items: Iterable[_Sized], limit: int) -> Iterator[list[_Sized]]:
+def batches(items: Iterable[_Sized], limit: int) -> Iterator[list[_Sized]]:
+    """相连的几个一起，长度一共至多 ``limit``；更长的一个自成一份。"""
     batch: list[_Sized] = []
     total = 0
     for item in items:
@@ -257,18 +219,9 @@ def _batches(items: Iterable[_Sized], limit: int) -> Iterator[list[_Sized]]:
 
 
 def cut_chunks(ids: Ids, max_seq_len: int, leading: list[int]) -> tuple[Ids, Ids]:
-    """从头切成等长的块；每块以 ``leading`` 开头，块的开头正是文章的开头时不重复。
+    """从头切成等长的块 ``[M, max_seq_len]``；每块以 ``leading`` 开头，正是文章开头的不重复。
 
-    Args:
-        ids: 各篇首尾相接，``[N]``。
-        max_seq_len: 每块的 token 数。
-        leading: 见 :class:`ArticleEncoder`；空的则只是切开。
-
-    Returns:
-        ``(块 [M, max_seq_len], 剩下的)``；剩下的接上后文再切，与一次切的相同。
-
-    Raises:
-        DistillabError: ``max_seq_len`` 放不下 ``leading`` 与一个 token。
+    ``ids`` 是首尾相接的各篇，``[N]``。剩下的也返回，接上后文再切，与一次切的相同。
     """
     size = len(leading)
     if max_seq_len <= size:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import random
@@ -21,19 +20,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..cache import build_once, cache_dir
-from ..errors import DistillabError
-from ..models.tokenizer import tokenizer_fingerprint
 from .articles import ArticleStream
-from .chunks import (
-    WikiDataset,
-    check_arguments,
-    chunk_rules,
-    split_articles,
-    spooled,
-    write_chunks,
-)
+from .chunks import WikiDataset, too_short, write_chunks
+from .corpus import Corpus, cache_key, text_digest
 from .encoding import ArticleEncoder, cut_chunks
-from .spool import text_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +36,6 @@ ARTICLES_TOGETHER = 256
 
 BYTES_TOGETHER = 2**24
 """一次最多分词的正文，字节；文章再长，内存也够。"""
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -108,36 +96,17 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
 
     @classmethod
     def build(
-        cls,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_seq_len: int = 512,
-        shuffle_buffer: int = 10_000,
-        size_mb: float | None = None,
-        validation_fraction: float = 0.1,
-        text_field: str = "text",
-        subset: str | None = None,
-        split: str = "train",
-        seed: int = 0,
-        sha256: str | None = None,
+        cls, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, shuffle_buffer: int = 10_000
     ) -> tuple[TextStream, WikiDataset]:
         """打开来源；验证集取自它的开头，分词一次，以后在缓存里。
 
         来源不超过 ``HEAD_MB`` 时，两边的文章与 ``WikiDataset.build`` 的完全相同。
 
         Args:
-            source: 同 ``WikiDataset.build``，未列出的参数亦然。
+            corpus: 语料；``size_mb`` 是一遍最多读多少，``validation_fraction`` 是开头的 ``HEAD_MB``
+                里的比例，``seed`` 也定打乱的次序。
             tokenizer: 见 ``WikiDataset.build``。
-            max_seq_len: 每块的 token 数。
             shuffle_buffer: 攒多少块一起打乱。
-            size_mb: 一遍最多读多少正文；``None`` 为全部。
-            validation_fraction: 开头的 ``HEAD_MB`` 里，验证集占文章数的比例。
-            text_field: 见 ``WikiDataset.build``。
-            subset: 见 ``WikiDataset.build``。
-            split: 见 ``WikiDataset.build``。
-            seed: 哪些文章进验证集，与打乱的次序。
-            sha256: 见 ``WikiDataset.build``。
 
         Returns:
             训练的流与验证集；没有一篇文章同时在两边。
@@ -145,43 +114,33 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         Raises:
             DistillabError: 见 ``WikiDataset.build``。
         """
-        check_arguments(max_seq_len, size_mb, validation_fraction)
-        articles = ArticleStream.open(source, text_field, subset, split, sha256)
-        head_mb = HEAD_MB if size_mb is None else min(size_mb, HEAD_MB)
-        settings = {
-            "format": _FORMAT,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "max_seq_len": max_seq_len,
-            "head_mb": head_mb,
-            "validation_fraction": validation_fraction,
-            "text_field": text_field,
-            "seed": seed,
-            **chunk_rules(tokenizer),
-        }
-        key = _digest([articles.local_identity, settings])
+        articles, size_mb = ArticleStream.open(corpus), corpus.size_mb
+        head = replace(corpus, size_mb=HEAD_MB if size_mb is None else min(size_mb, HEAD_MB))
+        rules = corpus.chunk_rules(tokenizer) | {"head_mb": head.size_mb}
+        key = cache_key([articles.local_identity, rules])
         directory = cache_dir() / "datasets" / f"stream-{key}"
         held_out_file = directory / "held-out.json"
         with build_once(directory) as building:
             if building is not None:
-                with spooled(iter(articles), head_mb, source, building) as texts:
-                    chosen = split_articles(texts.digests, validation_fraction, seed)
-                    write_chunks(building / "validation", texts, chosen, tokenizer, max_seq_len)
-                    digests = sorted(
-                        {f"{d:016x}" for d in itertools.compress(texts.digests, chosen)}
+                with head.spooled(iter(articles), building) as texts:
+                    chosen = corpus.held_out(texts.digests)
+                    write_chunks(
+                        building / "validation", texts, chosen, tokenizer, corpus.max_seq_len
                     )
+                    held_out = set(itertools.compress(texts.digests, chosen))
+                digests = [f"{digest:016x}" for digest in sorted(held_out)]
                 (building / held_out_file.name).write_text(json.dumps(digests))
-        validation = WikiDataset.open(directory, "validation", key)
         stream = cls(
             articles,
             tokenizer,
-            max_seq_len=max_seq_len,
+            max_seq_len=corpus.max_seq_len,
             shuffle_buffer=shuffle_buffer,
             size_mb=size_mb,
-            seed=seed,
+            seed=corpus.seed,
             held_out=frozenset(int(d, 16) for d in json.loads(held_out_file.read_text())),
-            fingerprint=f"{_digest([articles.identity, settings, shuffle_buffer, size_mb])}-stream",
+            fingerprint=f"{cache_key([articles.identity, rules, shuffle_buffer, size_mb])}-stream",
         )
-        return stream, validation
+        return stream, WikiDataset.open(directory, "validation", key)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (item for item, _ in self.items(StreamState()))
@@ -203,11 +162,7 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         while True:
             chunks, after = self._buffer(rows, start)
             if start.buffer == 0 and after.epoch > start.epoch and not len(chunks):
-                name, tokens = "train", len(after.carry)
-                raise DistillabError(
-                    f"the {name} split has {tokens} tokens, less than one chunk of max_seq_len="
-                    f"{self.max_seq_len}; give more text (size_mb) or a smaller max_seq_len"
-                )
+                raise too_short("train", len(after.carry), self.max_seq_len)
             order = list(range(len(chunks)))
             if self.shuffle_buffer > 1:
                 random.Random(f"{self.seed}/{start.epoch}/{start.buffer}").shuffle(order)
@@ -227,14 +182,11 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             size = 0
             for _ in range(count):
                 text = next(rows, None)
-                if text is None:
+                length = 0 if text is None else len(text.encode())
+                if text is None or (self.limit is not None and text_bytes + length > self.limit):
                     ended = True
                     break
-                text_bytes += (length := len(text.encode()))
-                if self.limit is not None and text_bytes > self.limit:
-                    text_bytes -= length
-                    ended = True
-                    break
+                text_bytes += length
                 if text_digest(text) not in self.held_out:
                     kept.append(text)
                     size += length
@@ -253,7 +205,3 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             carry=rest.tolist(),
         )
         return torch.from_numpy(chunks.copy()), after
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
