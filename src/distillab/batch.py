@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress, pairwise
 
 import torch
 from torch import Tensor
@@ -52,22 +52,14 @@ class View:
 
 @dataclass(frozen=True)
 class Tokens:
-    """一个视角的一条序列。
-
-    Attributes:
-        ids: 全部 token，prompt 在内。
-        response: response token 在 ``ids`` 里的位置，递增，都大于 0。
-
-    Raises:
-        ValueError: 位置不递增，或超出序列。
-    """
+    """一个视角的一条序列：全部 token，与 response token 在其中的位置，递增，都大于 0。"""
 
     ids: list[int]
     response: list[int]
 
     def __post_init__(self) -> None:
         bounds = [0, *self.response, len(self.ids)]
-        if any(left >= right for left, right in itertools.pairwise(bounds)):
+        if any(left >= right for left, right in pairwise(bounds)):
             raise ValueError(
                 f"response positions must increase within 1..{len(self.ids) - 1}, "
                 f"found {self.response[:8]}"
@@ -112,12 +104,7 @@ class Example:
 
 @dataclass(frozen=True)
 class FailedRow:
-    """一条跳过的数据。
-
-    Attributes:
-        index: 它在数据集里的编号。
-        reason: 异常的类型与第一行，英文。
-    """
+    """一条跳过的数据：它在数据集里的编号，与异常的类型和第一行。"""
 
     index: int
     reason: str
@@ -207,45 +194,10 @@ def collate_text(
 
 
 def collate_examples(
-    examples: Sequence[Example],
-    pad_id: int,
-    vocabulary: Vocabulary | None = None,
+    examples: Sequence[Example], pad_id: int, vocabulary: Vocabulary | None = None
 ) -> Batch:
-    """把 ``Example`` 拼成 ``Batch``，两个视角各自在右边 padding。
-
-    因果的模型从不看右边，所以不理会 ``attention_mask`` 的（循环的一类）也不受它影响。
-
-    Args:
-        examples: 至少一条。
-        pad_id: 填充用的 id；它从不被训练，也不被注意到。
-        vocabulary: 两个 tokenizer 共有的 token；共有词表之外的 response token 不训练。
-
-    Returns:
-        ``Batch``；没有一条带特权信息时，两个视角是同一个对象。
-    """
-    keep = _kept(examples, vocabulary)
-
-    def view(sequences: Sequence[Tokens]) -> View:
-        length = max(len(tokens.ids) for tokens in sequences)
-        ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        index: list[int] = []
-        for row, (tokens, kept) in enumerate(zip(sequences, keep, strict=True)):
-            ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
-            mask[row, : len(tokens.ids)] = 1
-            # 位置 t 的 token 由 t - 1 处的 hidden state 预测
-            index += [
-                row * length + position - 1
-                for position, wanted in zip(tokens.response, kept, strict=True)
-                if wanted
-            ]
-        full = bool(mask.all())
-        return View(ids, None if full else mask, torch.tensor(index, dtype=torch.long))
-
-    student = view([example.student for example in examples])
-    same = all(example.teacher is example.student for example in examples)
-    teacher = student if same else view([example.teacher for example in examples])
-    return Batch(student, teacher, _labels(examples, keep), tuple(examples))
+    """把 ``Example`` 拼成 ``Batch``，两个视角各自在右边 padding；不训练 ``vocabulary`` 之外的。"""
+    return _collated([[example] for example in examples], pad_id, vocabulary, packed=False)
 
 
 def collate_packed(
@@ -253,23 +205,26 @@ def collate_packed(
 ) -> Batch:
     """每行首尾相接地放几条 ``Example``，两个视角以同样的次序；它们互相看不见。
 
-    行尾补到最长的一行；补的那一段自成一个文档，从不被训练，也不被看见。
-
-    Args:
-        rows: 每行至少一条。
-        pad_id: 填充用的 id。
-        vocabulary: 见 ``collate_examples``。
-
-    Returns:
-        ``Batch``；``position_ids`` 逐条从 0 数起，``attention_mask`` 为 ``None``。
+    ``position_ids`` 逐条从 0 数起，没有 ``attention_mask``。行尾补到最长的一行；补的那一段自成一个
+    文档，从不被训练，也不被看见。
     """
+    return _collated(rows, pad_id, vocabulary, packed=True)
+
+
+def _collated(
+    rows: Sequence[Sequence[Example]], pad_id: int, vocabulary: Vocabulary | None, *, packed: bool
+) -> Batch:
     examples = [example for row in rows for example in row]
-    keep = _kept(examples, vocabulary)
+    responses = [example.student.labels for example in examples]
+    keep = [
+        [True] * len(labels) if vocabulary is None else vocabulary.kept(labels)
+        for labels in responses
+    ]
 
     def view(side: Callable[[Example], Tokens]) -> View:
         length = max(sum(len(side(example).ids) for example in row) for row in rows)
         ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-        positions = torch.zeros_like(ids)
+        mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         index: list[int] = []
         kept = iter(keep)
         for number, row in enumerate(rows):
@@ -277,34 +232,22 @@ def collate_packed(
             for tokens in map(side, row):
                 end = start + len(tokens.ids)
                 ids[number, start:end] = torch.tensor(tokens.ids)
+                mask[number, start:end] = 1
                 positions[number, start:end] = torch.arange(end - start)
-                index += [
-                    number * length + start + position - 1
-                    for position, wanted in zip(tokens.response, next(kept), strict=True)
-                    if wanted
-                ]
+                # 位置 t 的 token 由 t - 1 处的 hidden state 预测
+                before = number * length + start - 1
+                index += [before + place for place in compress(tokens.response, next(kept))]
                 start = end
             positions[number, start:] = torch.arange(length - start)
-        return View(ids, None, torch.tensor(index, dtype=torch.long), positions)
+        predicting = torch.tensor(index, dtype=torch.long)
+        if packed:
+            return View(ids, None, predicting, positions)
+        return View(ids, None if bool(mask.all()) else mask, predicting)
 
     student = view(lambda example: example.student)
     same = all(example.teacher is example.student for example in examples)
     teacher = student if same else view(lambda example: example.teacher)
-    return Batch(student, teacher, _labels(examples, keep), tuple(examples))
-
-
-def _kept(examples: Sequence[Example], vocabulary: Vocabulary | None) -> list[list[bool]]:
-    labels = [example.student.labels for example in examples]
-    if vocabulary is None:
-        return [[True] * len(part) for part in labels]
-    return [vocabulary.kept(part) for part in labels]
-
-
-def _labels(examples: Sequence[Example], keep: list[list[bool]]) -> Tensor:
     labels = [
-        label
-        for example, kept in zip(examples, keep, strict=True)
-        for label, wanted in zip(example.student.labels, kept, strict=True)
-        if wanted
+        token for part, kept in zip(responses, keep, strict=True) for token in compress(part, kept)
     ]
-    return torch.tensor(labels, dtype=torch.long)
+    return Batch(student, teacher, torch.tensor(labels, dtype=torch.long), tuple(examples))

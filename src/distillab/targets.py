@@ -71,11 +71,7 @@ class HiddenTargets:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """教师的完整 logits；只宜用于测试与小词表。
-
-    Attributes:
-        logits: ``[P, V]``，已经过教师 head 的 bias、scale 与 softcap。
-    """
+    """教师的完整 logits ``[P, V]``，已经过它的 head 的全部；只宜用于测试与小词表。"""
 
     logits: Tensor
 

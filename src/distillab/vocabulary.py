@@ -14,17 +14,10 @@ from .errors import DistillabError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """id ``0..limit-1``，除去 ``missing``。
+    """id ``0..limit-1``，除去 ``missing``（递增）；head 只算 ``limit`` 这么宽，它小于 1 是错误。
 
     分词器的 id 不一定连续：后加的 token 常常排在留空的一段之后。从第一个空洞处截断，会把它们（多半
-    是 ``<|im_end|>`` 一类）全丢掉，所以空洞要逐个记下。
-
-    Attributes:
-        limit: 最大的 id 加一；head 只算这么宽。
-        missing: 其间不用的 id，递增；通常为空，这时一切与只有 ``limit`` 时逐位相同。
-
-    Raises:
-        DistillabError: ``limit`` 小于 1。
+    是 ``<|im_end|>`` 一类）全丢掉，所以空洞要逐个记下。没有空洞时一切与只有 ``limit`` 时逐位相同。
     """
 
     limit: int

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..bars import track
 from ..batch import Example, Tokens
 from ..config.sections import DataSection
-from ..console import make_console
 from ..errors import DistillabError
 from .chat import control_token, render_ahead
 from .conversations import Conversation
@@ -27,8 +27,6 @@ from .truncate import Fitted, fit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROGRESS_FROM = 2000
-"""对话多于这么多段时才显示进度条。"""
 _TOGETHER = 64
 """一起渲染的对话数。"""
 TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
@@ -36,22 +34,10 @@ TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
 
 @dataclass
 class DataReport:
-    """数据从读入到能训练，每一步去掉了什么。
+    """数据从读入到能训练，每一步去掉了什么：各是条数，``tokens`` 以下是学生视角的 token 数。
 
-    Attributes:
-        read: 配好对、也有 response 的条数。
-        train: 训练集的条数。
-        validation: 验证集的条数。
-        dropped: 原因到条数。
-        duplicates: 与前面某一条的两个视角都相同的条数；它们留着。
-        control_tokens: 内容里的控制 token 到有它的条数，只数每条的第一个。
-        kept_control_tokens: 它们是否仍当作控制 token。
-        truncated_prompts: 去掉了最早几轮或 prompt 开头的条数。
-        truncated_responses: 去掉了 response 结尾的条数。
-        tokens: 学生视角的 token 总数。
-        response_tokens: 其中训练的。
-        longest: 学生视角最长的一条，单位 token。
-        longest_teacher: 教师视角最长的一条；没有特权信息时与 ``longest`` 相同。
+    ``duplicates`` 与前面某一条的两个视角都相同，仍然留着；``control_tokens`` 只数每条的第一个；
+    ``longest_teacher`` 是教师视角的，没有特权信息时与 ``longest`` 相同。
     """
 
     read: int = 0
@@ -67,21 +53,6 @@ class DataReport:
     response_tokens: int = 0
     longest: int = 0
     longest_teacher: int = 0
-
-    @property
-    def kept(self) -> int:
-        """留下的条数。"""
-        return self.train + self.validation
-
-    @property
-    def mean_tokens(self) -> float:
-        """学生视角平均每条的 token 数。"""
-        return self.tokens / max(self.kept, 1)
-
-    @property
-    def response_share(self) -> float:
-        """Response token 占学生视角的比例。"""
-        return self.response_tokens / max(self.tokens, 1)
 
     def lines(self) -> list[str]:
         """给日志的几行英文；没有发生的事不提。"""
@@ -107,9 +78,11 @@ class DataReport:
         teacher = ""
         if self.longest_teacher != self.longest:
             teacher = f", at most {self.longest_teacher:,} with what only the teacher reads"
+        mean = self.tokens / max(self.train + self.validation, 1)
+        share = self.response_tokens / max(self.tokens, 1)
         lines.append(
-            f"{self.mean_tokens:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
-            f"{self.response_share:.0%} of them in responses"
+            f"{mean:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
+            f"{share:.0%} of them in responses"
         )
         return lines
 
@@ -188,7 +161,8 @@ class ChatDataset(Dataset[Example]):
         report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
         kept: list[tuple[str, Example, Example]] = []
         seen: set[str] = set()
-        for pair in _rendered_ahead(_progress(pairs), tokenizer, data):
+        shown = track(pairs, "tokenising", len(pairs), at_least=2000)
+        for pair in _rendered_ahead(shown, tokenizer, data):
             fitted = _fitted(pair, tokenizer, max_seq_len, data)
             if fitted is None:
                 report.dropped[TOO_LONG.format(max_seq_len)] += 1
@@ -267,13 +241,11 @@ class LengthGroupedSampler(Sampler[int]):
         together = size * max(1, min(self._GROUPS_SORTED_TOGETHER, math.ceil(full / 4)))
         groups: list[list[int]] = []
         for start in range(0, full * size, together):
-            part = sorted(order[start : min(start + together, full * size)], key=self._length)
+            part = order[start : min(start + together, full * size)]
+            part.sort(key=self.lengths.__getitem__)
             groups += [part[i : i + size] for i in range(0, len(part), size)]
         for position in torch.randperm(len(groups), generator=generator).tolist():
             yield from groups[position]
-
-    def _length(self, index: int) -> int:
-        return self.lengths[index]
 
 
 def _fitted(
@@ -342,15 +314,3 @@ def _held_out(prompts: set[str], data: DataSection, seed: int, report: DataRepor
     ranked = sorted(prompts, key=lambda prompt: _identity([seed, prompt]))
     count = round(len(ranked) * data.validation_fraction)
     return set(ranked[: min(max(1, count), len(ranked) - 1)])
-
-
-def _progress(pairs: list[Pair]) -> Iterable[Pair]:
-    from rich.progress import track
-
-    return track(
-        pairs,
-        "tokenising",
-        console=make_console(stderr=True),
-        transient=True,
-        disable=len(pairs) < _PROGRESS_FROM,
-    )

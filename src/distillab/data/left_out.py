@@ -21,12 +21,7 @@ logger = logging.getLogger("distillab")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """一个模型的分词器里，不在共有词表里的 token。
-
-    Attributes:
-        whose: ``student`` 或 ``teacher``。
-        tokens: id → token。
-    """
+    """一个模型（``student`` 或 ``teacher``）的分词器里，不在共有词表里的 token：id → token。"""
 
     whose: str
     tokens: dict[int, str]
@@ -38,14 +33,7 @@ class LeftOut:
         return cls(whose, {i: token for i, token in sorted(own) if i not in shared})
 
     def check_stops(self, stops: Container[int]) -> None:
-        """停止的 token 都要共有：不然学生学不会停下，或教师的概率无处可去。
-
-        Args:
-            stops: 这个模型生成时的停止 token。
-
-        Raises:
-            DistillabError: 有一个不共有。
-        """
+        """停止的 token 都要共有：不然学生学不会停下，或教师的概率无处可去。"""
         for index, token in self.tokens.items():
             if index in stops:
                 other = "teacher" if self.whose == "student" else "student"
@@ -64,12 +52,7 @@ def check_left_out(
 ) -> None:
     """说出两边各有哪些 token 不共有；停止的 token 在其中就拒绝。
 
-    Args:
-        shared: 共有的词表。
-        parts: 各 ``(student 或 teacher, 它的分词器, 它的停止 token)``。
-
-    Raises:
-        DistillabError: 见 ``LeftOut.check_stops``。
+    ``parts`` 是各 ``(student 或 teacher, 它的分词器, 它的停止 token)``。
     """
     found = []
     for whose, tokenizer, stops in parts:
@@ -79,8 +62,9 @@ def check_left_out(
     if found:
         logger.info(
             "student and teacher share %s token ids; without probability and not trained on: %s",
-            f"{len(shared):,}", ", ".join(map(str, found)),
-        )  # fmt: skip
+            f"{len(shared):,}",
+            ", ".join(map(str, found)),
+        )
 
 
 def count_left_out(
@@ -89,16 +73,10 @@ def count_left_out(
     left: LeftOut,
     teacher_rows: int | None,
 ) -> None:
-    """数出数据里学生有而教师没有的 token，写进日志。
+    """数出 ``name`` 的数据里学生有而教师没有的 token，写进日志。
 
-    Args:
-        name: 是哪些数据，写进日志。
-        items: 数据集的各项；``None`` 为流，数不完，每个 token 都可能在其中。
-        left: 学生的。
-        teacher_rows: 教师的 embedding 有几行；``None`` 为没有教师。
-
-    Raises:
-        DistillabError: 教师读不了其中的一个，或没有剩下一个可以训练的 token。
+    ``items`` 为 ``None`` 的是流，数不完，每个 token 都可能在其中；``teacher_rows`` 是教师的
+    embedding 有几行，没有教师则为 ``None``。教师读不了其中的一个，或没有剩下可以训练的，是错误。
     """
     lost: Counter[int] = Counter()
     read: Counter[int] = Counter()
@@ -126,8 +104,10 @@ def count_left_out(
     ):
         if counts:
             tokens = some(left.tokens[index] for index, _ in counts.most_common())
-            logger.warning("%s: %s %s: only the student's tokenizer has %s",
-                           name, f"{counts.total():,}", what, tokens)  # fmt: skip
+            total = f"{counts.total():,}"
+            logger.warning(
+                "%s: %s %s: only the student's tokenizer has %s", name, total, what, tokens
+            )
 
 
 def _tokens(item: Example | dict[str, Tensor]) -> tuple[list[int], list[int]]:

@@ -20,19 +20,10 @@ _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTA
 
 
 def split_files(path: Path, subset: str | None, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """目录里各个 split 的文件。
+    """目录里后缀在 ``suffixes`` 中的文件：split 到按路径排序的，至少一个；不分的全部是 ``train``。
 
-    Args:
-        path: 目录。
-        subset: ``README.md`` 里的一个 config，或一个子目录；``None`` 是缺省的 config，或目录自己。
-        suffixes: 能读的后缀。
-
-    Returns:
-        split 到按路径排序的文件，至少一个；没有哪个文件属于哪个 split 可言时，全部是 ``train``。
-
-    Raises:
-        DistillabError: 没有能读的文件，没有这个 ``subset``，或 ``README.md`` 里的 ``configs``
-            读不懂、指向目录之外。
+    ``subset`` 是 ``README.md`` 里的一个 config，或一个子目录；缺省是缺省的 config，或目录自己。
+    ``README.md`` 里的 ``configs`` 不得指向目录之外。
     """
     config = _config(path, subset)
     if config is not None:
@@ -86,17 +77,16 @@ def _config(path: Path, subset: str | None) -> Mapping[str, Any] | None:
     names = [str(name) for name in configs]
     name = default if subset is None else subset
     if name is None:
-        raise DistillabError(f"{card} has several configs and no default: set subset; "
-                             f"{nearest('', names)}")  # fmt: skip
+        hint = nearest("", names)
+        raise DistillabError(f"{card} has several configs and no default: set subset; {hint}")
     if name not in configs:
         if (path / name).is_dir():
             return None
         raise DistillabError(f"{str(path)!r} has no subset {name!r}; {nearest(name, names)}")
     config: Mapping[str, Any] = configs[name]
     for place in _places(config):
-        if "::" in place or "://" in place or ".." in re.split(r"[/\\]", place) or (
-            Path(place).is_absolute()
-        ):  # fmt: skip
+        leaves = ".." in re.split(r"[/\\]", place) or Path(place).is_absolute()
+        if leaves or "::" in place or "://" in place:
             raise DistillabError(
                 f"{card}: config {name!r} names {place!r}, expected a path inside {str(path)!r}"
             )

@@ -101,18 +101,10 @@ def collate_rows(
     pad_id: int,
     vocabulary: Vocabulary | None = None,
 ) -> Batch:
-    """``PackedDataset`` 的各行，或（验证时）没有装在一起的各条，拼成 ``Batch``。
-
-    Args:
-        items: 全是行，或全是 ``Example``。
-        pad_id: 填充用的 id。
-        vocabulary: 见 ``collate_examples``。
-    """
-    rows = [item for item in items if isinstance(item, tuple)]
-    if rows:
-        return collate_packed(rows, pad_id, vocabulary)
-    examples = [item for item in items if isinstance(item, Example)]
-    return collate_examples(examples, pad_id, vocabulary)
+    """``PackedDataset`` 的各行，或（验证时）没有装在一起的各条，拼成 ``Batch``。"""
+    if isinstance(items[0], tuple):
+        return collate_packed(items, pad_id, vocabulary)  # type: ignore[arg-type]
+    return collate_examples(items, pad_id, vocabulary)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -17,18 +17,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, keys: Collection[str] = ("id", "response")) -> list[Row]:
-    """读出全部整行，留下与没留下的都在；写到一半的最后一行被忽略。
-
-    Args:
-        path: ``distillab synthesize`` 写的 jsonl，或别的每行有 ``keys`` 的。
-        keys: 每行必须有的键。
-
-    Returns:
-        按文件里的先后。
-
-    Raises:
-        DistillabError: 没有这个文件，或中间有一行不是回答。
-    """
+    """按先后读出全部整行，每行要有 ``keys``；留下与没留下的都在，写到一半的最后一行不算。"""
     if not path.is_file():
         raise DistillabError(f"{path}: no such file; write it with: distillab synthesize RECIPE")
     rows, end, _ = whole_rows(path, keys)
@@ -62,18 +51,10 @@ def whole_rows(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
 def usable_responses(
     source: str, keys: Collection[str]
 ) -> tuple[dict[str, list[str | Message]], list[str]]:
-    """读出各个任务的 response；没有通过过滤的、没说完的、空白的都略过。
+    """读出 ``keys`` 里各个任务的 response；没有通过过滤的、没说完的、空白的都略过。
 
-    Args:
-        source: ``distillab synthesize`` 写的 jsonl，或别的每行有 ``id`` 与 ``response`` 的。
-        keys: 全部任务的键，即 ``id``。
-
-    Returns:
-        ``(键 -> 它的各条 response, 说明)``：带着 ``reasoning`` 的 response 是一条消息，其余是文字；
-        说明是英文的日志行，讲略过了什么。
-
-    Raises:
-        DistillabError: 没有这个文件，有一行不是 response，或一个任务也没有回答。
+    返回 ``(键 -> 它的各条 response, 说明)``：带着 ``reasoning`` 的是一条消息，其余是文字；说明是
+    英文的日志行，讲略过了什么。一个任务也没有回答是错误。
     """
     answered: dict[str, list[str | Message]] = {}
     unknown: list[str] = []
