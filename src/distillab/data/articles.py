@@ -17,11 +17,12 @@ from ..models.pretrained import hub_is_reachable, one_line_errors
 from ..parsing import parse_json
 from ..sources import fetch
 from .bad_rows import BadRows
-from .corpus import Corpus
 from .local_splits import split_files
 
 if TYPE_CHECKING:
     import datasets
+
+    from .corpus import Corpus
 
 logger = logging.getLogger("distillab")
 

@@ -54,6 +54,21 @@ class DataReport:
     longest: int = 0
     longest_teacher: int = 0
 
+    @property
+    def kept(self) -> int:
+        """留下的条数。"""
+        return self.train + self.validation
+
+    @property
+    def mean_tokens(self) -> float:
+        """学生视角平均每条的 token 数。"""
+        return self.tokens / max(self.kept, 1)
+
+    @property
+    def response_share(self) -> float:
+        """Response token 占学生视角的比例。"""
+        return self.response_tokens / max(self.tokens, 1)
+
     def lines(self) -> list[str]:
         """给日志的几行英文；没有发生的事不提。"""
         lines = [
@@ -78,11 +93,9 @@ class DataReport:
         teacher = ""
         if self.longest_teacher != self.longest:
             teacher = f", at most {self.longest_teacher:,} with what only the teacher reads"
-        mean = self.tokens / max(self.train + self.validation, 1)
-        share = self.response_tokens / max(self.tokens, 1)
         lines.append(
-            f"{mean:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
-            f"{share:.0%} of them in responses"
+            f"{self.mean_tokens:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
+            f"{self.response_share:.0%} of them in responses"
         )
         return lines
 
