@@ -1,14 +1,13 @@
 """端到端测试的零件：磁盘上的小教师、小文本和一份配方，全部离线。"""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from forked import Forked
+from forked import Forked, ranks
 from stub_server import Stub
 
 WORDS = [
@@ -93,16 +92,10 @@ def several(start):
     """几个进程一起走一条命令，像 torchrun 起的那样；各自的环境变量之外可以再加。"""
 
     def several(processes: int, *arguments: str, environment=None, **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
-            for rank in range(processes)
-        ]  # fmt: skip
         common = {"ACCELERATE_USE_CPU": "true"} | (environment or {})
-        return [start(*arguments, environment=common | rank, **options) for rank in ranks]
+        return [
+            start(*arguments, environment=common | rank, **options) for rank in ranks(processes)
+        ]
 
     return several
 

@@ -107,6 +107,20 @@ def become(streams, program, arguments, cwd, environment, terminal, ignoring_han
         os._exit(code)
 
 
+def ranks(processes: int) -> list[dict[str, str]]:
+    """torchrun 给各个进程的环境变量；只有一个进程时什么也不给。"""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
 class Forked:
     """一个这样的进程。
 
@@ -116,11 +130,11 @@ class Forked:
     def __init__(self, server: str, program: tuple[str, str], arguments: tuple[str, ...],
                  environment: dict[str, str], logs: Path, stdout: int | None = None,
                  stderr: int | None = None, terminal: bool = False,
-                 ignoring_hangup: bool = False) -> None:  # fmt: skip
+                 ignoring_hangup: bool = False, cwd: Path | None = None) -> None:  # fmt: skip
         self.returncode, self.ended = None, None
         self.out, self.err = logs.with_suffix(".out"), logs.with_suffix(".err")
         request = {
-            "program": program, "arguments": arguments, "cwd": str(Path.cwd()),
+            "program": program, "arguments": arguments, "cwd": str(cwd or Path.cwd()),
             "environment": environment, "terminal": terminal, "ignoring_hangup": ignoring_hangup,
         }  # fmt: skip
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

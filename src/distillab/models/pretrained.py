@@ -48,13 +48,15 @@ def load_pretrained(
     where = resolve_model(text, sha256=sha256)
     from transformers import AutoModelForCausalLM
 
+    offline = isinstance(where, str) and not hub_is_reachable()
     with quiet_transformers(), one_line_errors("model", text):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            local_files_only=isinstance(where, str) and not hub_is_reachable(),
+            local_files_only=offline,
+            adapter_kwargs={"local_files_only": offline},  # 装了 peft 时它另外去找 adapter
             output_loading_info=True,
         )
     model, info = loaded
