@@ -1,8 +1,12 @@
-"""房间在一道楼梯上：导入只往下走，重的库不进轻的房间，一个文件一题。"""
+"""房间在一道楼梯上：导入只往下走，重的库不进轻的房间，一个文件一题。
+
+python tests/test_architecture.py  # 各个房间的文件数与行数，以及它导入谁、几处
+"""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -114,3 +118,25 @@ def test_light_rooms_need_none_of_the_heavy_libraries(modules, heavy):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_files_are_of_one_subject():
+    long = {m: count for m, path in MODULES.items() if (count := lines(path)) > 400}
+    assert long == {}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+if __name__ == "__main__":
+    for where in (*STAIR, "plan", "report", TOP):
+        inside = [module for module in MODULES if room(module) == where]
+        arrows = Counter(
+            room(origin)
+            for module in inside
+            for origin in {origin for origin, _ in imports(module)}
+            if room(origin) != where
+        )
+        size = sum(lines(MODULES[module]) for module in inside)
+        print(f"{where:12} {len(inside):3} files {size:6,} lines  ", dict(arrows))
