@@ -15,6 +15,7 @@ from distillab.config.schema import LoraConfig, ModelConfig, Recipe
 from distillab.config.sections import SamplingConfig, TaskConfig
 from distillab.data.chat import render, render_prompt
 from distillab.data.pairs import Task
+from distillab.evaluate.subjects import Subject
 from distillab.evaluate.tasks import TaskSet, accuracy
 from distillab.export.convert import export_student, from_hf, student_from_teacher
 from distillab.generate.generator import TextGenerator
@@ -114,7 +115,7 @@ def test_answers_and_tasks_hold_the_response_and_nothing_of_the_turn_end(name, a
     path.write_text(json.dumps({"prompt": QUESTION[0]["content"], "answer": "Paris"}) + "\n")
     config = {"source": str(path), "match": {"exact": True}, "max_new_tokens": 20}
     task_set = TaskSet.load("capitals", TaskConfig.model_validate(config), {})
-    assert accuracy(task_set.ask(PretrainedLM(model), tokenizer, "student")) == 1
+    assert accuracy(task_set.ask(Subject("student", PretrainedLM(model), tokenizer))) == 1
 
 
 @pytest.mark.parametrize(
