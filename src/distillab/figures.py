@@ -35,7 +35,7 @@ AGREEMENT = {
     "forward_kl": "KL(teacher ‖ student)",
     "reverse_kl": "KL(student ‖ teacher)",
     "top1": "same top-1 token",
-    "top5": "teacher's top-1 in student's top-5",
+    "top5": "teacher's top-5 in student's top-5",
 }
 """与教师的一致：前两项以 nat 计；最可能的 token 是否相同；教师最可能的五个 token 有几成也在学生的
 前五里。"""

@@ -319,7 +319,8 @@ def test_a_few_steps_of_the_real_quickstart_already_help(
     command, package_cache, smollm2_dir, wiki_json, monkeypatch
 ):
     monkeypatch.setenv("DISTILLAB_CACHE", str(package_cache))
-    overrides = ["train.max_steps=12", "train.warmup_steps=4", "evaluate.max_sequences=4",
+    overrides = ["train.max_steps=12", "train.warmup_steps=4", "train.batch_size=1",
+                 "data.max_seq_len=128", "evaluate.max_sequences=4",
                  "evaluate.max_new_tokens=8"]  # fmt: skip
     arguments = [part for override in overrides for part in ("--set", override)]
     code, _, err = command("train", "quickstart", *arguments)
