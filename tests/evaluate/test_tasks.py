@@ -160,24 +160,15 @@ def test_generated_problems_are_scored_by_their_generator(tiny_qwen2, tiny_token
     task = TaskSet.load("sums", config, {})
     assert {len(pair.teacher.messages) for pair in task.pairs} == {2}
     answers = [pair.student.answer for pair in task.pairs]
-    said = iter(
-        [answers[0], f"it is {answers[1]}", "no", answers[3], f"<answer>{answers[4]}</answer>", ""]
-    )
-    by_key = {pair.key: next(said) for pair in task.pairs}
-    monkeypatch.setattr(
-        "distillab.synthesize.local_backend.LocalBackend._answer",
-        lambda self, question, row: _answer(question, by_key[question.task.id]),
-    )
+    said = [
+        answers[0], f"it is {answers[1]}", "no", answers[3], f"<answer>{answers[4]}</answer>", ""
+    ]  # fmt: skip
+    ids = [tiny_tokenizer(text + "<|endoftext|>").input_ids for text in said]
+    monkeypatch.setattr("distillab.evaluate.tasks.respond", lambda *_, **__: [dict(enumerate(ids))])
     rows = task.ask(reader(PretrainedLM(tiny_qwen2), tiny_tokenizer))
     assert [row["correct"] for row in rows] == [True, False, False, True, True, False]
     assert 0 < rows[1]["score"] < 1  # 部分分记下，但不算对
     assert accuracy(rows) == 0.5
-
-
-def _answer(question, text):
-    from distillab.synthesize.questions import Answer
-
-    return Answer(question, text, "stop", "tiny", 1)
 
 
 def test_a_prompt_is_encoded_once(task, choice, tiny_qwen2, tiny_tokenizer, monkeypatch):

@@ -18,17 +18,18 @@ from ..config.sections import DataSection, SamplingConfig, TaskConfig
 from ..config.style import USUAL, Style
 from ..data.chat import render_prompt, text_ids
 from ..data.conversations import Conversation
-from ..data.pairs import Pair, Task, load_pairs, with_experience
+from ..data.pairs import Pair, load_pairs, with_experience
 from ..errors import DistillabError, typed_reason
 from ..files import replace_file
+from ..generate.generator import TextGenerator
 from ..generate.likelihood import likelihoods
+from ..generate.respond import respond
 from ..models.interface import LanguageModel
 from ..models.tokenizer import own_vocabulary
 from ..parsing import parse_json
 from ..run_file_shapes import ANSWERS_ROW, check
 from ..synthesize.filters import make_filter, needs_answer
-from ..synthesize.local_backend import LocalBackend
-from ..synthesize.questions import Answer, Question, check_tasks
+from ..synthesize.questions import check_tasks
 from .problems import Choices, Score, generated, read_choices
 from .subjects import Side, Subject
 
@@ -186,23 +187,17 @@ class ResponseTask(TaskSet):
         return [1] * len(self.pairs)
 
     def _rows(self, model: LanguageModel, subject: Subject) -> list[TaskRow]:
-        tasks = [pair.task(subject.side) for pair in self.pairs]
-        prompts = dict(zip((task.id for task in tasks), self._read(subject), strict=True))
-
-        def prompt(task: Task) -> list[int]:
-            return prompts[task.id]
-
-        sampling = SamplingConfig(temperature=0.0, max_new_tokens=self.max_new_tokens)
-        backend = LocalBackend(
-            model, subject.tokenizer, prompt, sampling, BATCH_SIZE, name=subject.name
+        generator = TextGenerator(model, subject.tokenizer)
+        batches = respond(
+            generator,
+            self._read(subject),
+            SamplingConfig(temperature=0.0, max_new_tokens=self.max_new_tokens),
+            seeds=[0] * len(self.pairs),
+            batch_size=BATCH_SIZE,
+            lower=f"evaluate.tasks.{self.name}.max_new_tokens={self.max_new_tokens}",
         )
-        answers = {
-            answer.question.task.id: answer
-            for batch in backend.answer([Question(task, 0, 0) for task in tasks], lambda: False)
-            for answer in batch
-            if isinstance(answer, Answer)  # 本地模型总会答
-        }
-        return [self._row(pair, answers[pair.key].response) for pair in self.pairs]
+        answers = {row: generator.decode(ids) for batch in batches for row, ids in batch.items()}
+        return [self._row(pair, answers[row]) for row, pair in enumerate(self.pairs)]
 
     def _row(self, pair: Pair, response: str) -> TaskRow:
         student = pair.student
