@@ -574,16 +574,38 @@ def test_compiled_rows_give_the_numbers_of_eager_ones(kind, compiling, monkeypat
         assert relative(left, right.double()) < 1e-5
 
 
-def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so(compiling, monkeypatch, caplog):
+BROKEN_COMPILERS = [
+    torch._inductor.exc.InductorError(RuntimeError("no compiler"), None),
+    torch._dynamo.exc.Unsupported("no"),
+    AssertionError(),  # dynamo 在一块 GPU 上的 2.11 里正是这样失败的
+]
+
+
+@pytest.mark.parametrize("error", BROKEN_COMPILERS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("kind", ["hidden", "bucket"])
+def test_whatever_the_compiler_raises_the_loss_runs_uncompiled(
+    kind, error, compiling, monkeypatch, caplog
+):
     def broken(*_):
-        raise torch._inductor.exc.InductorError(RuntimeError("no compiler"), None)
+        raise error
 
     monkeypatch.setattr(fused, "_compiled", lambda _: broken)
-    case = Case(rows=21)
-    found, _ = case.run(LossConfig())
-    expected, _ = case.oracle(LossConfig())
+    case, loss = Case(rows=21), LossConfig(temperature=1.0)
+    found, _ = case.run(loss, kind)
+    expected, _ = case.oracle(loss, kind)
     assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
     assert caplog.text.count("torch.compile cannot be used here") == 1
+    assert type(error).__name__ in caplog.text
+
+
+def test_an_error_that_is_not_the_compilers_is_raised_as_it_is(compiling, monkeypatch, caplog):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(fused, "_compiled", lambda _: out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        Case(rows=21).run(LossConfig())
+    assert not fused.COMPILER.failed
 
 
 @pytest.fixture

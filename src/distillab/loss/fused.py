@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..config.schema import LossConfig
-from ..errors import reason
+from ..errors import typed_reason
 from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
 from .chunking import BUDGET_BYTES, Chunking
 from .losses import LossSums, check_targets
@@ -252,7 +252,7 @@ class Chunks:
             narrow = own.gather(1, ids), ids, probs, entropy, label_product, labels
             if targets.tail != "sampled":
                 own.scatter_(1, ids, -torch.inf)
-            values, id_gradient, label_gradient = self._call(
+            *values, id_gradient, label_gradient = self._call(
                 sparse_rows, student, *map(pad, narrow), self.bias, targets.tail, spec
             )
             if spec.gradient:
@@ -266,12 +266,12 @@ class Chunks:
                 spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
                 teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
             at_label = pad(label_product), pad(labels)
-            values, label_gradient = self._call(
+            *values, label_gradient = self._call(
                 dense_rows, student, teacher, *at_label, self.bias, teacher_bias, spec
             )
         if labels is not None and spec.gradient:
             own.scatter_add_(1, labels[:, None], label_gradient[:count, None])
-        return torch.stack(list(values))[:, :count].sum(-1, dtype=torch.float64)
+        return torch.stack(values)[:, :count].sum(-1, dtype=torch.float64)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if not self.compiled:
@@ -295,7 +295,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Compiler:
-    """没有编译器、或编译不成的机器上，从此逐个算子执行：数相同，只是慢，在日志里说一次。"""
+    """没有编译器、或编译不成的机器上，从此逐个算子执行：数相同，只是慢，在日志里说一次。
+
+    编译器自己的错误什么类型都有（dynamo 抛过光秃秃的 ``AssertionError``），所以都算；逐个算子也不成
+    的，是使用者的错误，原样抛出。
+    """
 
     def __init__(self, warning: str) -> None:
         self.warning, self.failed = warning, False
@@ -304,20 +308,17 @@ class Compiler:
         self, compiled: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """``compiled`` 的结果；不成则是 ``eager`` 的。"""
-        if not self.failed:
-            try:
-                return compiled(*args, **kwargs)
-            except _compile_errors() as error:
-                self.failed = True
-                logger.warning(self.warning, reason(error))
-        return eager(*args, **kwargs)
-
-
-def _compile_errors() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return (TorchDynamoException, InductorError)
+        if self.failed:
+            return eager(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            result = eager(*args, **kwargs)
+            self.failed = True
+            logger.warning(self.warning, typed_reason(error))
+            return result
 
 
 COMPILER = Compiler(

@@ -157,10 +157,11 @@ def dense_rows(
     bias: Tensor | None,
     teacher_bias: Tensor | None,
     spec: RowSpec,
-) -> tuple[RowValues, Tensor]:
-    """两份 ``[R, V]`` 的 ``hidden @ weight.T`` → 每行的值；``student`` 就地变成梯度。
+) -> tuple[Tensor, ...]:
+    """两份 ``[R, V]`` 的 ``hidden @ weight.T`` → ``RowValues`` 的各项；``student`` 就地变成梯度。
 
-    标签处的 ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是第二个返回值 ``[R]``。α 为 0 时没有
+    返回的都是单个张量：有的 PyTorch 编译不了 ``_replace`` 出来的 namedtuple。标签处的
+    ``-(1-α)(1-ε)`` 不在其中：它由调用者加上，系数是最后一个返回值 ``[R]``。α 为 0 时没有
     ``teacher``，为 1 时没有 ``labels`` 与 ``label_product``（``student`` 在标签处的数）。
     ``spec.excluded`` 的列须已填成 ``-inf``；它们的梯度没有意义，由调用者填成 0。
     """
@@ -197,7 +198,7 @@ def dense_rows(
             gradient = gradient + uniform_rows(logits.shifted, log_sum, spec)
     if spec.gradient:
         student.copy_(gradient * logits.slope)
-    return values, label_gradient
+    return *values, label_gradient
 
 
 def label_rows(

@@ -38,12 +38,12 @@ def sparse_rows(
     bias: Tensor | None,
     tail: Tail,
     spec: RowSpec,
-) -> tuple[RowValues, Tensor, Tensor]:
-    """学生的 ``[R, V]`` 与教师的 K 个概率 → 每行的值；``student`` 就地变成其余 token 处的梯度。
+) -> tuple[Tensor, ...]:
+    """``[R, V]`` 与教师的 K 个概率 → ``RowValues`` 的各项；``student`` 变成其余 token 的梯度。
 
     ``sampled`` 之外，``student`` 在 ``ids [R, K]`` 处须已填成 ``-inf``（``id_product [R, K]`` 是填
-    之前的数）；它们的梯度是第二个返回值 ``[R, K]``，由调用者写入（``sampled`` 时是加上）。标签处同
-    ``dense_rows``：要加的梯度 ``[R]`` 是第三个。
+    之前的数）；它们的梯度 ``[R, K]`` 是倒数第二个，由调用者写入（``sampled`` 时是加上）。标签处同
+    ``dense_rows``：要加的梯度 ``[R]`` 是最后一个。
     """
     id_logits, id_slope = finish(
         id_product, None if bias is None else bias[ids], spec.scale, spec.softcap
@@ -100,7 +100,7 @@ def sparse_rows(
             id_gradient = id_gradient + uniform_rows(id_logits, log_sum, spec)
     if spec.gradient:
         student.copy_(gradient * logits.slope)
-    return values, id_gradient * id_slope, label_gradient
+    return *values, id_gradient * id_slope, label_gradient
 
 
 def outcomes(
