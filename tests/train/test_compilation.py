@@ -18,6 +18,7 @@ from distillab.models.lora import add_lora
 from distillab.models.student import StudentModel
 from distillab.teachers.in_process import AdapterOffTeacher
 from distillab.train import compilation
+from distillab.train import trainer as trainer_module
 from distillab.train.compilation import prepare_bodies, training_step
 from distillab.train.trainer import DistillationTrainer
 
@@ -102,7 +103,7 @@ def test_checkpoints_of_compiled_and_eager_runs_are_interchangeable(make, counte
 
 def test_sequences_of_many_lengths_compile_twice(counter):
     student = StudentModel(ModelConfig(**SMALL)).train()
-    prepare_bodies(student, None, TrainingConfig(compile=True))
+    prepare_bodies(student, None, TrainingConfig(compile=True), steps=6)
     for length in (8, 12, 16, 23, 31, 40):
         with training_step():
             student(torch.randint(400, (2, length))).sum().backward()
@@ -173,3 +174,129 @@ def test_the_c_compiler_gives_the_same_numbers(make, monkeypatch):
     compiled.train()
     assert not compilation.COMPILER.failed
     assert_same(compiled, eager)
+
+
+# ---------------------------------------------------------------- CUDA graph：录制换成同样规矩的替身
+
+
+class StaticReplay(torch.nn.Module):
+    """像 ``make_graphed_callables``：输出与梯度总在同一块内存里，下一次重放就盖掉。"""
+
+    def __init__(self, body, factor=1.0):
+        super().__init__()
+        self.replays = 0
+        parameters = [each for each in body.parameters() if each.requires_grad]
+        static = {"gradients": [torch.empty_like(each) for each in parameters]}
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, input_ids, *_):
+                with torch.set_grad_enabled(body.training):
+                    ctx.hidden = body(input_ids)
+                output = static.setdefault("output", torch.empty_like(ctx.hidden))
+                output.copy_(ctx.hidden.detach() * factor)
+                return output.detach()
+
+            @staticmethod
+            def backward(ctx, upstream):
+                found = torch.autograd.grad(ctx.hidden, parameters, upstream)
+                for buffer, gradient in zip(static["gradients"], found, strict=True):
+                    buffer.copy_(gradient)
+                return None, *(buffer.detach() for buffer in static["gradients"])
+
+        self.run = lambda ids: Replay.apply(ids, *(parameters if body.training else ()))
+
+    def forward(self, input_ids):
+        self.replays += 1
+        return self.run(input_ids)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """在 CPU 上也当作有 GPU；给出录下的各段。"""
+    found = []
+    prepare = trainer_module.prepare_bodies
+
+    def recorded(body, input_ids):
+        found.append(StaticReplay(body))
+        return found[-1]
+
+    monkeypatch.setattr(compilation, "recorded", recorded)
+    monkeypatch.setattr(PretrainedLM, "capturable", True)
+    monkeypatch.setattr(
+        trainer_module,
+        "prepare_bodies",
+        lambda *args, **options: prepare(*args, **options | {"cuda": True}),
+    )
+    return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_graphs_train_exactly_as_eager_steps_do(make, graphs, accumulation):
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 5, "num_epochs": 9}
+    eager = make("eager", compile=False, **options)
+    eager.train()
+    assert not graphs
+    graphed = make("graphed", compile="auto", **options)
+    graphed.train()
+    assert len(graphs) == 2  # 学生与教师
+    # 前两批逐个算子执行；第三批起重放，外加核对的一次
+    assert [graph.replays for graph in graphs] == [5 * accumulation - 2 + 1] * 2
+    assert losses(graphed) == losses(eager)
+    torch.testing.assert_close(weights(graphed), weights(eager), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", ["values", "capture"])
+def test_graphs_that_fail_or_differ_step_aside_and_say_so(
+    make, graphs, monkeypatch, caplog, wrong
+):  # fmt: skip
+    def recorded(body, input_ids):
+        if wrong == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return StaticReplay(body, factor=1.1)
+
+    monkeypatch.setattr(compilation, "recorded", recorded)
+    eager, graphed = make("eager", compile=False), make("graphed")
+    eager.train()
+    with caplog.at_level(logging.WARNING, "distillab"):
+        graphed.train()
+    assert caplog.text.count("CUDA graphs cannot be used here") == 2  # 学生与教师各一次
+    assert ("differ by 1.0e-01" if wrong == "values" else "stream is capturing") in caplog.text
+    assert losses(graphed) == losses(eager)
+
+
+def test_only_batches_of_one_shape_in_a_row_are_recorded(graphs):
+    student = StudentModel(ModelConfig(**SMALL)).train()
+    body = compilation.GraphedBody(student, trains=True)
+    for length in (8, 8, 12, 8, 12, 12):
+        with training_step():
+            body(torch.randint(400, (2, length)))
+    body(torch.randint(400, (2, 12)))  # 不在训练步里
+    assert not graphs
+    for length in (12, 12, 12, 8):
+        with training_step():
+            body(torch.randint(400, (2, length)))
+    assert [graph.replays for graph in graphs] == [1 + 3]  # 核对，与三批
+
+
+def test_dropout_and_recomputation_are_not_recorded():
+    assert StudentModel(ModelConfig(**SMALL)).capturable
+    assert not StudentModel(ModelConfig(**SMALL, dropout=0.1)).capturable
+    student = StudentModel(ModelConfig(**SMALL))
+    student.enable_activation_checkpointing()
+    assert not student.capturable
+
+
+@pytest.mark.parametrize(
+    ("compile", "cuda", "steps", "compiled"),
+    [("auto", True, 500, True), ("auto", True, 499, False), ("auto", False, 500, False),
+     (True, False, 1, True), (False, True, 500, False)],
+)  # fmt: skip
+def test_auto_compiles_where_it_pays(compile, cuda, steps, compiled):
+    student = StudentModel(ModelConfig(**SMALL))
+    prepare_bodies(student, None, TrainingConfig(compile=compile), steps=steps, cuda=cuda)
+    assert all(bool(block._compiled_call_impl) == compiled for block in student.blocks)
+    assert bool(student._compiled_call_impl) == (cuda and bool(compile))
+    several = StudentModel(ModelConfig(**SMALL))
+    prepare_bodies(several, None, TrainingConfig(), steps=steps, cuda=cuda, alone=False)
+    assert several._compiled_call_impl is None

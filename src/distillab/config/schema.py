@@ -113,7 +113,9 @@ class TrainingConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds initialisation, data order, dropout.")
     activation_checkpointing: bool = Field(False, description="Recompute blocks in backward.")
-    compile: bool = Field(False, description="torch.compile the blocks of student and teacher.")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the blocks, with CUDA graphs; auto: where it pays."
+    )
     max_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept besides 'best'.")
     timeout_minutes: float = Field(
         30.0, gt=0, description="Longest that one process waits for the others before all end."

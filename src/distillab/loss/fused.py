@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ..config.schema import LossConfig
 from ..errors import typed_reason
@@ -312,8 +313,8 @@ class Compiler:
             return eager(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
+        except (torch.OutOfMemoryError, _StopRecomputationError):
+            raise  # 后者是重算激活提前收工的信号
         except Exception as error:
             result = eager(*args, **kwargs)
             self.failed = True

@@ -42,6 +42,11 @@ class LanguageModel(nn.Module, ABC):
 
     eos_token_ids: frozenset[int] = frozenset()
 
+    @property
+    def capturable(self) -> bool:
+        """前向能不能录成 CUDA graph：其间不等设备，也不用随机数。"""
+        return False
+
     @abstractmethod
     def forward(
         self,

@@ -314,6 +314,11 @@ class StudentModel(LanguageModel):
         """最长序列，单位 token。"""
         return self.config.max_seq_len
 
+    @property
+    def capturable(self) -> bool:
+        """有 dropout 时不录：随机数另是一套，断点续训接不上；重算激活要存随机状态，录不下来。"""
+        return not (self.config.dropout or self.gradient_checkpointing)
+
     def enable_activation_checkpointing(self) -> None:
         """训练时不存每层的激活，反向时重算：以约三分之一的计算换显存。"""
         self.gradient_checkpointing = True

@@ -1,20 +1,26 @@
-"""``train.compile``：教师与学生的 Transformer 各层经 ``torch.compile``，只在训练步里。
+"""``train.compile``：教师与学生的各层经 ``torch.compile``，GPU 上再录成 CUDA graph；只在训练步里。
 
 逐层编译：各层的代码相同，编译一次就够，权重的名字也不变。验证、采样、考试照旧逐个算子执行：它们的
 形状与训练的不同，每一种都要再编译一次，往往比省下的还久。
+
+CUDA graph：一批接一批形状相同时，主体的几百个内核一次提交，不再等主机一个一个地发。录下来的是
+``torch.cuda.make_graphed_callables`` 的前向与反向；权重在原处更新，录一次就够。用之前先与逐个算子
+执行的结果比较：录不成、比不上就从此不用，在日志里说一次。
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..config.schema import TrainingConfig
+from ..errors import typed_reason
 from ..loss.fused import Compiler
 from ..models.interface import LanguageModel
 
@@ -28,27 +34,54 @@ COMPILER = Compiler(
     "same numbers, slower (%s)"
 )
 
+WORTH_COMPILING = 500
+"""``auto`` 在 GPU 上走这么多步才编译：编译要半分钟上下，一步至多省下几十毫秒。"""
+
+SAME_SHAPES = 3
+"""连着这么多批形状相同才录：长短不一的对话从不录。"""
+
+TOLERANCE = 1e-2
+"""录下的与逐个算子执行的相差（范数之比）不超过它；真录错了差的是整个数。"""
+
 _in_step = False
 
 
 def prepare_bodies(
-    student: LanguageModel, teacher: LanguageModel | None, config: TrainingConfig
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    config: TrainingConfig,
+    steps: int,
+    cuda: bool = False,
+    alone: bool = True,
 ) -> None:
-    """按 ``config`` 设好模型的主体：重算激活、编译。要在引擎包装之前。
+    """按 ``config`` 设好模型的主体：重算激活、编译、CUDA graph。要在引擎包装之前。
 
-    关掉 adapter 的学生就是教师时，``teacher`` 与 ``student`` 是同一个。
+    关掉 adapter 的学生就是教师时，``teacher`` 与 ``student`` 是同一个。``steps`` 是一共走几步；
+    ``alone`` 是只有一个进程：几个进程时梯度边算边归约，录成一段就没有边可言。
     """
     if config.activation_checkpointing:
         student.enable_activation_checkpointing()
-    if not config.compile:
-        return
+    models = [model for model in (student, teacher) if model is not None]
+    if config.compile is True or (config.compile == "auto" and cuda and steps >= WORTH_COMPILING):
+        _compile_blocks(models)
+    if config.compile and cuda and alone:
+        accumulates = config.gradient_accumulation_steps > 1
+        for model in dict.fromkeys(models):
+            if model.capturable:
+                trains = model is student
+                model._compiled_call_impl = GraphedBody(
+                    model, trains=trains, accumulates=accumulates
+                )
+
+
+def _compile_blocks(models: list[LanguageModel]) -> None:
     from torch._dynamo import config as dynamo_config
 
     settings: Any = dynamo_config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
     settings.optimize_ddp = False  # 各层自有反向，DDP 的通信本来就与它们重叠，不必再切
-    for model in (student, teacher):
-        for block in [] if model is None else model.blocks:
+    for model in models:
+        for block in model.blocks:
             # 与 nn.Module.compile() 同一个位置：hook 照常触发，复制与存盘都不会带上它。
             compiled = torch.compile(block._call_impl)
             block._compiled_call_impl = functools.partial(_call, block._call_impl, compiled)
@@ -57,7 +90,7 @@ def prepare_bodies(
 
 @contextmanager
 def training_step() -> Iterator[None]:
-    """一个训练步：其间编译过的各层才用编译好的代码。"""
+    """一个训练步：其间编译过的各层、录下的主体才用上。"""
     global _in_step
     _in_step = True
     try:
@@ -70,3 +103,106 @@ def _call(
     eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     return COMPILER.call(compiled, eager, *args, **kwargs) if _in_step else eager(*args, **kwargs)
+
+
+class GraphedBody:
+    """训练步里形状不变的前向由 CUDA graph 执行，其余的照旧；放在模型的 ``_compiled_call_impl`` 上。
+
+    ``trains`` 时录下有梯度的前向与反向，否则只录没有梯度的前向。``accumulates`` 时一步有几次反向：
+    录下的梯度在固定的内存里，autograd 会把它直接当作 ``param.grad``，下一次重放便把它盖掉，所以先
+    备好 ``param.grad``，让梯度加上去。
+    """
+
+    def __init__(self, model: LanguageModel, *, trains: bool, accumulates: bool = False) -> None:
+        self.model, self.trains, self.accumulates = model, trains, accumulates
+        self.eager: Callable[..., Tensor] = model._call_impl
+        self.parameters = [each for each in model.parameters() if each.requires_grad]
+        self.failed = False
+        self._graph: nn.Module | None = None
+        self._shape: torch.Size | None = None
+        self._seen = 0
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``LanguageModel.forward``。"""
+        if self._applies(input_ids, [*args, *kwargs.values()]):
+            if self._graph is None:
+                self._record(input_ids)
+            if self._graph is not None:
+                if self.accumulates and self.trains:
+                    for each in self.parameters:
+                        if each.grad is None:
+                            each.grad = torch.zeros_like(each)
+                hidden: Tensor = self._graph(input_ids)
+                return hidden
+        return self.eager(input_ids, *args, **kwargs)
+
+    def _applies(self, input_ids: Tensor, rest: Sequence[Any]) -> bool:
+        if self.failed or not _in_step or any(each is not None for each in rest):
+            return False
+        if self.trains != (torch.is_grad_enabled() and self.model.training):
+            return False
+        if self._graph is not None:
+            return input_ids.shape == self._shape
+        self._seen = self._seen + 1 if input_ids.shape == self._shape else 1
+        self._shape = input_ids.shape
+        return self._seen >= SAME_SHAPES
+
+    def _record(self, input_ids: Tensor) -> None:
+        """录下并核对；不成就记住，照旧执行。"""
+        try:
+            graph = recorded(_Body(self.model, self.eager, self.trains), input_ids)
+            difference = self._difference(graph, input_ids)
+            if not difference <= TOLERANCE:  # NaN 也不行
+                raise ValueError(f"its results differ by {difference:.1e}")
+            self._graph = graph
+        except Exception as error:
+            self.failed = True
+            logger.warning(
+                "train.compile: CUDA graphs cannot be used here, the models run without: "
+                "same numbers, slower (%s)", typed_reason(error),
+            )  # fmt: skip
+
+    def _difference(self, graph: nn.Module, input_ids: Tensor) -> float:
+        """与逐个算子执行的相差：隐状态的，要训练的还有全部梯度的，取大的；不碰 ``param.grad``。"""
+        found, expected = (
+            self._hidden_and_gradients(body, input_ids) for body in (graph, self.eager)
+        )
+        return max(
+            float(torch.linalg.vector_norm(left - right) / torch.linalg.vector_norm(right))
+            for left, right in zip(found, expected, strict=True)
+        )
+
+    def _hidden_and_gradients(self, body: Any, input_ids: Tensor) -> list[Tensor]:
+        hidden = body(input_ids)
+        if not self.trains:
+            return [hidden.float().clone()]
+        upstream = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
+        gradients = torch.autograd.grad(
+            hidden, self.parameters, upstream.to(hidden.dtype), allow_unused=True
+        )
+        used = [each.flatten().float() for each in gradients if each is not None]
+        return [hidden.detach().float().clone(), torch.cat(used)]
+
+
+class _Body(nn.Module):
+    """只有一个张量参数的模型；调用它不再经过 ``GraphedBody``。"""
+
+    def __init__(self, model: LanguageModel, eager: Callable[..., Tensor], training: bool) -> None:
+        super().__init__()
+        self.model, self.eager = model, eager
+        self.training = training  # make_graphed_callables 只在同样的状态下重放
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.eager(input_ids)
+
+
+def recorded(body: nn.Module, input_ids: Tensor) -> nn.Module:
+    """录下 ``body(input_ids)`` 的前向与（有要训练的参数时）反向；返回的接受同样形状的输入。"""
+    device = input_ids.device.type
+    with torch.autocast(  # 缓存的半精度权重会留在录下的内存里
+        device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
+    ):
+        graphed: nn.Module = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
+            body, (input_ids.clone(),), allow_unused_input=True
+        )
+    return graphed

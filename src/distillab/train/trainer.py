@@ -123,7 +123,14 @@ class DistillationTrainer:
         self.validation_loader = self.evaluation_loader(validation_data)
         reuse = 1 if on_policy is None else on_policy.config.reuse
         self.total_steps = steps_in_all(self.train_loader, config, reuse)
-        prepare_bodies(student, None if teacher is None else teacher.model, config)
+        prepare_bodies(
+            student,
+            None if teacher is None else teacher.model,
+            config,
+            self.total_steps,
+            cuda=device.type == "cuda",
+            alone=engine_name(self.accelerator) == "single",
+        )
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
         module = DistillationModule(student, self.loss, self.vocabulary, on_policy is not None)
