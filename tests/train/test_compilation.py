@@ -4,12 +4,14 @@
 import copy
 import functools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from test_trainer import FAST, SMALL, Chunks, losses, make, teacher, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from distillab.batch import collate_text
 from distillab.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from distillab.export.convert import export_student
 from distillab.generate.generator import TextGenerator
@@ -240,8 +242,7 @@ def test_graphs_train_exactly_as_eager_steps_do(make, graphs, accumulation):
     graphed = make("graphed", compile="auto", **options)
     graphed.train()
     assert len(graphs) == 2  # 学生与教师
-    # 前两批逐个算子执行；第三批起重放，外加核对的一次
-    assert [graph.replays for graph in graphs] == [5 * accumulation - 2 + 1] * 2
+    assert [graph.replays for graph in graphs] == [1 + 5 * accumulation] * 2  # 核对一次
     assert losses(graphed) == losses(eager)
     torch.testing.assert_close(weights(graphed), weights(eager), rtol=0, atol=0)
 
@@ -256,8 +257,9 @@ def test_graphs_that_fail_or_differ_step_aside_and_say_so(
         return StaticReplay(body, factor=1.1)
 
     monkeypatch.setattr(compilation, "recorded", recorded)
-    eager, graphed = make("eager", compile=False), make("graphed")
+    eager = make("eager", compile=False)
     eager.train()
+    graphed = make("graphed")
     with caplog.at_level(logging.WARNING, "distillab"):
         graphed.train()
     assert caplog.text.count("CUDA graphs cannot be used here") == 2  # 学生与教师各一次
@@ -265,18 +267,26 @@ def test_graphs_that_fail_or_differ_step_aside_and_say_so(
     assert losses(graphed) == losses(eager)
 
 
-def test_only_batches_of_one_shape_in_a_row_are_recorded(graphs):
+def test_only_batches_of_the_recorded_shape_are_replayed(graphs):
     student = StudentModel(ModelConfig(**SMALL)).train()
     body = compilation.GraphedBody(student, trains=True)
-    for length in (8, 8, 12, 8, 12, 12):
-        with training_step():
-            body(torch.randint(400, (2, length)))
-    body(torch.randint(400, (2, 12)))  # 不在训练步里
+    student._compiled_call_impl = body
+    batch = collate_text([Chunks(length=12)[0]] * 2)
+    examples = replace(batch, examples=())  # 对话：长短不一
+    compilation.record_bodies(student, None, examples, torch.float32)
     assert not graphs
-    for length in (12, 12, 12, 8):
-        with training_step():
-            body(torch.randint(400, (2, length)))
-    assert [graph.replays for graph in graphs] == [1 + 3]  # 核对，与三批
+    compilation.record_bodies(student, None, batch, torch.float32)
+    ids = batch.student.input_ids
+    student(ids)  # 不在训练步里
+    with training_step():
+        student(ids[:1])
+        student(ids, torch.ones_like(ids))
+        with torch.no_grad():
+            student(ids)
+    assert [graph.replays for graph in graphs] == [1]  # 只有核对的那次
+    with training_step():
+        student(ids)
+    assert [graph.replays for graph in graphs] == [2]
 
 
 def test_dropout_and_recomputation_are_not_recorded():

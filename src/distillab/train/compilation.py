@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..config.schema import TrainingConfig
 from ..errors import typed_reason
 from ..loss.fused import Compiler
@@ -36,9 +37,6 @@ COMPILER = Compiler(
 
 WORTH_COMPILING = 500
 """``auto`` 在 GPU 上走这么多步才编译：编译要半分钟上下，一步至多省下几十毫秒。"""
-
-SAME_SHAPES = 3
-"""连着这么多批形状相同才录：长短不一的对话从不录。"""
 
 TOLERANCE = 1e-2
 """录下的与逐个算子执行的相差（范数之比）不超过它；真录错了差的是整个数。"""
@@ -105,6 +103,22 @@ def _call(
     return COMPILER.call(compiled, eager, *args, **kwargs) if _in_step else eager(*args, **kwargs)
 
 
+def record_bodies(
+    student: LanguageModel, teacher: LanguageModel | None, batch: Batch, compute: torch.dtype
+) -> None:
+    """训练开始之前录下 ``GraphedBody``；``batch`` 的形状不是每批都一样的（不是文本块），就不录。
+
+    要在训练的 DataLoader 开始之前：录制时，别的线程（锁页的线程）不得碰 CUDA。
+    """
+    view = batch.student
+    if batch.examples is not None or view.position_ids is not None:
+        return
+    for model in dict.fromkeys((teacher, student)):
+        body = None if model is None else model._compiled_call_impl
+        if isinstance(body, GraphedBody):
+            body.record(view.input_ids, compute)
+
+
 class GraphedBody:
     """训练步里形状不变的前向由 CUDA graph 执行，其余的照旧；放在模型的 ``_compiled_call_impl`` 上。
 
@@ -117,46 +131,51 @@ class GraphedBody:
         self.model, self.trains, self.accumulates = model, trains, accumulates
         self.eager: Callable[..., Tensor] = model._call_impl
         self.parameters = [each for each in model.parameters() if each.requires_grad]
-        self.failed = False
         self._graph: nn.Module | None = None
         self._shape: torch.Size | None = None
-        self._seen = 0
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``LanguageModel.forward``。"""
-        if self._applies(input_ids, [*args, *kwargs.values()]):
-            if self._graph is None:
-                self._record(input_ids)
-            if self._graph is not None:
-                if self.accumulates and self.trains:
-                    for each in self.parameters:
-                        if each.grad is None:
-                            each.grad = torch.zeros_like(each)
-                hidden: Tensor = self._graph(input_ids)
-                return hidden
-        return self.eager(input_ids, *args, **kwargs)
+        if self._graph is None or not self._recorded(input_ids, [*args, *kwargs.values()]):
+            return self.eager(input_ids, *args, **kwargs)
+        if self.accumulates:
+            for each in self.parameters:
+                if each.grad is None:
+                    each.grad = torch.zeros_like(each)
+        hidden: Tensor = self._graph(input_ids)
+        return hidden
 
-    def _applies(self, input_ids: Tensor, rest: Sequence[Any]) -> bool:
-        if self.failed or not _in_step or any(each is not None for each in rest):
-            return False
-        if self.trains != (torch.is_grad_enabled() and self.model.training):
-            return False
-        if self._graph is not None:
-            return input_ids.shape == self._shape
-        self._seen = self._seen + 1 if input_ids.shape == self._shape else 1
-        self._shape = input_ids.shape
-        return self._seen >= SAME_SHAPES
+    def _recorded(self, input_ids: Tensor, rest: Sequence[Any]) -> bool:
+        """录下的正是这样的前向。"""
+        return (
+            _in_step
+            and input_ids.shape == self._shape
+            and all(each is None for each in rest)
+            and self.trains == (torch.is_grad_enabled() and self.model.training)
+        )
 
-    def _record(self, input_ids: Tensor) -> None:
-        """录下并核对；不成就记住，照旧执行。"""
+    def record(self, input_ids: Tensor, compute: torch.dtype) -> None:
+        """录下并核对形状为 ``input_ids [B, T]`` 的前向；不成就照旧执行。
+
+        ``compute`` 是训练的前向的精度；没有梯度的（教师的）以自己的类型计算。
+        """
+        device = self.model.head.weight.device
+        input_ids = input_ids.to(device)
+        half = self.trains and compute != torch.float32
+        self.model.train(self.trains)
         try:
-            graph = recorded(_Body(self.model, self.eager, self.trains), input_ids)
-            difference = self._difference(graph, input_ids)
+            with (
+                training_step(),
+                torch.set_grad_enabled(self.trains),
+                # 缓存的半精度权重会留在录下的内存里
+                torch.autocast(device.type, compute, enabled=half, cache_enabled=False),
+            ):
+                graph = recorded(_Body(self.model, self.eager, self.trains), input_ids)
+                difference = self._difference(graph, input_ids)
             if not difference <= TOLERANCE:  # NaN 也不行
                 raise ValueError(f"its results differ by {difference:.1e}")
-            self._graph = graph
+            self._graph, self._shape = graph, input_ids.shape
         except Exception as error:
-            self.failed = True
             logger.warning(
                 "train.compile: CUDA graphs cannot be used here, the models run without: "
                 "same numbers, slower (%s)", typed_reason(error),
@@ -198,11 +217,7 @@ class _Body(nn.Module):
 
 def recorded(body: nn.Module, input_ids: Tensor) -> nn.Module:
     """录下 ``body(input_ids)`` 的前向与（有要训练的参数时）反向；返回的接受同样形状的输入。"""
-    device = input_ids.device.type
-    with torch.autocast(  # 缓存的半精度权重会留在录下的内存里
-        device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
-    ):
-        graphed: nn.Module = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
-            body, (input_ids.clone(),), allow_unused_input=True
-        )
+    graphed: nn.Module = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
+        body, (input_ids,), allow_unused_input=True
+    )
     return graphed

@@ -42,7 +42,7 @@ from ..targets import Targets
 from ..teachers.in_process import AdapterOffTeacher, LocalTeacher
 from ..vocabulary import Vocabulary
 from .checkpoint import begin, resume_newest, save_best, save_checkpoint
-from .compilation import prepare_bodies, training_step
+from .compilation import prepare_bodies, record_bodies, training_step
 from .loaders import evaluation_loader, in_step, steps_in_all, train_loader, windows
 from .metrics import MetricsLog
 from .module import DistillationModule
@@ -182,6 +182,9 @@ class DistillationTrainer:
         """
         accelerator, size = self.accelerator, self.config.gradient_accumulation_steps
         step = self._begin(resume)
+        sample = self.collate([self.validation_loader.dataset[0]] * self.config.batch_size)
+        teacher = None if self.teacher is None else self.teacher.model
+        record_bodies(self.student, teacher, sample, self._compute)
         coming = windows(self.train_loader, self.state, size, self.total_steps, self.watch)
         log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
         log.recover(step, self.state.metrics)
