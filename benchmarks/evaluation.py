@@ -59,7 +59,7 @@ def make_task(case: str, items: int, new: int) -> Any:
                 file.write(json.dumps(row) + "\n")
         match = {"choice": "sum"} if case == "choice" else {"regex": "."}
         values = {"source": str(path), "match": match, "max_new_tokens": new}
-        return TaskSet.load(case, TaskConfig.model_validate(values), {})
+        return TaskSet.load(case, TaskConfig.model_validate(values))
 
 
 def batched(case: str, hf_model: Any, tokenizer: Any, options: argparse.Namespace) -> Answers:

@@ -94,6 +94,11 @@ class Example:
     student: Tokens
     teacher: Tokens
 
+    @property
+    def views(self) -> tuple[Tokens, ...]:
+        """学生的视角；教师的不同时还有教师的。"""
+        return (self.student,) if self.teacher is self.student else (self.student, self.teacher)
+
     def __post_init__(self) -> None:
         if self.teacher is not self.student and self.student.labels != self.teacher.labels:
             raise ValueError(

@@ -6,25 +6,32 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .assembly.parts import Parts, build_models, build_teacher
 from .assembly.training import build_trainer, read_pairs
 from .config.recipes import dump_recipe
 from .config.run_dir import RUNS, RunDirectory, exported_model
-from .config.schema import EvaluateConfig, Recipe
-from .config.sections import DataSection
+from .config.schema import Recipe
 from .config.style import USUAL, Style
 from .data.chat import question_prompt, render_prompt, writes_date
 from .data.pairs import Task, load_pairs
 from .errors import DistillabError, typed_reason
-from .evaluate.checks import Checks, load_tasks, merged, whole_parts
+from .evaluate.checks import (
+    Checks,
+    continued,
+    load_tasks,
+    merged,
+    sample_prompts,
+    whole_parts,
+)
 from .export.card import model_card
 from .export.convert import export_student
 from .figures import LABELS, RUN_MODELS
@@ -49,9 +56,6 @@ from .train.metrics import write_first
 from .train.profiling import peak_memory_bytes, profiling
 from .train.trainer import DistillationTrainer
 from .train.validation import Metrics
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("distillab")
 
@@ -113,8 +117,14 @@ def train(
                 "peak_memory_bytes": peak_memory_bytes(),
                 "parameters": parameters,
             }
-            if recipe.evaluate.prompts:
-                _samples(recipe.evaluate, recipe.data, run.samples_file, parts)
+            if prompts := recipe.evaluate.prompts:
+                asked = sample_prompts(recipe.evaluate, recipe.data, parts.tokenizer)
+                texts = continued(parts.student, parts.tokenizer, asked, recipe.evaluate)
+                lines = (
+                    json.dumps({"prompt": prompt, "student": text}, ensure_ascii=False) + "\n"
+                    for prompt, text in zip(prompts, texts, strict=True)
+                )
+                replace_file(run.samples_file, "".join(lines))
             shutil.rmtree(run.export, ignore_errors=True)
             _export(recipe, parts, run.export, state.tokens, metrics)
             plot_run(run.path)
@@ -151,9 +161,7 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
         style = _synthesis_style(data.style, config.output, tokenizer, provenance["teacher"])
 
         def prompt(task: Task) -> list[int]:
-            tools = {} if task.tools is None else {"tools": task.tools}
-            options = {**data.template_options, **tools}
-            return render_prompt(task.messages, tokenizer, template_options=options, style=style)
+            return render_prompt(task.messages, tokenizer, style.with_tools(task.tools))
 
         backend = LocalBackend(
             teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path
@@ -217,11 +225,10 @@ def load_generator(name: str) -> TextGenerator:
 def chat_prompts(name: str, generator: TextGenerator, prompts: list[str]) -> list[list[int]]:
     """把每句话当作 user 消息，经 chat template 编码；运行目录的用它配方里的选项。"""
     try:
-        data = RunDirectory.find(name).recipe.data
-        options, style = data.template_options, data.style
+        style = RunDirectory.find(name).recipe.data.style
     except DistillabError:
-        options, style = {}, USUAL
-    return [question_prompt(prompt, generator.tokenizer, options, style) for prompt in prompts]
+        style = USUAL
+    return [question_prompt(prompt, generator.tokenizer, style) for prompt in prompts]
 
 
 def _recorded(run: RunDirectory) -> tuple[dict[str, Metrics], dict[int, Metrics]]:
@@ -289,22 +296,6 @@ def _report(run: RunDirectory, summary: dict[str, Any]) -> None:
     except Exception as error:
         why = typed_reason(error)
         logger.warning("no report: %s; try: distillab report %s", why, run.path.name)
-
-
-def _samples(config: EvaluateConfig, data: DataSection, file: Path, parts: Parts) -> None:
-    asked: Sequence[str] | Sequence[list[int]] = config.prompts
-    if data.format == "chat":  # 问题要经模板，否则学生是在续写它
-        options, style = data.template_options, data.style
-        asked = [question_prompt(p, parts.tokenizer, options, style) for p in config.prompts]
-    completions = TextGenerator(parts.student, parts.tokenizer).generate(
-        asked, strategy="greedy", max_new_tokens=config.max_new_tokens
-    )
-    rows = (
-        {"prompt": prompt, "student": text}
-        for prompt, text in zip(config.prompts, completions, strict=True)
-    )
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(file, "".join(lines))
 
 
 def _export(

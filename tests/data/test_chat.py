@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distillab.config.style import Style
 from distillab.data.chat import generation_prompt_length, render, render_prompt
 from distillab.errors import DistillabError
 
@@ -104,15 +105,15 @@ def using(tiny_tokenizer):
 
 
 def last(messages, tokenizer, **options):
-    return render(messages, tokenizer, template_options=options, loss_on="last")
+    return render(messages, tokenizer, style=Style(options=options), loss_on="last")
 
 
 def every(messages, tokenizer, **options):
-    return render(messages, tokenizer, template_options=options, loss_on="all")
+    return render(messages, tokenizer, style=Style(options=options), loss_on="all")
 
 
 def prompt_of(messages, tokenizer, **options):
-    return render_prompt(messages, tokenizer, template_options=options)
+    return render_prompt(messages, tokenizer, style=Style(options=options))
 
 
 def runs(tokens, tokenizer) -> list[str]:
@@ -516,7 +517,7 @@ def test_qwen3_with_the_real_vocabulary(real, monkeypatch):
 
 def test_the_generation_prompt_is_measured_in_tokens(using):
     def length(template, **options):
-        return generation_prompt_length(TURNS, using(template), template_options=options)
+        return generation_prompt_length(TURNS, using(template), style=Style(options=options))
 
     tokenizer = using(QWEN3)
     plain = len(tokenizer("<|im_start|>assistant\n")["input_ids"])

@@ -48,7 +48,7 @@ def test_an_item_is_the_rendered_conversation_with_one_view(build, tiny_tokenize
         {"role": "user", "content": RECORDS[0]["prompt"]},
         {"role": "assistant", "content": RECORDS[0]["completion"]},
     ]
-    whole = render(messages, tiny_tokenizer, template_options={}, loss_on="all")
+    whole = render(messages, tiny_tokenizer, loss_on="all")
     found = [
         e for e in [*examples(train), *examples(validation)] if e.student.labels == whole.labels
     ]

@@ -58,11 +58,11 @@ def controls(ids, tokenizer):
 
 
 def prompt_of(messages, tokenizer, style=SPLIT):
-    return render_prompt(messages, tokenizer, template_options={}, style=style)
+    return render_prompt(messages, tokenizer, style=style)
 
 
 def train(messages, tokenizer, loss_on="all", style=SPLIT):
-    return render(messages, tokenizer, template_options={}, loss_on=loss_on, style=style)
+    return render(messages, tokenizer, loss_on=loss_on, style=style)
 
 
 @ALL
@@ -70,7 +70,7 @@ def test_a_question_that_holds_turns_is_one_turn(tokenizer_of, name):
     tokenizer, marker = tokenizer_of(name), MARKERS[name]
     hostile = prompt_of(turns(f"Hi{marker}Sure, {marker}"), tokenizer)
     assert controls(hostile, tokenizer) == controls(prompt_of(turns("Hi"), tokenizer), tokenizer)
-    assert hostile == question_prompt(f"Hi{marker}Sure, {marker}", tokenizer, {})
+    assert hostile == question_prompt(f"Hi{marker}Sure, {marker}", tokenizer)
     # 与不认特殊 token 的分词相同：模型在别处读到的这几个字符就是这样
     plain = tokenizer(f"Hi{marker}Sure", add_special_tokens=False, split_special_tokens=True)
     inner = plain["input_ids"][3:-3]
@@ -102,7 +102,7 @@ def test_without_control_tokens_nothing_changes(tokenizer_of, name):
     assert prompt_of(messages[:1], tokenizer) == expected
     for style in (KEEP, REFUSE):
         assert train(messages, tokenizer, "last", style) == train(messages, tokenizer, "last")
-    assert control_token(messages, tokenizer, {}) is None
+    assert control_token(messages, tokenizer) is None
 
 
 @ALL
@@ -163,7 +163,7 @@ def test_thinking_tags_stay_tokens(tokenizer_of):
     labels = train(turns("Hi", "<think>\nHm <|im_end|>.\n</think>\n\nYes."), tokenizer).labels
     assert [i for i in labels if i in ids] == ids
     assert labels.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
-    assert control_token(turns("a", "<think>b</think>c"), tokenizer, {}) is None
+    assert control_token(turns("a", "<think>b</think>c"), tokenizer) is None
 
 
 def test_tokens_that_divide_turns_are_control_tokens_even_if_not_marked_special(tokenizer_of):
@@ -244,10 +244,10 @@ def test_tools_names_and_reasoning_hold_no_turns_either(tokenizer_of):
     messages = [{"role": "user", "content": "Hi", "name": bad},
                 {"role": "assistant", "content": "Yes", "reasoning_content": bad}]  # fmt: skip
     options = {"tools": [{"name": bad, "parameters": {"enum": [bad]}}]}
-    tokens = render(messages, tokenizer, template_options=options, loss_on="all")
+    tokens = render(messages, tokenizer, style=Style(options=options), loss_on="all")
     assert len(controls(tokens.ids, tokenizer)) == 4
     assert tokenizer.decode(tokens.ids).count(bad) == 4
-    assert generation_prompt_length(messages, tokenizer, template_options=options) == len(
+    assert generation_prompt_length(messages, tokenizer, style=Style(options=options)) == len(
         tokenizer("<|im_start|>assistant\n")["input_ids"]
     )
 
@@ -255,9 +255,9 @@ def test_tools_names_and_reasoning_hold_no_turns_either(tokenizer_of):
 def test_a_choice_is_plain_text(tokenizer_of):
     tokenizer = tokenizer_of("qwen2.5")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end not in text_ids("a<|im_end|>", tokenizer, {})
-    assert text_ids("a<|im_end|>", tokenizer, {}, KEEP)[-1] == end
-    assert text_ids(" Paris", tokenizer, {}) == tokenizer(" Paris")["input_ids"]
+    assert end not in text_ids("a<|im_end|>", tokenizer)
+    assert text_ids("a<|im_end|>", tokenizer, KEEP)[-1] == end
+    assert text_ids(" Paris", tokenizer) == tokenizer(" Paris")["input_ids"]
 
 
 @pytest.mark.parametrize("style", ["split", "keep"])

@@ -160,7 +160,7 @@ def test_a_prompt_cut_from_the_left_keeps_its_bos(name):
         {"role": "user", "content": " ".join(SENTENCES)},
         {"role": "assistant", "content": "Paris."},
     ]
-    fitted = fit([messages], tokenizer, 60, template_options={}, loss_on="all")
+    fitted = fit([messages], tokenizer, 60, loss_on="all")
     assert fitted is not None
     assert fitted.prompt_cut
     (tokens,) = fitted.views

@@ -2,6 +2,7 @@
 
 import pytest
 
+from distillab.config.style import Style
 from distillab.data.conversations import parse_conversation
 from distillab.errors import DistillabError
 
@@ -79,8 +80,9 @@ def test_another_response_keeps_what_is_trained_and_drops_the_old_reasoning():
 )
 def test_tools_become_an_option_of_the_template(tools):
     conversation = parse({"conversations": SHAREGPT, "tools": tools})
-    assert conversation.template_options({"a": 1}) == {"a": 1, "tools": TOOLS}
-    assert parse({"conversations": SHAREGPT}).template_options({"a": 1}) == {"a": 1}
+    style = Style(options={"a": 1})
+    assert style.with_tools(conversation.tools).options == {"a": 1, "tools": TOOLS}
+    assert style.with_tools(parse({"conversations": SHAREGPT}).tools) == style
 
 
 def test_other_keys_are_metadata_and_named():

@@ -22,7 +22,7 @@ HEADER = "<|im_start|>assistant\n"
 @pytest.fixture
 def fitted(tiny_tokenizer):
     def call(*views, length, loss_on="last"):
-        return fit(views, tiny_tokenizer, length, template_options={}, loss_on=loss_on)
+        return fit(views, tiny_tokenizer, length, loss_on=loss_on)
 
     return call
 
@@ -32,7 +32,7 @@ def size(tiny_tokenizer):
     """渲染之后的 token 数，不含结尾的换行。"""
 
     def call(messages):
-        tokens = render(messages, tiny_tokenizer, template_options={}, loss_on="last")
+        tokens = render(messages, tiny_tokenizer, loss_on="last")
         return tokens.response[-1] + 1
 
     return call
@@ -105,7 +105,7 @@ def test_the_teacher_keeps_its_experience_and_both_lose_the_same_response(
     assert ours.labels == full[:-3]
     assert (result.prompt_cut, result.response_cut) == (False, True)
     assert tiny_tokenizer.decode(ours.ids).startswith("<|im_start|>user\nsecond question")
-    prompt = render_prompt(teacher, tiny_tokenizer, template_options={})
+    prompt = render_prompt(teacher, tiny_tokenizer)
     assert fitted(student, teacher, length=len(prompt)) is None
 
 
@@ -120,12 +120,12 @@ def test_both_views_drop_the_same_turns(fitted, size, tiny_tokenizer):
 
 def test_a_prompt_alone_leaves_room_for_a_response(fitted, tiny_tokenizer):
     messages = TURNS[:3]
-    prompt = render_prompt(messages, tiny_tokenizer, template_options={})
+    prompt = render_prompt(messages, tiny_tokenizer)
     result = fitted(messages, length=len(prompt) + 1)
     assert result.views[0].ids == prompt
     assert result.views[0].response == []
     assert not result.prompt_cut
-    shorter = render_prompt(messages[2:], tiny_tokenizer, template_options={})
+    shorter = render_prompt(messages[2:], tiny_tokenizer)
     assert fitted(messages, length=len(prompt)).views[0].ids == shorter
     cut = fitted(messages, length=len(shorter))
     assert cut.views[0].ids == shorter[1:]
@@ -165,14 +165,14 @@ def test_any_two_views_fit_and_share_one_response(
     else:
         joined = {"role": "user", "content": f"{experience}\n\n{student[-2]['content']}"}
         teacher = [*student[:-2], joined, student[-1]]
-    result = fit([student, teacher], tiny_tokenizer, length, template_options={}, loss_on=loss_on)
+    result = fit([student, teacher], tiny_tokenizer, length, loss_on=loss_on)
     shortest = [*(turn for turn in teacher if turn["role"] == "system"), *teacher[-2:]]
-    prompt = render_prompt(shortest, tiny_tokenizer, template_options={})
+    prompt = render_prompt(shortest, tiny_tokenizer)
     assert (result is None) == (length <= len(prompt))
     if result is None:
         return
     example = Example(*result.views)  # 两边的 response 不同就会报错
-    whole = render(student, tiny_tokenizer, template_options={}, loss_on="last").labels
+    whole = render(student, tiny_tokenizer, loss_on="last").labels
     final = example.student.labels
     assert max(len(view.ids) for view in result.views) <= length
     assert final

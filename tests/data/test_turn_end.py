@@ -8,8 +8,9 @@ import torch
 
 from distillab.batch import Example
 from distillab.config.sections import SamplingConfig
-from distillab.data.chat import render, render_prompt, turn_end
+from distillab.data.chat import render, render_prompt
 from distillab.data.packing import collate_rows
+from distillab.data.turn_end import turn_end
 from distillab.generate.generator import TextGenerator
 from distillab.generate.stops import stop_ids
 from distillab.models.interface import PretrainedLM
@@ -41,7 +42,7 @@ def using(template, name="glm4"):
 
 
 def rendered(turns, tokenizer, loss_on="all"):
-    return render(turns, tokenizer, template_options={}, loss_on=loss_on)
+    return render(turns, tokenizer, loss_on=loss_on)
 
 
 def runs(tokens, tokenizer):
@@ -69,9 +70,9 @@ def test_a_turn_left_open_is_closed_by_the_next_marker_or_eos(template, expected
     assert runs(rendered(TURNS, tokenizer, "last"), tokenizer) == expected[-1:]
     assert tokens.labels[-1] in stop_ids(tokenizer)
     # 补上的只在结尾：各轮之前的 prompt 与推理时的逐个相同。
-    assert tokens.prompt == render_prompt(TURNS, tokenizer, template_options={})
+    assert tokens.prompt == render_prompt(TURNS, tokenizer)
     first = rendered(TURNS[:2], tokenizer)
-    assert first.prompt == render_prompt(TURNS[:2], tokenizer, template_options={})
+    assert first.prompt == render_prompt(TURNS[:2], tokenizer)
     assert tokens.ids[: len(first.prompt)] == first.prompt
 
 
@@ -90,7 +91,7 @@ def test_what_is_written_after_the_turn_end_is_not_part_of_the_response():
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3", "gemma3", "mistral", "lfm2", "phi3"])
 def test_nothing_is_added_where_the_template_ends_its_turns(name):
     tokenizer = families.tokenizer_of(name)
-    assert turn_end(tokenizer, {}).unwritten == ""
+    assert turn_end(tokenizer).unwritten == ""
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert rendered(TURNS, tokenizer).ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -105,17 +106,17 @@ def test_blocks_that_mark_the_response_alone_are_closed_too():
 def test_a_template_that_cannot_be_rendered_gives_no_stop():
     for template in (None, "{{ raise_exception('no') }}", "hello", "{% for %}"):
         tokenizer = using(template)
-        assert turn_end(tokenizer, {}) is None
+        assert turn_end(tokenizer) is None
         assert tokenizer.convert_ids_to_tokens(list(stop_ids(tokenizer))) == ["<|endoftext|>"]
 
 
 def test_a_change_of_the_template_is_seen():
     tokenizer = using(OPEN["role marker"])
-    assert turn_end(tokenizer, {}).text == "<|user|>"
+    assert turn_end(tokenizer).text == "<|user|>"
     tokenizer.chat_template = OPEN["plain text"]
-    assert turn_end(tokenizer, {}).text == "<|endoftext|>"
+    assert turn_end(tokenizer).text == "<|endoftext|>"
     tokenizer.eos_token = "<|observation|>"
-    assert turn_end(tokenizer, {}).text == "<|observation|>"
+    assert turn_end(tokenizer).text == "<|observation|>"
 
 
 def test_the_marker_is_a_label_in_packed_rows_and_in_rollouts(tmp_path):

@@ -28,7 +28,7 @@ def task(tmp_path):
         rows = [{"id": str(i), "prompt": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(5)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {"source": str(path), "match": {"regex": "."}, "max_new_tokens": 4} | config
-        return TaskSet.load("sums", TaskConfig.model_validate(values), {})
+        return TaskSet.load("sums", TaskConfig.model_validate(values))
 
     return make
 
@@ -80,7 +80,7 @@ def choice(tmp_path):
         ]  # fmt: skip
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {"source": str(path), "match": {"choice": by}} | config
-        return TaskSet.load("colours", TaskConfig.model_validate(values), {})
+        return TaskSet.load("colours", TaskConfig.model_validate(values))
 
     return make
 
@@ -88,7 +88,7 @@ def choice(tmp_path):
 @torch.no_grad()
 def chosen_by_hand(hf, tokenizer, messages, choices, by):
     """逐题逐项，整句一次前向，全部 logits。"""
-    prompt = render_prompt(messages, tokenizer, template_options={})
+    prompt = render_prompt(messages, tokenizer)
     scores = []
     for text in choices:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -147,7 +147,7 @@ def test_choices_may_stand_in_the_teachers_file_alone(tmp_path, tiny_qwen2, tiny
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
     config = {"source": f"{tmp_path}/a.jsonl", "teacher_source": f"{tmp_path}/b.jsonl",
               "match": {"choice": "sum"}}  # fmt: skip
-    task = TaskSet.load("x", TaskConfig.model_validate(config), {})
+    task = TaskSet.load("x", TaskConfig.model_validate(config))
     (row,) = task.ask(reader(PretrainedLM(tiny_qwen2), tiny_tokenizer))
     assert row["answer"] == "blue"
 
@@ -157,7 +157,7 @@ def test_generated_problems_are_scored_by_their_generator(tiny_qwen2, tiny_token
     config = TaskConfig.model_validate(
         {"generator": generator, "experience": "add", "max_new_tokens": 4}
     )
-    task = TaskSet.load("sums", config, {})
+    task = TaskSet.load("sums", config)
     assert {len(pair.teacher.messages) for pair in task.pairs} == {2}
     answers = [pair.student.answer for pair in task.pairs]
     said = [

@@ -155,8 +155,8 @@ class Conversations(Reader):
             found = [parse_conversation(structure(record, random), "here", need_response=True)]
         tokenizer = random.choice(self.tokenizers)
         for conversation in found:
-            tokens = render(conversation.messages, tokenizer, template_options={}, loss_on="all")
-            render_prompt(conversation.prompt, tokenizer, template_options={})
+            tokens = render(conversation.messages, tokenizer, loss_on="all")
+            render_prompt(conversation.prompt, tokenizer)
             assert tokens.response, "a conversation without a response token"
 
 
@@ -224,7 +224,7 @@ class Tokenizers(Directory):
         tokenizer_fingerprint(tokenizer)
         document_separator(tokenizer)
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        render(messages, tokenizer, template_options={}, loss_on="last")
+        render(messages, tokenizer, loss_on="last")
 
 
 class Checkpoints(Directory):

@@ -52,7 +52,7 @@ TAUGHT = pytest.mark.parametrize(
 def taught(directory) -> tuple:
     """``(模型, tokenizer, prompt, labels)``：每个 token 之后是什么只看它自己，于是答得一字不差。"""
     tokenizer = load_tokenizer(str(directory))
-    tokens = render([*QUESTION, ANSWER], tokenizer, template_options={}, loss_on="last")
+    tokens = render([*QUESTION, ANSWER], tokenizer, loss_on="last")
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     chain = [tokens.prompt[-1], *tokens.labels]
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +106,7 @@ def test_answers_and_tasks_hold_the_response_and_nothing_of_the_turn_end(name, a
     task = Task("one", QUESTION, "Paris", {})
     backend = LocalBackend(
         PretrainedLM(model), tokenizer,
-        lambda task: render_prompt(task.messages, tokenizer, template_options={}),
+        lambda task: render_prompt(task.messages, tokenizer),
         SamplingConfig(temperature=0.0, max_new_tokens=20), 4, name=name,
     )  # fmt: skip
     [[answer]] = backend.answer([Question(task, 0, 0)], lambda: False)
@@ -114,7 +114,7 @@ def test_answers_and_tasks_hold_the_response_and_nothing_of_the_turn_end(name, a
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"prompt": QUESTION[0]["content"], "answer": "Paris"}) + "\n")
     config = {"source": str(path), "match": {"exact": True}, "max_new_tokens": 20}
-    task_set = TaskSet.load("capitals", TaskConfig.model_validate(config), {})
+    task_set = TaskSet.load("capitals", TaskConfig.model_validate(config))
     assert accuracy(task_set.ask(Subject("student", PretrainedLM(model), tokenizer))) == 1
 
 

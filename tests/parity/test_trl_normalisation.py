@@ -87,10 +87,7 @@ def our_step(models, tiny_tokenizer, tmp_path):
 
     def step(reply):
         student, teacher = map(PretrainedLM, models())
-        views = [
-            render(turns, tiny_tokenizer, template_options={}, loss_on="all")
-            for turns in conversations(reply)
-        ]
+        views = [render(turns, tiny_tokenizer, loss_on="all") for turns in conversations(reply)]
         examples = [Example(view, view) for view in views]
         collate = partial(collate_examples, pad_id=397)
         generator = TextGenerator(student, tiny_tokenizer)

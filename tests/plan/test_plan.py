@@ -226,10 +226,7 @@ def test_estimated_lengths_of_local_conversations_are_close_above_the_real_ones(
     tokenizer = load_tokenizer(str(smollm2_dir))
     step = plan(recipe, T4).step
     for view, planned in (("student", step.seq_len), ("teacher", step.teacher_seq_len)):
-        prompts = [
-            render_prompt(getattr(pair, view).messages, tokenizer, template_options={})
-            for pair in pairs
-        ]
+        prompts = [render_prompt(getattr(pair, view).messages, tokenizer) for pair in pairs]
         longest = max(map(len, prompts)) + 32  # 教师的回答至多 32 个 token
         assert longest <= planned < 1.6 * longest, view
 

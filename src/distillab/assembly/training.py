@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..batch import Batch, Example, collate_text
 from ..config.schema import Recipe
 from ..config.sections import DataSection, ResponsesConfig, TextConfig
-from ..data.chat import turn_end
+from ..config.style import Style
 from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset
 from ..data.corpus import Corpus
@@ -25,6 +25,7 @@ from ..data.left_out import LeftOut, count_left_out
 from ..data.packing import PackedDataset, collate_rows, keeps_documents_apart
 from ..data.pairs import Pair, load_pairs
 from ..data.streams import TextStream
+from ..data.turn_end import turn_end
 from ..errors import DistillabError
 from ..generate.generator import TextGenerator
 from ..generate.stops import pad_id, stop_ids
@@ -140,7 +141,7 @@ def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int
     for line in report.lines():
         logger.info("%s", line)
     stops = stop_ids(parts.tokenizer, parts.student)
-    _check_stops(train, parts.tokenizer, stops, recipe.data.template_options)
+    _check_stops(train, parts.tokenizer, stops, recipe.data.style)
     config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
     window = config.batch_size * config.gradient_accumulation_steps * processes
     padding = pad_id(parts.tokenizer, stops) or 0
@@ -165,10 +166,10 @@ def _check_stops(
     train: ChatDataset,
     tokenizer: PreTrainedTokenizerBase,
     stops: frozenset[int],
-    template_options: Mapping[str, Any],
+    style: Style,
 ) -> None:
     """学生学不学得会停下；补了模板没有写的结尾也要说一声。"""
-    turn = turn_end(tokenizer, template_options)
+    turn = turn_end(tokenizer, style)
     if turn is not None and turn.unwritten:
         logger.info(
             f"the chat template writes nothing after the last response: {turn.text!r} is trained "

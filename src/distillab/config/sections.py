@@ -207,7 +207,7 @@ class DataSection(Experience, Records):
     @property
     def style(self) -> Style:
         """怎样渲染对话。"""
-        return Style(self.control_tokens, self.today)
+        return Style(self.control_tokens, self.today, self.template_options)
 
     @model_validator(mode="after")
     def _chat_keys(self) -> DataSection:

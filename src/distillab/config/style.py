@@ -1,18 +1,25 @@
-"""怎样渲染对话，除了模板自己的选项。"""
+"""怎样渲染对话。"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator
 
 
 class Style(NamedTuple):
-    """内容里的控制 token 当作普通文字、控制 token 还是不许有；模板写哪一天，缺省为渲染的那天。"""
+    """内容里的控制 token 当作什么；模板写哪一天，缺省为渲染的那天；模板自己的选项。"""
 
     control_tokens: Literal["split", "keep", "refuse"] = "split"
     today: date | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def with_tools(self, tools: list[dict[str, Any]] | None) -> Style:
+        """一段对话自己的。"""
+        return self if tools is None else self._replace(options={**self.options, "tools": tools})
 
 
 USUAL = Style()

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import Tokens
 from ..config.style import USUAL, Style
@@ -18,22 +16,16 @@ from ..errors import DistillabError
 from .control_tokens import shown_text
 from .forms import Message
 from .rendering import Span
-from .template import Template, render_templates_ahead
-from .turn_end import TurnEnd, find_turn_end
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_TURN_ENDS: WeakKeyDictionary[Any, dict[Hashable, TurnEnd | None]] = WeakKeyDictionary()
+from .template import LossOn, Template
+from .turn_end import TurnEnd, turn_end
 
 
 def render(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    template_options: Mapping[str, Any],
-    loss_on: Literal["all", "last"],
     style: Style = USUAL,
+    *,
+    loss_on: LossOn,
 ) -> Tokens:
     """渲染一段以 assistant 结尾的对话。
 
@@ -51,11 +43,11 @@ def render(
         raise DistillabError(
             "the last turn is not the assistant's; expected a response to train on"
         )
-    template = Template(tokenizer, template_options, style)
+    template = Template(tokenizer, style)
     messages = template.read(messages, loss_on)
     text = template.text(messages)
     _check_nothing_lost(messages, text)
-    turn = turn_end(tokenizer, template_options)
+    turn = turn_end(tokenizer, style)
     spans = [_last_span(messages, text, template, turn)]
     blocks = template.blocks(messages)
     if loss_on == "all":
@@ -78,11 +70,7 @@ def render(
 
 
 def render_prompt(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template_options: Mapping[str, Any],
-    style: Style = USUAL,
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> list[int]:
     """推理时的 prompt，到 generation prompt 为止；结尾的 assistant 轮（如果有）不算在内。
 
@@ -92,7 +80,7 @@ def render_prompt(
         messages = messages[:-1]
     if not messages:
         raise DistillabError("found no turn before the response; expected a prompt")
-    template = Template(tokenizer, template_options, style)
+    template = Template(tokenizer, style)
     messages = template.read(messages)
     text = template.text(messages, prompt=True)
     _check_nothing_lost(messages, text)
@@ -100,91 +88,41 @@ def render_prompt(
 
 
 def question_prompt(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
-    style: Style = USUAL,
+    text: str, tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> list[int]:
     """一句话当作 user 消息的 prompt；见 :func:`render_prompt`。"""
-    message = {"role": "user", "content": text}
-    return render_prompt([message], tokenizer, template_options=template_options, style=style)
+    return render_prompt([{"role": "user", "content": text}], tokenizer, style)
 
 
-def text_ids(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
-    style: Style = USUAL,
-) -> list[int]:
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase, style: Style = USUAL) -> list[int]:
     """接在 prompt 之后的一段文字（选择题的一个选项）的 token。"""
-    template = Template(tokenizer, template_options, style)
+    template = Template(tokenizer, style)
     (message,) = template.read([{"role": "assistant", "content": text}])
     return template.encode(message["content"])[0]
 
 
-def render_ahead(
-    conversations: Iterable[tuple[Sequence[Message], Mapping[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    loss_on: Literal["all", "last"],
-    style: Style = USUAL,
-) -> None:
-    """先渲染好接下来要 :func:`render` 或 :func:`render_prompt` 的几段，快得多。"""
-    templates = []
-    for messages, options in conversations:
-        with suppress(DistillabError):  # 轮到它时再报，那时说得出是哪一条
-            template = Template(tokenizer, options, style)
-            template.read(messages, loss_on if messages[-1]["role"] == "assistant" else None)
-            templates.append(template)
-    render_templates_ahead(templates)
-
-
 def control_token(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> str | None:
     """内容里的第一个控制 token；没有则为 ``None``。"""
-    template = Template(tokenizer, template_options)
+    template = Template(tokenizer, style)
     return template.controls.first(template.said(messages))
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """模板会不会写当天的日期。"""
-    return "strftime_now" in Template(tokenizer, {}).source
-
-
-def turn_end(
-    tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
-) -> TurnEnd | None:
-    """结束 assistant 一轮的 token；没有模板，或它渲染不了一问一答，是 ``None``。"""
-    own = {key: value for key, value in template_options.items() if key != "tools"}
-    try:
-        template = Template(tokenizer, own)
-    except DistillabError:
-        return None
-    options = json.dumps(template.options, sort_keys=True, default=repr)
-    # 模板与特殊 token 可以改：改了就要再看一遍。
-    key = (template.source, options, len(tokenizer), tokenizer.eos_token)
-    found: dict[Hashable, TurnEnd | None] = _TURN_ENDS.setdefault(tokenizer, {})
-    if key not in found:
-        found[key] = find_turn_end(template.text, tokenizer)
-    return found[key]
+    return "strftime_now" in Template(tokenizer).source
 
 
 def generation_prompt_length(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template_options: Mapping[str, Any],
-    style: Style = USUAL,
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> int:
     """Generation prompt（例如 ``<|im_start|>assistant`` 与换行）有几个 token。
 
     至少为 1：没有单独一段的模板，也要有一个 token 来预测 response 的开头。
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    template = Template(tokenizer, template_options, style)
+    template = Template(tokenizer, style)
     prompt = template.read(prompt)
     start = len(template.text(prompt))
     _, offsets = template.encode(template.text(prompt, prompt=True))
@@ -299,10 +237,7 @@ def _tokens(text: str, spans: list[Span], blocks: list[Span] | None, template: T
             left = done + offsets[position][0]
             if left >= end:
                 break
-            if blocks is None or _overlaps(left, done + offsets[position][1], blocks):
+            right = done + offsets[position][1]
+            if blocks is None or any(left < end and right > start for start, end in blocks):
                 response.append(len(ids) + position)
     return Tokens(ids + piece, response)
-
-
-def _overlaps(left: int, right: int, blocks: list[Span]) -> bool:
-    return any(left < end and right > start for start, end in blocks)

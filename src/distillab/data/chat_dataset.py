@@ -10,22 +10,20 @@ from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from ..bars import track
 from ..batch import Example, Tokens
 from ..config.sections import DataSection
+from ..config.style import Style
 from ..errors import DistillabError
-from .chat import control_token, render_ahead
-from .conversations import Conversation
+from .chat import control_token
 from .pairs import Pair
+from .template import render_conversations_ahead
 from .truncate import Fitted, fit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _TOGETHER = 64
 """一起渲染的对话数。"""
@@ -123,8 +121,7 @@ class ChatDataset(Dataset[Example]):
         self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
         digest = hashlib.sha256(str(max_seq_len).encode())
         for example in examples:
-            same = example.teacher is example.student
-            views = (example.student,) if same else (example.student, example.teacher)
+            views = example.views
             packed = tuple((array("i", view.ids), array("i", view.response)) for view in views)
             self._views.append(packed)
             self.num_tokens += len(example.student.response)
@@ -191,8 +188,9 @@ class ChatDataset(Dataset[Example]):
             whole = _identity([pair.student.messages, pair.teacher.messages])
             report.duplicates += whole in seen
             seen.add(whole)
-            if (token := _control_token(pair, tokenizer, data)) is not None:
-                report.control_tokens[token] += 1
+            style = _style(pair, data)
+            found = (control_token(side.messages, tokenizer, style) for side in pair.sides)
+            report.control_tokens.update(itertools.islice(filter(None, found), 1))
             report.truncated_prompts += fitted.prompt_cut
             report.truncated_responses += fitted.response_cut
             report.tokens += len(views[0].ids)
@@ -269,29 +267,15 @@ def _fitted(
     *,
     only_prompts: bool = False,
 ) -> Fitted | None:
-    views = [side.prompt if only_prompts else side.messages for side in _sides(pair)]
+    views = [side.prompt if only_prompts else side.messages for side in pair.sides]
     try:
-        return fit(
-            views,
-            tokenizer,
-            max_seq_len,
-            template_options=pair.student.template_options(data.template_options),
-            loss_on=data.loss_on,
-            style=data.style,
-        )
+        return fit(views, tokenizer, max_seq_len, _style(pair, data), loss_on=data.loss_on)
     except DistillabError as error:
         raise DistillabError(f"{pair.student.where}: {error}") from error
 
 
-def _sides(pair: Pair) -> list[Conversation]:
-    return [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
-
-
-def _control_token(pair: Pair, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str | None:
-    """两个视角里的第一个控制 token。"""
-    options = pair.student.template_options(data.template_options)
-    found = (control_token(side.messages, tokenizer, options) for side in _sides(pair))
-    return next((token for token in found if token is not None), None)
+def _style(pair: Pair, data: DataSection) -> Style:
+    return data.style.with_tools(pair.student.tools)
 
 
 def _rendered_ahead(
@@ -299,16 +283,8 @@ def _rendered_ahead(
 ) -> Iterator[Pair]:
     pairs = iter(pairs)
     while group := list(itertools.islice(pairs, _TOGETHER)):
-        render_ahead(
-            (
-                (side.messages, pair.student.template_options(data.template_options))
-                for pair in group
-                for side in _sides(pair)
-            ),
-            tokenizer,
-            loss_on=data.loss_on,
-            style=data.style,
-        )
+        sides = ((one.messages, _style(pair, data)) for pair in group for one in pair.sides)
+        render_conversations_ahead(sides, tokenizer, data.loss_on)
         yield from group
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..bars import track
 from ..batch import IGNORE_INDEX
@@ -27,7 +28,6 @@ from .encoding import WRITTEN_TOGETHER, ArticleEncoder, batches, cut_chunks, enc
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
 
 
 class WikiDataset(Dataset[dict[str, Tensor]]):

@@ -12,12 +12,11 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DistillabError, shown
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]

@@ -40,8 +40,7 @@ class Conversation:
     @property
     def prompt(self) -> list[Message]:
         """最后一个 response 之前的各轮，不说哪一轮训练。"""
-        turns = self.messages if self.final is None else self.messages[:-1]
-        return [{k: v for k, v in turn.items() if k != "train"} for turn in turns]
+        return [{k: v for k, v in turn.items() if k != "train"} for turn in self._before]
 
     @property
     def final(self) -> Message | None:
@@ -63,16 +62,15 @@ class Conversation:
         """在几个文件之间认出同一段对话：``id``，没有时由最后一个问题得出。"""
         return question_key(self.question) if self.id is None else self.id
 
-    def template_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Chat template 的选项，连同这段对话自己的 ``tools``。"""
-        return dict(options) if self.tools is None else {**options, "tools": self.tools}
-
     def answered(self, response: str | Message) -> Conversation:
         """同一个 prompt，换一个 response。"""
         if isinstance(response, str):
             response = {"role": "assistant", "content": response}
-        before = self.messages if self.final is None else self.messages[:-1]
-        return replace(self, messages=[*before, response])
+        return replace(self, messages=[*self._before, response])
+
+    @property
+    def _before(self) -> list[Message]:
+        return self.messages if self.final is None else self.messages[:-1]
 
 
 def question_key(question: str) -> str:

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..config.sections import Records
 from ..errors import DistillabError
 from ..models.tokenizer import leading_ids, tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # 改了切块的规则就加一，旧缓存随之失效。
 _FORMAT = 1

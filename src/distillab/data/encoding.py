@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DistillabError
 from ..models.tokenizer import document_separator, leading_ids
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
-
-    Ids = NDArray[np.int32]
-
 _Sized = TypeVar("_Sized", bound=Sized)
+Ids = NDArray[np.int32]
 
 TOGETHER = 2**18
 """一次分词至多这么多字符：分词器给每个 token 记的东西有一两百字节。"""

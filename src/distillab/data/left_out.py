@@ -6,15 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import IGNORE_INDEX, Example
 from ..errors import DistillabError, some
 from ..vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("distillab")
 

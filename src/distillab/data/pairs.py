@@ -50,6 +50,11 @@ class Pair:
         """这个任务的键，``responses`` 文件里的 ``id``。"""
         return self.student.key
 
+    @property
+    def sides(self) -> tuple[Conversation, ...]:
+        """学生的；教师的不同时还有教师的。"""
+        return (self.student,) if self.teacher is self.student else (self.student, self.teacher)
+
     def task(self, view: Literal["student", "teacher"]) -> Task:
         """从一个视角提的问题。"""
         conversation: Conversation = getattr(self, view)
@@ -63,9 +68,8 @@ class Pair:
 
     def answered(self, response: str | Message) -> Pair:
         """换一个 response，两个视角一起换。"""
-        student = self.student.answered(response)
-        same = self.teacher is self.student
-        return Pair(student, student if same else self.teacher.answered(response))
+        sides = [side.answered(response) for side in self.sides]
+        return Pair(sides[0], sides[-1])
 
 
 def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[Pair], list[str]]:

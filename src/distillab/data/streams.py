@@ -12,21 +12,19 @@ import random
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from ..cache import build_once, cache_dir
 from .articles import ArticleStream
 from .chunks import WikiDataset, too_short, write_chunks
 from .corpus import Corpus, cache_key, text_digest
 from .encoding import ArticleEncoder, cut_chunks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HEAD_MB = 50.0
 """验证集取自来源开头这么多正文，10^6 字节；整个来源要读上几天，不能等。"""

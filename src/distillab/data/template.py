@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from ..config.style import USUAL, Style
 from ..errors import DistillabError, nearest
 from .control_tokens import ControlTokens, shown_text
 from .forms import KEPT, Message
 from .rendering import Rendered, Request, Span, render_ahead, rendered
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LossOn = Literal["all", "last"]
 
@@ -31,15 +31,8 @@ _CONTROLS: WeakKeyDictionary[Any, dict[tuple[str, int], ControlTokens]] = WeakKe
 class Template:
     """一个 tokenizer 的 chat template，连同选项；一次读一段对话。"""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        options: Mapping[str, Any],
-        style: Style = USUAL,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.options = dict(options)
-        self.style = style
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style = USUAL) -> None:
+        self.tokenizer, self.style, self.options = tokenizer, style, dict(style.options)
         self._mark: str | None = None
         self._messages: list[Message] = []
         self._wanted: list[tuple[int, bool]] = []
@@ -60,15 +53,11 @@ class Template:
                     "of the file, or write them into the system message"
                 )
             if key in _RESERVED or not re.search(rf"\b{re.escape(key)}\b", source):
+                names = set(re.findall(r"\b(\w+) is (?:not )?defined", source)) - _RESERVED
                 raise DistillabError(
                     f"template_options: the chat template reads no option {key!r}; "
-                    f"{self._options_hint(source, key)}"
+                    f"{nearest(key, names) if names else 'it has none'}"
                 )
-
-    @staticmethod
-    def _options_hint(source: str, key: str) -> str:
-        names = set(re.findall(r"\b(\w+) is (?:not )?defined", source)) - _RESERVED
-        return nearest(key, names) if names else "it has none"
 
     def read(self, messages: Sequence[Message], loss_on: LossOn | None = None) -> list[Message]:
         """要渲染的对话：内容里的控制 token 断开（不许有的拒绝），用得到的几次渲染一次做完。
@@ -91,7 +80,8 @@ class Template:
         self._wanted = _wanted(messages, loss_on)
         return self._messages
 
-    def request(self) -> Request:
+    @property
+    def asked(self) -> Request:
         """:meth:`read` 过的对话用得到的几次渲染。"""
         return self._request(self._messages, self._wanted)
 
@@ -130,9 +120,9 @@ class Template:
         known = _CONTROLS.setdefault(self.tokenizer, {})
         key = self.source, len(self.tokenizer)
         if key not in known:
-            turns = [_SAYS, _ANSWERS, _SAYS]
-            found = self._ask(turns, [(1, True), (3, False)])
-            known[key] = ControlTokens(self.tokenizer, "".join(one.text for one in found))
+            asked = self._request([_SAYS, _ANSWERS, _SAYS], [(1, True), (3, False)])
+            written = "".join(one.text for one in rendered(self.source, asked))
+            known[key] = ControlTokens(self.tokenizer, written)
         return known[key]
 
     def _result(self, messages: Sequence[Message], prompt: bool) -> Rendered:
@@ -140,19 +130,14 @@ class Template:
             self._messages, self._rendered, self._wanted = list(messages), {}, []
         key = len(messages), prompt
         if key not in self._rendered:
-            self._render(self._wanted if key in self._wanted else [key])
+            wanted = self._wanted if key in self._wanted else [key]
+            done = rendered(self.source, self._request(self._messages, wanted))
+            self._rendered |= dict(zip(wanted, done, strict=True))
         found = self._rendered[key]
         if found.error is not None:
             roles = ", ".join(message["role"] for message in messages)
             raise DistillabError(f"the chat template refuses the turns {roles}: {found.error}")
         return found
-
-    def _render(self, wanted: list[tuple[int, bool]]) -> None:
-        found = self._ask(self._messages, wanted)
-        self._rendered |= dict(zip(wanted, found, strict=True))
-
-    def _ask(self, messages: list[Message], wanted: list[tuple[int, bool]]) -> list[Rendered]:
-        return rendered(self.source, self._request(messages, wanted))
 
     def _request(self, messages: list[Message], wanted: list[tuple[int, bool]]) -> Request:
         return Request(
@@ -190,10 +175,20 @@ class Template:
         return re.search(rf"(\.|['\"]){key}\b", self.source) is not None
 
 
-def render_templates_ahead(templates: Sequence[Template]) -> None:
-    """先渲染好接下来要的几段，模板都 :meth:`~Template.read` 过；见 ``render_ahead``。"""
+def render_conversations_ahead(
+    conversations: Iterable[tuple[Sequence[Message], Style]],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+) -> None:
+    """先渲染好接下来要训练的（不以 assistant 结尾的，是要推理的）几段，快得多。"""
+    templates = []
+    for messages, style in conversations:
+        with suppress(DistillabError):  # 轮到它时再报，那时说得出是哪一条
+            template = Template(tokenizer, style)
+            template.read(messages, loss_on if messages[-1]["role"] == "assistant" else None)
+            templates.append(template)
     for source, group in itertools.groupby(templates, lambda template: template.source):
-        render_ahead(source, [template.request() for template in group])
+        render_ahead(source, [template.asked for template in group])
 
 
 def _wanted(messages: Sequence[Message], loss_on: LossOn | None) -> list[tuple[int, bool]]:

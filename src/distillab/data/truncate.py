@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import Tokens
 from ..config.style import USUAL, Style
@@ -14,9 +15,7 @@ from ..errors import DistillabError
 from ..models.tokenizer import leading_count
 from .chat import generation_prompt_length, render, render_prompt
 from .forms import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .template import LossOn
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,9 @@ def fit(
     views: Sequence[Sequence[Message]],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
-    *,
-    template_options: Mapping[str, Any],
-    loss_on: Literal["all", "last"],
     style: Style = USUAL,
+    *,
+    loss_on: LossOn,
 ) -> Fitted | None:
     """渲染并截断；两个视角的 response 截得一样多。
 
@@ -51,8 +49,14 @@ def fit(
 
     @cache
     def without(turns: int) -> list[Tokens]:
-        shorter = [_without_oldest(view, turns) for view in views]
-        return [_view(view, tokenizer, template_options, loss_on, style) for view in shorter]
+        return [tokens_of(_without_oldest(view, turns)) for view in views]
+
+    def tokens_of(messages: Sequence[Message]) -> Tokens:
+        if messages[-1]["role"] != "assistant":
+            return Tokens(render_prompt(messages, tokenizer, style), [])
+        tokens = render(messages, tokenizer, style, loss_on=loss_on)
+        # 最后一个 response token 之后的换行没有人要预测，也没有人要读。
+        return Tokens(tokens.ids[: tokens.response[-1] + 1], tokens.response)
 
     def fits(turns: int) -> bool:
         return all(len(tokens.ids) <= limit for tokens in without(turns))
@@ -64,9 +68,7 @@ def fit(
         raise DistillabError("the chat template renders the response differently in the two views")
     if fits(turns):
         return Fitted(tuple(tokens), turns > 0, False)
-    header = generation_prompt_length(
-        views[0], tokenizer, template_options=template_options, style=style
-    )
+    header = generation_prompt_length(views[0], tokenizer, style)
     start = [leading_count(view.ids, tokenizer) for view in tokens]
     shortest = [start[0] + header, *(len(view.prompt) for view in tokens[1:])]
     response = len(tokens[0].ids) - len(tokens[0].prompt)
@@ -80,28 +82,11 @@ def fit(
     return Fitted(tuple(cut), prompt_cut, kept < response)
 
 
-def _view(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
-    loss_on: Literal["all", "last"],
-    style: Style,
-) -> Tokens:
-    """最后一个 response token 之后的换行没有人要预测，也没有人要读。"""
-    if messages[-1]["role"] != "assistant":
-        ids = render_prompt(messages, tokenizer, template_options=template_options, style=style)
-        return Tokens(ids, [])
-    tokens = render(
-        messages, tokenizer, template_options=template_options, loss_on=loss_on, style=style
-    )
-    return Tokens(tokens.ids[: tokens.response[-1] + 1], tokens.response)
-
-
 def _turn_starts(messages: Sequence[Message]) -> list[int]:
     """可以从哪里开始而不丢掉半轮：开头的 system 之后，以及其后每条 user 消息。"""
-    first = next(i for i, message in enumerate(messages) if message["role"] != "system")
-    users = [i for i, message in enumerate(messages) if message["role"] == "user" and i > first]
-    return [first, *users]
+    roles = [message["role"] for message in messages]
+    first = next(i for i, role in enumerate(roles) if role != "system")
+    return [first, *(i for i, role in enumerate(roles) if role == "user" and i > first)]
 
 
 def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
@@ -112,11 +97,7 @@ def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
 def _cut(tokens: Tokens, kept: int, limit: int, leading: int) -> Tokens:
     """去掉开头的，但留下最前面的 ``leading`` 个：没有 BOS 的上文，模型没有见过。"""
     end = len(tokens.prompt) + kept
-    start = max(0, end - limit)
-    if start == 0:
-        leading = 0
-    start += leading
-    response = [
-        position - start + leading for position in tokens.response if start < position < end
-    ]
-    return Tokens(tokens.ids[:leading] + tokens.ids[start:end], response)
+    cut = max(0, end - limit)
+    start = cut + leading if cut else 0
+    response = [position - cut for position in tokens.response if start < position < end]
+    return Tokens(tokens.ids[: start - cut] + tokens.ids[start:end], response)

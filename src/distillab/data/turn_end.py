@@ -7,23 +7,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
+from weakref import WeakKeyDictionary
 
+from transformers import PreTrainedTokenizerBase
+
+from ..config.style import USUAL, Style
 from ..errors import DistillabError
 from .forms import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Render = Callable[[list[Message]], str]
-"""各轮 → 渲染出的文字，不带 generation prompt。"""
+from .template import Template
 
 _QUESTION: Message = {"role": "user", "content": "question"}
 _RESPONSE: Message = {"role": "assistant", "content": "qzxresponse"}
+_KNOWN: WeakKeyDictionary[Any, dict[Hashable, TurnEnd | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,31 +65,39 @@ class TurnEnd:
         return re.compile(rf"({re.escape(self.text)})(?:\s|{_any(self.markers)})*\Z")
 
 
-def find_turn_end(render: Render, tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
-    """渲染一段小对话，看 response 之后是什么；模板渲染不了它，或不照写 response，是 ``None``。"""
-    special, markers = _markers(tokenizer)
-
-    def turn_end(text: str, unwritten: str) -> TurnEnd:
-        return TurnEnd(markers[text], text, unwritten, (text, *special))
-
+def turn_end(tokenizer: PreTrainedTokenizerBase, style: Style = USUAL) -> TurnEnd | None:
+    """结束 assistant 一轮的 token；没有模板，或它渲染不了、不照写 response，是 ``None``。"""
+    own = {key: value for key, value in style.options.items() if key != "tools"}
     try:
-        after = _after_response(render([_QUESTION, _RESPONSE]))
+        template = Template(tokenizer, Style(options=own))
     except DistillabError:
         return None
+    options = json.dumps(own, sort_keys=True, default=repr)
+    # 模板与特殊 token 可以改：改了就要再看一遍。
+    key = (template.source, options, len(tokenizer), tokenizer.eos_token)
+    known = _KNOWN.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = _find(template)
+    return known[key]
+
+
+def _find(template: Template) -> TurnEnd | None:
+    special, markers = _markers(template.tokenizer)
+    leading, eos = _leading(markers), template.tokenizer.eos_token
+    after = _after_response(template, [_QUESTION, _RESPONSE])
     if after is None:
         return None
-    written = _leading(markers).match(after)
-    if written is not None:
-        return turn_end(written[1], "")
-    try:
-        following = _after_response(render([_QUESTION, _RESPONSE, _QUESTION]))
-    except DistillabError:  # 只会渲染一问一答
-        following = None
-    found = None if following is None else _leading(markers).match(following)
-    if found is not None:
-        return turn_end(found[1], found[0])
-    eos = tokenizer.eos_token
-    return turn_end(eos, eos) if eos in markers else None
+    if found := leading.match(after):
+        text, unwritten = found[1], ""
+    elif found := leading.match(
+        _after_response(template, [_QUESTION, _RESPONSE, _QUESTION]) or ""  # 也许只会一问一答
+    ):
+        text, unwritten = found[1], found[0]
+    elif eos in markers:
+        text = unwritten = eos
+    else:
+        return None
+    return TurnEnd(markers[text], text, unwritten, (text, *special))
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, int]]:
@@ -106,8 +115,12 @@ def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, i
     }
 
 
-def _after_response(text: str) -> str | None:
-    _, found, after = text.rpartition(_RESPONSE["content"])
+def _after_response(template: Template, messages: list[Message]) -> str | None:
+    """Response 之后是什么；模板渲染不了，或不照写 response，是 ``None``。"""
+    try:
+        _, found, after = template.text(messages).rpartition(_RESPONSE["content"])
+    except DistillabError:
+        return None
     return after if found else None
 
 

@@ -5,10 +5,11 @@ logits 与 log 概率是 float32，跨 token 的总和是 float64。数学在 ``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..figures import AGREEMENT
@@ -16,10 +17,7 @@ from ..loss.losses import forward_kl, log_softmax, reverse_kl
 from ..loss.products import head_products
 from ..targets import HiddenTargets
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Rows = dict[str, "NDArray[np.float64]"]
+Rows = dict[str, NDArray[np.float64]]
 """名字 → 每个 token 一个值 ``[P]``：``nats``，有教师时还有 ``AGREEMENT`` 的各项。"""
 
 TOP = 5

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..figures import Figure
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SAMPLES = 1000
 """重抽的次数。"""

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from ..assembly.parts import Parts
 from ..assembly.training import build_text
 from ..batch import collate_text
 from ..config.schema import EvaluateConfig
 from ..config.sections import DataSection, TextConfig
+from ..data.chat import question_prompt
 from ..errors import DistillabError
 from ..figures import AFTER, BEFORE, LABELS, TEACHER, gap_closed
 from ..files import replace_file
+from ..generate.generator import TextGenerator
+from ..models.interface import LanguageModel
 from ..parsing import parse_json
 from ..run_file_shapes import NUMBER, check
 from ..train.trainer import DistillationTrainer
@@ -153,10 +158,28 @@ def load_tasks(config: EvaluateConfig, data: DataSection) -> list[TaskSet]:
     """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
     if config.lm_eval is not None:
         check_harness(config.lm_eval)
-    return [
-        TaskSet.load(name, task, data.template_options, data.style)
-        for name, task in config.tasks.items()
-    ]
+    return [TaskSet.load(name, task, data.style) for name, task in config.tasks.items()]
+
+
+def sample_prompts(
+    config: EvaluateConfig, data: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> list[str] | list[list[int]]:
+    """``evaluate.prompts``；对话的问题要经模板，否则学生是在续写它。"""
+    if data.format != "chat":
+        return config.prompts
+    return [question_prompt(prompt, tokenizer, data.style) for prompt in config.prompts]
+
+
+def continued(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    config: EvaluateConfig,
+) -> list[str]:
+    """``model`` 贪心地续写的样例。"""
+    return TextGenerator(model, tokenizer).generate(
+        prompts, strategy="greedy", max_new_tokens=config.max_new_tokens
+    )
 
 
 def merged(*measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from ..assembly.training import build_data, build_text, read_pairs
 from ..batch import Example, Tokens
 from ..config.run_dir import RunDirectory, environment
 from ..config.schema import Recipe
-from ..data.chat import question_prompt, render_prompt
+from ..data.chat import render_prompt
 from ..data.chat_dataset import ChatDataset
 from ..data.pairs import Pair
 from ..errors import DistillabError
@@ -35,7 +35,7 @@ from ..train.checkpoint_files import BEST, find_checkpoint
 from ..train.loaders import evenly
 from ..train.rollout import Rollout
 from .bootstrap import SAMPLES
-from .checks import load_tasks
+from .checks import continued, load_tasks, sample_prompts
 from .evaluation_file import (
     Answers,
     agreement_figures,
@@ -287,24 +287,17 @@ def _ask(task: TaskSet, subject: Subject) -> Answers:
 def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str | None]]:
     """同样的 prompt，教师（读自己的视角）与学生各自贪心地续写。"""
     config, data = bench.recipe.evaluate, bench.recipe.data
-    options, tokenizer = data.template_options, bench.parts.tokenizer
-    prompts: list[str] = config.prompts
-    asked: dict[str, Sequence[Any]] = dict.fromkeys(("student", "teacher"), prompts)
-    if data.format == "chat" and prompts:
-        encoded = [question_prompt(prompt, tokenizer, options, data.style) for prompt in prompts]
-        asked = dict.fromkeys(asked, encoded)
-    elif data.format == "chat":
+    tokenizer, prompts = bench.parts.tokenizer, config.prompts
+    asked: dict[str, Any] = dict.fromkeys(
+        ("student", "teacher"), sample_prompts(config, data, tokenizer)
+    )
+    if data.format == "chat" and not prompts:
         questions = (pair for task in bench.tasks for pair in task.pairs)
         pairs = list(itertools.islice(questions, QUESTIONS))
         prompts = [pair.student.question for pair in pairs]
         asked = {
             side: [
-                render_prompt(
-                    view.prompt,
-                    tokenizer,
-                    template_options=view.template_options(options),
-                    style=data.style,
-                )
+                render_prompt(view.prompt, tokenizer, data.style.with_tools(view.tools))
                 for view in (getattr(pair, side) for pair in pairs)
             ]
             for side in asked
@@ -318,9 +311,7 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
         if subject.name == WITHOUT:
             continue
         with subject.active() as model:
-            texts = TextGenerator(model, tokenizer).generate(
-                asked[subject.side], strategy="greedy", max_new_tokens=config.max_new_tokens
-            )
+            texts = continued(model, tokenizer, asked[subject.side], config)
         for row, text in zip(rows, texts, strict=True):
             row[subject.name] = text
     return rows

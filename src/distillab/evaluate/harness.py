@@ -13,19 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..config.sections import LmEvalConfig
 from ..errors import DistillabError, nearest
 from ..models.interface import LanguageModel, PretrainedLM
 from ..models.pretrained import load_pretrained, one_line_errors
 from ..models.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SEED, FEWSHOT_SEED = 0, 1234
 """lm-evaluation-harness 命令行缺省的种子；示例由后者抽取，结果才与发表的相同。"""

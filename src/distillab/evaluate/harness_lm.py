@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
 
 from ..config.sections import SamplingConfig
 from ..errors import DistillabError, nearest
@@ -23,9 +24,6 @@ from ..generate.respond import respond
 from ..generate.sampling import row_seeds
 from ..models.interface import LanguageModel
 from ..models.tokenizer import own_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SAMPLING = ("temperature", "top_k", "top_p")
 """任务的 ``generation_kwargs`` 里认得的采样参数。"""

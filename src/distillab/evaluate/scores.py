@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..bars import track
 from ..batch import Batch, View
@@ -24,9 +25,6 @@ from .agreement import Rows, score_rows
 from .bootstrap import ratio_figure
 from .sequences import Sequences
 from .subjects import Subject
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass

@@ -6,9 +6,12 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import IGNORE_INDEX, Batch, Example, Tokens, collate_examples
 from ..data.encoding import ArticleEncoder
@@ -16,13 +19,7 @@ from ..errors import DistillabError
 from ..models.tokenizer import continuation_text, document_separator, own_vocabulary
 from ..train.loaders import evenly
 from ..vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch.utils.data import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from .subjects import Side
+from .subjects import Side
 
 logger = logging.getLogger("distillab")
 
@@ -147,15 +144,9 @@ def _chunk(item: dict[str, Any]) -> Example:
 
 def _within(example: Example, vocabulary: Vocabulary) -> Example:
     """去掉共有词表之外的 response token，两个视角去掉的相同。"""
-
-    def view(tokens: Tokens) -> Tokens:
-        kept = vocabulary.kept(tokens.labels)
-        return Tokens(tokens.ids, list(itertools.compress(tokens.response, kept)))
-
-    student = view(example.student)
-    return Example(
-        student, student if example.teacher is example.student else view(example.teacher)
-    )
+    kept = vocabulary.kept(example.student.labels)
+    views = [Tokens(v.ids, list(itertools.compress(v.response, kept))) for v in example.views]
+    return Example(views[0], views[-1])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
@@ -165,9 +156,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
 
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        same = example.teacher is example.student
-        for view in (example.student,) if same else (example.student, example.teacher):
-            for part in (view.ids, view.response):
-                digest.update(np.array([len(part), *part], dtype="<i4").tobytes())
+    for view in (view for example in examples for view in example.views):
+        for part in (view.ids, view.response):
+            digest.update(np.array([len(part), *part], dtype="<i4").tobytes())
     return digest.hexdigest()

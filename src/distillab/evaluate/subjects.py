@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..assembly.parts import Parts
 from ..config.run_dir import exported_model
@@ -21,9 +22,6 @@ from ..models.lora import adapters_off, base_parameters, has_lora
 from ..models.pretrained import load_pretrained, resolve_model
 from ..models.tokenizer import check_tokenizer_fits, load_tokenizer, shared_vocabulary
 from ..train.checkpoint import load_student
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Side = Literal["student", "teacher"]
 """读一份数据的哪个视角。"""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
+
+from transformers import PreTrainedTokenizerBase
 
 from ..config.sections import DataSection, SamplingConfig, TaskConfig
 from ..config.style import USUAL, Style
@@ -32,9 +34,6 @@ from ..synthesize.filters import make_filter, needs_answer
 from ..synthesize.questions import check_tasks
 from .problems import Choices, Score, generated, read_choices
 from .subjects import Side, Subject
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("distillab")
 
@@ -67,19 +66,13 @@ class TaskSet(ABC):
 
     name: str
     pairs: list[Pair]
-    template_options: Mapping[str, Any]
     style: Style
     _prompts: dict[tuple[Any, Side], list[list[int]]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     @staticmethod
-    def load(
-        name: str,
-        config: TaskConfig,
-        template_options: Mapping[str, Any],
-        style: Style = USUAL,
-    ) -> TaskSet:
+    def load(name: str, config: TaskConfig, style: Style = USUAL) -> TaskSet:
         """读入并查对；训练之前就知道它能不能考。
 
         读不了，出不了题，两个视角配不上，id 重复，要核对的记录没有 ``answer``，或选项有误时
@@ -103,8 +96,8 @@ class TaskSet(ABC):
             raise DistillabError(f"{where}: {error}") from error
         if match is not None and match.choice is not None:
             choices = [read_choices(_record(p), f"{where}: {p.student.where}") for p in pairs]
-            return ChoiceTask(name, pairs, template_options, style, choices, match.choice)
-        return ResponseTask(name, pairs, template_options, style, judge, config.max_new_tokens)
+            return ChoiceTask(name, pairs, style, choices, match.choice)
+        return ResponseTask(name, pairs, style, judge, config.max_new_tokens)
 
     def check_fits(self, subject: Subject) -> None:
         """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文；不然是
@@ -163,12 +156,8 @@ class TaskSet(ABC):
         self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
         try:
-            return render_prompt(
-                conversation.prompt,
-                tokenizer,
-                template_options=conversation.template_options(self.template_options),
-                style=self.style,
-            )
+            style = self.style.with_tools(conversation.tools)
+            return render_prompt(conversation.prompt, tokenizer, style)
         except DistillabError as error:
             raise DistillabError(f"{self._where(conversation)}: {error}") from error
 
@@ -240,10 +229,7 @@ class ChoiceTask(TaskSet):
         if tokenizer not in self._texts:
             encoded = []
             for pair, choices in zip(self.pairs, self.choices, strict=True):
-                ids = [
-                    text_ids(text, tokenizer, self.template_options, self.style)
-                    for text in choices.texts
-                ]
+                ids = [text_ids(text, tokenizer, self.style) for text in choices.texts]
                 if not all(ids):
                     text = choices.texts[ids.index([])]
                     raise DistillabError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data.chat import turn_end
+from ..data.turn_end import turn_end
 from ..models.interface import LanguageModel
 from ..models.tokenizer import document_separator
 
@@ -35,7 +35,7 @@ def stop_ids(
     found = {special[token] for token in _END_TOKENS if token in special}
     if tokenizer.eos_token_id is not None:
         found |= {int(tokenizer.eos_token_id), document_separator(tokenizer)}
-    turn = turn_end(tokenizer, {})
+    turn = turn_end(tokenizer)
     if turn is not None:
         found.add(turn.token)
     return frozenset(found | getattr(model, "eos_token_ids", frozenset()))
