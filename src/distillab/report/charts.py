@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,7 @@ COLORS = ("#3b82f6", "#d97706", "#059669", "#8b5cf6", "#db2777", "#0891b2")
 """每次运行一种颜色，全页一致；在白底与深底上对比度都不低于 3:1。"""
 
 TEACHER_COLOR = "#808a9a"
+DASHES = ("solid", "dot", "dash")
 
 MAX_POINTS = 1000
 """一条曲线最多这么多点，多的均匀地抽去：页面不随训练的长短无限变大。"""
@@ -70,53 +71,47 @@ def axes(runs: Sequence[RunData]) -> dict[str, dict[str, list[Any]]]:
 
 def curve_charts(runs: Sequence[RunData]) -> list[Chart]:
     """损失、困惑度、与教师的距离。"""
-    loss = [("loss", "loss", "solid"), ("divergence", "divergence", "dot"),
-            ("cross_entropy", "cross-entropy", "dash")]  # fmt: skip
-    single = len(runs) == 1
-    charts = [
-        _training(runs, "loss", "Training loss", loss if single else loss[:1], "nats per token",
-                  "The objective of each run; runs with different objectives are not comparable."
-                  if not single else ""),
-        _validation(runs, "perplexity", "Validation perplexity", "perplexity", "log scale",
-                    axis_type="log", tickformat="~s"),
-        _validation(runs, "kl", AGREEMENT["forward_kl"], "kl", "nats per token, validation"),
-        _validation(runs, "top1", f"{AGREEMENT['top1'].capitalize()} as the teacher",
-                    "top1_agreement", "share of validation tokens", tickformat=".0%"),
+    loss, note = {"loss": "loss"}, ""
+    if len(runs) == 1:
+        loss |= {"divergence": "divergence", "cross_entropy": "cross-entropy"}
+    else:
+        note = "The objective of each run; runs with different objectives are not comparable."
+    return [
+        *_training(runs, "loss", "Training loss", loss, "nats per token", note),
+        *_validation(runs, "perplexity", "Validation perplexity", "perplexity", "log scale",
+                     type="log", tickformat="~s"),
+        *_validation(runs, "kl", AGREEMENT["forward_kl"], "kl", "nats per token, validation"),
+        *_validation(runs, "top1", f"{AGREEMENT['top1'].capitalize()} as the teacher",
+                     "top1_agreement", "share of validation tokens", tickformat=".0%"),
     ]  # fmt: skip
-    return [chart for chart in charts if chart["data"]]
 
 
 def optimisation_charts(runs: Sequence[RunData]) -> list[Chart]:
     """学习率、梯度范数、速度、跳过的步。"""
-    charts = [
-        _training(runs, "learning-rate", "Learning rate", [("learning_rate", "", "solid")], "",
-                  tickformat="~e"),
-        _training(runs, "grad-norm", "Gradient norm", [("grad_norm", "", "solid")],
-                  "mean of the interval, before clipping"),
-        _training(runs, "speed", "Speed", [("tokens_per_second", "", "solid")],
-                  "tokens trained on per second"),
-        _training(runs, "skipped", "Skipped steps", [("skipped_steps", "", "solid")],
-                  "steps so far whose loss or gradient was not finite", tozero=True),
+    return [
+        *_training(runs, "learning-rate", "Learning rate", {"learning_rate": ""}, tickformat="~e"),
+        *_training(runs, "grad-norm", "Gradient norm", {"grad_norm": ""},
+                   "mean of the interval, before clipping"),
+        *_training(runs, "speed", "Speed", {"tokens_per_second": ""},
+                   "tokens trained on per second"),
+        *_training(runs, "skipped", "Skipped steps", {"skipped_steps": ""},
+                   "steps so far whose loss or gradient was not finite", rangemode="tozero"),
     ]  # fmt: skip
-    return [chart for chart in charts if chart["data"]]
 
 
 def rollout_charts(runs: Sequence[RunData]) -> list[Chart]:
     """从学生采样的 response 是否还像样；没有 on-policy 的运行时为空。"""
-    charts = [
-        _training(runs, "rollout-length", "Response length", [("rollout_length", "", "solid")],
-                  "tokens, mean", tozero=True),
-        _training(runs, "rollout-shares", "Truncated, repeated, empty",
-                  [("rollout_truncated", "truncated", "solid"),
-                   ("rollout_repetition", "repeated 4-grams", "dot"),
-                   ("rollout_empty", "empty", "dash")],
-                  "share of the sampled responses", tickformat=".0%", tozero=True),
-        _training(runs, "rollout-entropy", "Certainty on the student's own responses",
-                  [("rollout_student_entropy", "student entropy", "solid"),
-                   ("rollout_teacher_logprob", "teacher log-probability", "dot")],
-                  "nats per token"),
+    return [
+        *_training(runs, "rollout-length", "Response length", {"rollout_length": ""},
+                   "tokens, mean", rangemode="tozero"),
+        *_training(runs, "rollout-shares", "Truncated, repeated, empty",
+                   {"rollout_truncated": "truncated", "rollout_repetition": "repeated 4-grams",
+                    "rollout_empty": "empty"},
+                   "share of the sampled responses", tickformat=".0%", rangemode="tozero"),
+        *_training(runs, "rollout-entropy", "Certainty on the student's own responses",
+                   {"rollout_student_entropy": "student entropy",
+                    "rollout_teacher_logprob": "teacher log-probability"}, "nats per token"),
     ]  # fmt: skip
-    return [chart for chart in charts if chart["data"]]
 
 
 def agreement_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -134,11 +129,9 @@ def agreement_charts(runs: Sequence[RunData]) -> list[Chart]:
             for index, run in enumerate(runs)
             for trace in _parts(run, index, len(runs) == 1, name, by, kind)
         ]
-        charts.append(
-            _chart(f"{by}-{kind}-{name}", f"{said} by {division}", f"{unit}, {name}", data,
-                   tickformat=form, category=True, tozero=True)
-        )  # fmt: skip
-    return [chart for chart in charts if chart["data"]]
+        key, title, unit = f"{by}-{kind}-{name}", f"{said} by {division}", f"{unit}, {name}"
+        charts += _chart(key, title, unit, data, category=True, tickformat=form, rangemode="tozero")
+    return charts
 
 
 def task_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -161,11 +154,10 @@ def task_charts(runs: Sequence[RunData]) -> list[Chart]:
             name = "" if shared else str(escape(runs[index].label))
             shade = TEACHER_COLOR if shared and len(runs) > 1 else color(index)
             data.append(_bars(each[index], model, tasks, name, shade))
-    if not data:
-        return []
-    return [_chart("tasks", "Correct answers", "share of the items, with 95 % intervals where "
-                   "the run has been evaluated", data, tickformat=".0%", category=True,
-                   tozero=True)]  # fmt: skip
+    unit = "share of the items, with 95 % intervals where the run has been evaluated"
+    return _chart(
+        "tasks", "Correct answers", unit, data, category=True, tickformat=".0%", rangemode="tozero"
+    )
 
 
 def _bars(
@@ -186,20 +178,19 @@ def _bars(
         "hovertemplate": "%{y:.1%}<extra>%{fullData.name}</extra>",
     }
     if any(figure.get("low") is not None for figure in figures):
+        above, below = (
+            [None if one.get(end) is None else abs(one[end] - one["value"]) for one in figures]
+            for end in ("high", "low")
+        )
         trace["error_y"] = {
             "type": "data",
             "symmetric": False,
-            "array": [_distance(figure, "high") for figure in figures],
-            "arrayminus": [_distance(figure, "low") for figure in figures],
+            "array": above,
+            "arrayminus": below,
             "thickness": 1.2,
             "width": 4,
         }
     return trace
-
-
-def _distance(figure: dict[str, float | None], end: str) -> float | None:
-    value, bound = figure.get("value"), figure.get(end)
-    return None if value is None or bound is None else abs(bound - value)
 
 
 def _parts(
@@ -233,27 +224,27 @@ def _training(
     runs: Sequence[RunData],
     key: str,
     title: str,
-    columns: Sequence[tuple[str, str, str]],
-    unit: str,
+    columns: Mapping[str, str],
+    unit: str = "",
     note: str = "",
-    **layout: Any,
-) -> Chart:
+    **y: Any,
+) -> list[Chart]:
     """由训练的各行画出；一次运行一种颜色，一列一种线型。"""
     data = []
     for index, run in enumerate(runs):
         rows = train_rows(run)
-        for column, name, dash in columns:
+        for (column, name), dash in zip(columns.items(), DASHES, strict=False):
             values = [row.get(column) for row in rows]
             if any(values):  # 不计算的一项全是 0
                 names = [str(escape(run.label))] * (len(runs) > 1) + [name] * (len(columns) > 1)
                 label = ", ".join(names) or title.lower()
                 data.append(_line(f"{index}/train", values, label, color(index), dash))
-    return _chart(key, title, unit, data, note=note, **layout)
+    return _chart(key, title, unit, data, note, **y)
 
 
 def _validation(
-    runs: Sequence[RunData], key: str, title: str, column: str, unit: str, **layout: Any
-) -> Chart:
+    runs: Sequence[RunData], key: str, title: str, column: str, unit: str, **y: Any
+) -> list[Chart]:
     """由验证的各行画出，教师是一条虚线；几次运行的教师相同时只画一条。"""
     data = []
     longest: dict[float, tuple[int, str]] = {}
@@ -271,7 +262,7 @@ def _validation(
     for value, (_, axis) in longest.items():
         count = len(validation_rows(runs[int(axis.split("/")[0])]))
         data.append(_line(axis, [value] * count, "teacher", TEACHER_COLOR, "dash"))
-    return _chart(key, title, unit, data, **layout)
+    return _chart(key, title, unit, data, **y)
 
 
 def _line(
@@ -295,20 +286,18 @@ def _chart(
     unit: str,
     data: list[dict[str, Any]],
     note: str = "",
-    tickformat: str = "",
-    axis_type: str = "-",
     category: bool = False,
-    tozero: bool = False,
-) -> Chart:
-    y: dict[str, Any] = {"type": axis_type, "tickformat": tickformat, "automargin": True}
-    if tozero:
-        y["rangemode"] = "tozero"
-    layout: dict[str, Any] = {
-        "yaxis": y,
+    **y: Any,
+) -> list[Chart]:
+    """没有东西可画，就没有这张图；``y`` 是纵轴的 layout。"""
+    if not data:
+        return []
+    layout = {
+        "yaxis": {"type": "-", "tickformat": "", "automargin": True, **y},
         "xaxis": {"type": "category"} if category else {"rangemode": "tozero"},
         "barmode": "group",
         "bargap": 0.35,
         "showlegend": len(data) > 1,
     }
-    return {"key": key, "title": title, "unit": unit, "note": note, "data": data,
-            "layout": layout, "training": not category}  # fmt: skip
+    return [{"key": key, "title": title, "unit": unit, "note": note, "data": data,
+             "layout": layout, "training": not category}]  # fmt: skip

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +134,11 @@ def _text(
         row = agreement.get(model) or {}
         table.add_row(
             labels[model],
-            _number(_value(figures, "perplexity")),
+            _value(figures, "perplexity"),
             _interval(figures["perplexity"]),
-            _fixed(_value(figures, "bits_per_byte"), ".3f"),
-            _fixed(_value(row, "forward_kl"), ".3f"),
-            _fixed(_value(row, "top1"), ".1%"),
+            _value(figures, "bits_per_byte", ".3f"),
+            _value(row, "forward_kl", ".3f"),
+            _value(row, "top1", ".1%"),
         )
     table.caption = "\n".join(_gap(data)) or None
     return table
@@ -150,11 +150,11 @@ def _on_policy(on_policy: Mapping[str, Any], forced: Mapping[str, Any], labels: 
     for model, figures in on_policy.items():
         table.add_row(
             labels[model],
-            _fixed(_value(forced[model], "forward_kl"), ".3f"),
-            _fixed(_value(figures, "forward_kl"), ".3f"),
+            _value(forced[model], "forward_kl", ".3f"),
+            _value(figures, "forward_kl", ".3f"),
             _interval(figures["forward_kl"], ".3f"),
-            _fixed(_value(figures, "reverse_kl"), ".3f"),
-            _fixed(_value(figures, "top1"), ".1%"),
+            _value(figures, "reverse_kl", ".3f"),
+            _value(figures, "top1", ".1%"),
         )
     return table
 
@@ -162,18 +162,9 @@ def _on_policy(on_policy: Mapping[str, Any], forced: Mapping[str, Any], labels: 
 def _task(name: str, task: Mapping[str, Any], labels: Labels) -> Table:
     table = _table(f"{name}: {task['items']:,} items", "model", "right", "95 %", "items/s")
     for model, figures in task["models"].items():
-        table.add_row(
-            labels[model],
-            _fixed(_value(figures, "accuracy"), ".1%"),
-            _interval(figures["accuracy"], ".1%"),
-            f"{figures['items_per_second']:,.1f}",
-        )
-    lines = _gap(task)
-    for one in task["differences"]:
-        a, b = (labels[model] for model in one["models"])
-        figure = one["difference"]
-        lines.append(f"{a} - {b}: {figure['value']:+.1%} {_bracketed(figure, '+.1%')}")
-    table.caption = "\n".join(lines) or None
+        right, interval = _value(figures, "accuracy", ".1%"), _interval(figures["accuracy"], ".1%")
+        table.add_row(labels[model], right, interval, f"{figures['items_per_second']:,.1f}")
+    table.caption = "\n".join([*_gap(task), *_differences(task, labels, "+.1%")]) or None
     return table
 
 
@@ -182,21 +173,22 @@ def _harness(name: str, task: Mapping[str, Any], labels: Labels) -> Table:
     table = _table(title, "model", "metric", "value", "95 %")
     for model, metrics in task["models"].items():
         for metric, figure in metrics.items():
-            value = _fixed(figure["value"], ".4g")
+            value = _value(metrics, metric, ".4g")
             table.add_row(labels[model], metric, value, _interval(figure, ".4g"))
-    lines = []
-    for one in task["differences"]:
-        a, b = (labels[model] for model in one["models"])
-        shown = f"{one['difference']['value']:+.3f} {_bracketed(one['difference'], '+.3f')}"
-        lines.append(f"{a} - {b}: {one['metric']} {shown}".rstrip())
-    table.caption = "\n".join(lines) or None
+    table.caption = "\n".join(_differences(task, labels, "+.3f")) or None
     return table
 
 
 def _gap(measured: Mapping[str, Any]) -> list[str]:
-    if (gap := measured["gap_closed"]) is None:
-        return []
-    return [f"gap closed: {gap['value']:.1%} {_bracketed(gap, '.1%')}".rstrip()]
+    gap = measured["gap_closed"]
+    return [] if gap is None else [f"gap closed: {_with_interval(gap, '.1%')}"]
+
+
+def _differences(task: Mapping[str, Any], labels: Labels, form: str) -> Iterator[str]:
+    for one in task["differences"]:
+        a, b = (labels[model] for model in one["models"])
+        metric = f"{one['metric']} " if "metric" in one else ""
+        yield f"{a} - {b}: {metric}{_with_interval(one['difference'], form)}"
 
 
 # ---------------------------------------------------------------------- 共用
@@ -214,26 +206,22 @@ def _table(title: str, *columns: str, fold: bool = True) -> Table:
     return table
 
 
-def _value(figures: Mapping[str, Any], key: str) -> float | None:
-    value: float | None = figures[key]["value"] if key in figures else None
-    return value
+def _value(figures: Mapping[str, Any], key: str, form: str | None = None) -> str:
+    return _fixed(figures[key]["value"] if key in figures else None, form)
 
 
-def _number(value: float | None) -> str:
-    return _fixed(value, ",.1f" if value is None or value < 1e5 else ".2e")
-
-
-def _fixed(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _interval(figure: Mapping[str, float | None], form: str | None = None) -> str:
-    low, high = figure["low"], figure["high"]
-    if low is None or high is None:
+def _fixed(value: float | None, form: str | None) -> str:
+    """没有 ``form`` 的是困惑度，可以很大。"""
+    if value is None:
         return "-"
-    return "-".join(_number(end) if form is None else format(end, form) for end in (low, high))
+    return format(value, form or (",.1f" if value < 1e5 else ".2e"))
 
 
-def _bracketed(figure: Mapping[str, float | None], form: str) -> str:
-    low, high = figure["low"], figure["high"]
-    return "" if low is None or high is None else f"[{format(low, form)}, {format(high, form)}]"
+def _interval(figure: Mapping[str, Any], form: str | None = None) -> str:
+    ends = figure["low"], figure["high"]
+    return "-" if None in ends else "-".join(_fixed(end, form) for end in ends)
+
+
+def _with_interval(figure: Mapping[str, Any], form: str) -> str:
+    value, *ends = (_fixed(figure[key], form) for key in ("value", "low", "high"))
+    return value if "-" in ends else f"{value} [{', '.join(ends)}]"
