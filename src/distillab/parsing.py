@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -98,6 +98,15 @@ def _inside(value: Any) -> Collection[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def leaves(value: Any, prefix: str = "", *, empty: bool = False) -> Iterator[tuple[str, Any]]:
+    """逐级的字典摊平：``("train.max_steps", 360)``；里面什么也没有的，``empty`` 时自己就是值。"""
+    if isinstance(value, Mapping) and (value or not empty):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key), empty=empty)
+    else:
+        yield prefix, value
 
 
 def _unshared(value: Any) -> Any:

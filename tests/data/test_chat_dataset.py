@@ -70,8 +70,8 @@ def test_the_tokens_are_counted(build):
     assert report.longest == report.longest_teacher == max(len(e.student.ids) for e in everything)
     assert report.lines() == [
         "40 conversations: 36 for training, 4 for validation",
-        f"{report.mean_tokens:.0f} tokens on average, at most {report.longest}; "
-        f"{report.response_share:.0%} of them in responses",
+        f"{report.tokens / report.kept:.0f} tokens on average, at most {report.longest}; "
+        f"{report.response_tokens / report.tokens:.0%} of them in responses",
     ]
 
 

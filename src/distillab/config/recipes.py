@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..cache import expanded
 from ..errors import DistillabError, nearest
-from ..parsing import parse_yaml
+from ..parsing import leaves, parse_yaml
 from ..sources import shipped_directory
 from .schema import Recipe
 
@@ -71,7 +71,7 @@ def dump_recipe(recipe: Recipe, *, public: bool = False) -> str:
 
 def differences(left: Recipe, right: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """逐个给出两份配方取值不同的键：``(键, 左值, 右值)``。"""
-    first, second = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (left, right))
+    first, second = (dict(leaves(recipe.model_dump(mode="json"))) for recipe in (left, right))
     for key in sorted(first.keys() | second.keys()):
         if first.get(key) != second.get(key):
             yield key, first.get(key), second.get(key)
@@ -145,16 +145,7 @@ def _merge(
             _merge(target[key], value, origin, origins, f"{name}.")
         else:
             target[key] = value
-            for child, _ in _leaves(value, f"{name}."):
-                origins[child] = origin
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _leaves(child, f"{prefix}{key}.")
-    else:
-        yield prefix[:-1], value
+            origins |= {child: origin for child, _ in leaves(value, name)}
 
 
 def _override(text: str) -> dict[str, Any]:

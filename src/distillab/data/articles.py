@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from ..errors import DistillabError, foreign, nearest
 from ..models.pretrained import hub_is_reachable, one_line_errors
 from ..parsing import parse_json
 from ..sources import fetch
-from .bad_rows import BadRows
 from .local_splits import split_files
 
 if TYPE_CHECKING:
@@ -27,6 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distillab")
 
 TEXT_SUFFIXES = (".jsonl", ".parquet", ".txt", ".json")
+
+NAMED = 20
+"""日志里至多说出这么多读不出的行。"""
+
+AT_ONCE = 10
+"""开头读不出的有这么多，不必等读完。"""
 
 _COUNTS = "rows_good_and_bad"
 
@@ -80,7 +85,7 @@ def open_articles(corpus: Corpus) -> tuple[Iterator[str], list[Any]]:
 
 
 def read_files(files: list[Path], text_field: str) -> Iterator[str]:
-    """逐篇读出本地文件里的文章，原样；空白的与读不出的行跳过，见 ``bad_rows``。"""
+    """逐篇读出本地文件里的文章，原样；空白的与读不出的行跳过，见 ``BadRows``。"""
     bad = BadRows(str(files[0] if len(files) == 1 else files[0].parent))
     return bad.readable(_texts(_records(files, text_field), text_field))
 
@@ -230,6 +235,48 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise DistillabError(f"{where}: text is not valid Unicode: {error.reason}") from error
     return record
+
+
+class BadRows:
+    """数着来源 ``source`` 里读得出与读不出的行，接着以前的数。"""
+
+    def __init__(self, source: str, good: int = 0, bad: int = 0) -> None:
+        self.source, self.good, self.bad = source, good, bad
+        self._first: DistillabError | None = None
+        self._named = 0
+
+    def readable(self, rows: Iterable[str | DistillabError]) -> Iterator[str]:
+        """读得出的各行；一半以上读不出是错误，信息是第一行的。"""
+        for row in rows:
+            if isinstance(row, DistillabError):
+                self._skip(row)
+            else:
+                self.good += 1
+                yield row
+        self._check()
+        if self.bad:
+            logger.warning("%s: %d of %d rows skipped", self.source, self.bad, self.bad + self.good)
+
+    def _skip(self, error: DistillabError) -> None:
+        self.bad += 1
+        self._first = self._first or error
+        if self.bad >= AT_ONCE:
+            self._check()
+        if self._named < NAMED:
+            self._named += 1
+            logger.error("row skipped: %s", error)
+
+    def _check(self) -> None:
+        if self._first is None or self.bad < self.good:
+            return
+        if self.bad == 1:
+            raise self._first
+        raise DistillabError(
+            f"{self._first}; {self.bad} of {self.bad + self.good} rows cannot be read"
+        )
+
+
+# ---------------------------------------------------------------------- 各种文件
 
 
 def _jsonl(file: Path, _: str | None) -> Iterator[tuple[str, Any]]:

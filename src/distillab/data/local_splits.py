@@ -29,7 +29,11 @@ def split_files(path: Path, subset: str | None, suffixes: Sequence[str]) -> dict
     if config is not None:
         base = path / str(config.get("data_dir") or "")
     else:
-        base = path if subset is None else path / _subdirectory(path, subset)
+        base = path / (subset or "")
+        children = [child.name for child in path.iterdir() if child.is_dir()]
+        if subset is not None and subset not in children:
+            hint = nearest(subset, children) if children else "it has no directories"
+            raise DistillabError(f"{str(path)!r} has no subset {subset!r}; {hint}")
     named = config.get("data_files") if config is not None else None
     splits = _patterns(base, named)
     found = {split: _resolved(base, one, suffixes) for split, one in splits.items()}
@@ -101,14 +105,6 @@ def _places(config: Mapping[str, Any]) -> list[str]:
         inner = one["path"] if isinstance(one, dict) else one
         places += inner if isinstance(inner, list) else [inner]
     return [str(place) for place in places]
-
-
-def _subdirectory(path: Path, subset: str) -> str:
-    names = [child.name for child in path.iterdir() if child.is_dir()]
-    if subset not in names:
-        hint = nearest(subset, names) if names else "it has no directories"
-        raise DistillabError(f"{str(path)!r} has no subset {subset!r}; {hint}")
-    return subset
 
 
 def _resolved(base: Path, patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:

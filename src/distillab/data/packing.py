@@ -24,16 +24,10 @@ SORTED_TOGETHER = 2000
 def best_fit(
     sizes: Sequence[tuple[int, int]], capacity: int, seed: int = 0, together: int = SORTED_TOGETHER
 ) -> list[list[int]]:
-    """把每条放进还放得下它的、剩得最少的一行（best-fit decreasing）。
+    """把每条放进还放得下它的、剩得最少的一行（best-fit decreasing）；给出每行由哪几条组成。
 
-    Args:
-        sizes: 每条 ``(学生, 教师)`` 两个视角的 token 数，各不超过 ``capacity``。
-        capacity: 一行的 token 数，两个视角相同。
-        seed: 先随机排列，再分段由长到短。
-        together: 一段几条。
-
-    Returns:
-        每行由哪几条组成；每条恰好在一行里。
+    ``sizes`` 是每条 ``(学生, 教师)`` 两个视角的 token 数，各不超过 ``capacity``，一行的 token 数。
+    由 ``seed`` 随机排列，再每 ``together`` 条一段，由长到短。
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(sizes), generator=generator).tolist()
@@ -66,17 +60,10 @@ def best_fit(
 
 
 class PackedDataset(Dataset[tuple[Example, ...]]):
-    """每项是一行：放在一起的几条 ``Example``。
+    """每项是一行：放在一起的几条 ``Example``，一共至多 ``max_seq_len``（缺省为 ``data`` 的）。
 
-    Args:
-        data: 各条；每个视角都不长于 ``max_seq_len``。
-        max_seq_len: 一行的 token 数；缺省为 ``data`` 的。
-        seed: 见 :func:`best_fit`。
-
-    Attributes:
-        rows: 每行是 ``data`` 的哪几条。
-        filled: ``(学生, 教师)`` 两个视角里，不是 padding 的 token 占各行的份额。
-        fingerprint: 数据与装法的指纹。
+    ``rows`` 是每行有 ``data`` 的哪几条，见 :func:`best_fit`；``filled`` 是 ``(学生, 教师)`` 两个视
+    角里，不是 padding 的 token 占各行的份额；``fingerprint`` 是数据与装法的指纹。
     """
 
     def __init__(self, data: ChatDataset, max_seq_len: int | None = None, seed: int = 0) -> None:
@@ -112,9 +99,6 @@ def keeps_documents_apart(model: LanguageModel) -> bool:
     """``model`` 能否让一行里的几段互不相见：改掉第一段，看第二段的 hidden state 变不变。
 
     按名字列出支持的注意力实现迟早会错；十几个 token 的两次前向总是对的。
-
-    Args:
-        model: 在任何设备上；不改变它的状态。
     """
     device = model.head.weight.device
     ids = torch.arange(1, 13, device=device)[None] % model.vocab_size

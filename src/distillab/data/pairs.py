@@ -35,15 +35,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Pair:
-    """一段对话的两个视角。
+    """一段对话的两个视角。"""
 
-    Attributes:
-        student: 没有经验的。
-        teacher: 有经验的，response 与学生的相同；没有特权信息时就是 ``student``。
-    """
-
-    student: Conversation
-    teacher: Conversation
+    student: Conversation  # 没有经验的
+    teacher: Conversation  # 有经验的，response 与学生的相同；没有特权信息时就是 student
 
     @property
     def key(self) -> str:
@@ -73,18 +68,11 @@ class Pair:
 
 
 def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[Pair], list[str]]:
-    """按配方读出全部对话，配好两个视角，并查对它们。
+    """按配方的 ``data`` 读出全部对话，配好两个视角，查对它们：``(各对, 说明)``。
 
-    Args:
-        data: 配方的 ``data``；合成时先把 ``responses`` 设为 ``None``。
-        need_response: 每段对话都要有 response；合成与 on-policy 只要 prompt。
-
-    Returns:
-        ``(各对, 说明)``：说明是英文的日志行，讲配上了多少、略过了什么。
-
-    Raises:
-        DistillabError: 来源读不了；或两个视角对不上：键重复、一个也配不上、问题不同、没有
-            response、学生的 prompt 里有经验、教师的 prompt 里没有经验。
+    说明是英文的日志行，讲配上了多少、略过了什么。``need_response``：每段都要有 response，合成（先把
+    ``data.responses`` 设为 ``None``）与 on-policy 只要 prompt。来源读不了，或两个视角对不上（键重
+    复、问题不同、没有 response、学生的 prompt 里有经验、教师的没有……），是 ``DistillabError``。
     """
     notes: list[str] = []
     problems = _Problems()

@@ -38,40 +38,22 @@ BYTES_TOGETHER = 2**24
 
 @dataclass(frozen=True)
 class StreamState:
-    """流读到了哪里；能存成 JSON，与进程数无关。
+    """流读到了哪里；能存成 JSON，与进程数无关。"""
 
-    Attributes:
-        epoch: 第几遍，从 0 起。
-        buffer: 这一遍的第几个 buffer。
-        source: 这个 buffer 开头处，``datasets`` 的 ``state_dict()``；``None`` 为来源的开头。
-        text_bytes: 在那之前读过的正文，字节。
-        carry: 在那之前不足一块的 token。
-        used: 这个 buffer 已给出几块。
-    """
-
-    epoch: int = 0
-    buffer: int = 0
-    source: dict[str, Any] | None = None
-    text_bytes: int = 0
-    carry: list[int] = field(default_factory=list)
-    used: int = 0
+    epoch: int = 0  # 第几遍
+    buffer: int = 0  # 这一遍的第几个 buffer
+    source: dict[str, Any] | None = None  # 这个 buffer 开头处的 state_dict()；None 为来源的开头
+    text_bytes: int = 0  # 在那之前读过的正文，字节
+    carry: list[int] = field(default_factory=list)  # 在那之前不足一块的 token
+    used: int = 0  # 这个 buffer 已给出几块
 
 
 class TextStream(IterableDataset[dict[str, Tensor]]):
-    """没有尽头的 token 块：来源读完一遍，又从头读起，换一种打乱的次序。
+    """没有尽头的 token 块，每块 ``max_seq_len`` 个：来源读完一遍，又从头读起，换一种打乱的次序。
 
-    Args:
-        articles: 文章的流。
-        tokenizer: :func:`distillab.models.tokenizer.load_tokenizer` 的结果。
-        max_seq_len: 每块的 token 数。
-        shuffle_buffer: 大约攒多少块一起打乱；1 为不打乱。
-        size_mb: 一遍最多读多少正文，10^6 字节；``None`` 为全部。
-        seed: 打乱的次序。
-        held_out: 验证集里的文章的摘要；遇到同样的文章就略过，重复的也不会泄漏。
-        fingerprint: 来源、分词器与参数的指纹。
-
-    Attributes:
-        fingerprint: 同上；检查点记着它，换了来源便不能接着训练。
+    大约 ``shuffle_buffer`` 块一起打乱，1 为不打乱；一遍最多读 ``size_mb``（10^6 字节）正文，
+    ``None`` 为全部。摘要在 ``held_out`` 里的是验证集里的文章，遇到就略过，重复的也不会泄漏。
+    ``fingerprint`` 是来源、分词器与参数的：检查点记着它，换了来源便不能接着训练。
     """
 
     def __init__(
@@ -96,21 +78,10 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
     def build(
         cls, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, shuffle_buffer: int = 10_000
     ) -> tuple[TextStream, WikiDataset]:
-        """打开来源；验证集取自它的开头，分词一次，以后在缓存里。
+        """``(训练的流, 验证集)``，没有一篇文章同时在两边；错误见 ``WikiDataset.build``。
 
-        来源不超过 ``HEAD_MB`` 时，两边的文章与 ``WikiDataset.build`` 的完全相同。
-
-        Args:
-            corpus: 语料；``size_mb`` 是一遍最多读多少，``validation_fraction`` 是开头的 ``HEAD_MB``
-                里的比例，``seed`` 也定打乱的次序。
-            tokenizer: 见 ``WikiDataset.build``。
-            shuffle_buffer: 攒多少块一起打乱。
-
-        Returns:
-            训练的流与验证集；没有一篇文章同时在两边。
-
-        Raises:
-            DistillabError: 见 ``WikiDataset.build``。
+        验证集取自来源的开头，分词一次，以后在缓存里：``validation_fraction`` 是开头的 ``HEAD_MB``
+        里的比例。来源不超过它时，两边的文章与 ``WikiDataset.build`` 的完全相同。
         """
         articles, size_mb = ArticleStream.open(corpus), corpus.size_mb
         head = replace(corpus, size_mb=HEAD_MB if size_mb is None else min(size_mb, HEAD_MB))
@@ -144,16 +115,9 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         return (item for item, _ in self.items(StreamState()))
 
     def items(self, state: StreamState) -> Iterator[tuple[dict[str, Tensor], StreamState]]:
-        """从 ``state`` 接着给出块。
+        """从 ``state`` 接着给出 ``(块, 给出它之后的状态)``；块与 ``WikiDataset`` 的一项相同。
 
-        Args:
-            state: ``StreamState()``，或以前给出的。
-
-        Yields:
-            ``(块, 给出它之后的状态)``；块与 ``WikiDataset`` 的一项相同。
-
-        Raises:
-            DistillabError: 读不了，或读完一遍也切不出一块。
+        读不了，或读完一遍也切不出一块，是 ``DistillabError``。
         """
         rows = self.articles.resume(state.source)
         start = state

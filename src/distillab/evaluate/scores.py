@@ -26,6 +26,8 @@ from .bootstrap import ratio_figure
 from .sequences import Sequences
 from .subjects import Subject
 
+QUALITY = ("perplexity", "cross_entropy", "bits_per_byte")
+
 
 @dataclass
 class Scores:
@@ -50,18 +52,13 @@ class Scores:
         ``self.data`` 是别的 token 时，前两项没有可比之处。
         """
         nats, bits = self.nats.tolist(), (self.nats / math.log(2)).tolist()
-        tokens, unknown = data.tokens.tolist(), exact(None)
-        same = self.data is data
-        return {
-            "perplexity": ratio_figure(nats, tokens, seed, transform=perplexity)
-            if same
-            else unknown,
-            "cross_entropy": ratio_figure(nats, tokens, seed) if same else unknown,
-            "bits_per_byte": ratio_figure(bits, data.bytes.tolist(), seed)
-            if data.bytes.any()
-            else unknown,
-            "items_per_second": round(len(data) / self.seconds, 2),
-        }
+        tokens, found = data.tokens.tolist(), dict.fromkeys(QUALITY, exact(None))
+        if self.data is data:
+            found["perplexity"] = ratio_figure(nats, tokens, seed, transform=perplexity)
+            found["cross_entropy"] = ratio_figure(nats, tokens, seed)
+        if data.bytes.any():
+            found["bits_per_byte"] = ratio_figure(bits, data.bytes.tolist(), seed)
+        return {**found, "items_per_second": round(len(data) / self.seconds, 2)}
 
     def agreement(self, seed: int) -> dict[str, Figure]:
         """与教师的一致程度，每个 token 平均；见 ``AGREEMENT``。"""
@@ -88,39 +85,29 @@ def score(
             )
     found = {subject.name: Scores(data, {}) for subject in subjects}
     for rows, batch in track(data.batches(batch_size), data.name, -(-len(data) // batch_size)):
-        on_device = batch.to(subjects[0].model.head.weight.device)
+        batch = batch.to(subjects[0].model.head.weight.device)
         try:
-            _score_batch(rows, on_device, data, teacher, subjects, found)
+            started = time.perf_counter()
+            target = None if teacher is None else _read(teacher, batch, data.vocabulary)
+            teacher_seconds = time.perf_counter() - started
+            for subject in subjects:
+                scores = found[subject.name]
+                started = time.perf_counter()
+                if subject is teacher and target is not None:
+                    scores.seconds += teacher_seconds
+                    values = score_rows(target, batch.labels)
+                else:
+                    own = _read(subject, batch, data.vocabulary)
+                    values = score_rows(own, batch.labels, target)
+                scores.seconds += time.perf_counter() - started
+                for name, value in values.items():
+                    scores.rows.setdefault(name, np.empty(len(data.labels)))[rows] = value
         except torch.OutOfMemoryError as error:
             raise DistillabError(
                 f"{data.name}: out of memory with {len(batch.student.input_ids)} sequences at "
                 f"once: lower evaluate.batch_size={batch_size} in the run's recipe.yaml"
             ) from error
     return found
-
-
-def _score_batch(
-    rows: NDArray[np.int64],
-    batch: Batch,
-    data: Sequences,
-    teacher: Subject | None,
-    subjects: Sequence[Subject],
-    found: dict[str, Scores],
-) -> None:
-    started = time.perf_counter()
-    target = None if teacher is None else _read(teacher, batch, data.vocabulary)
-    teacher_seconds = time.perf_counter() - started
-    for subject in subjects:
-        scores = found[subject.name]
-        started = time.perf_counter()
-        if subject is teacher and target is not None:
-            scores.seconds += teacher_seconds
-            values = score_rows(target, batch.labels)
-        else:
-            values = score_rows(_read(subject, batch, data.vocabulary), batch.labels, target)
-        scores.seconds += time.perf_counter() - started
-        for name, value in values.items():
-            scores.rows.setdefault(name, np.empty(len(data.labels)))[rows] = value
 
 
 def _read(subject: Subject, batch: Batch, vocabulary: Vocabulary) -> HiddenTargets:

@@ -21,21 +21,13 @@ from .shapes import Planned, Shape, find_shape
 
 @dataclass(frozen=True)
 class Plan:
-    """一份配方在一种设备上的打算。
-
-    Attributes:
-        recipe: 配方。
-        step: 一个进程上的一个 micro-batch。
-        device: 一个进程的那一份。
-        steps: optimizer 步数；不读数据就不知道时是 ``None``。
-        notes: 假定了什么，英文，一条一句。
-    """
+    """一份配方在一种设备上的打算。"""
 
     recipe: Recipe
-    step: Step
-    device: Device
-    steps: int | None
-    notes: tuple[str, ...]
+    step: Step  # 一个进程上的一个 micro-batch
+    device: Device  # 一个进程的那一份
+    steps: int | None  # optimizer 步数；不读数据就不知道时是 None
+    notes: tuple[str, ...]  # 假定了什么，英文，一条一句
 
     @property
     def moment(self) -> str:
@@ -107,31 +99,20 @@ class Plan:
         return precision if precision in self.device.flops else "fp32"
 
 
-def plan(recipe: Recipe, device: Device, processes: int = 1, engine: str | None = None) -> Plan:
-    """算出一份配方的打算。
+def plan(recipe: Recipe, device: Device, processes: int = 1, engine: str = "ddp") -> Plan:
+    """一份配方的打算；模型的配置读不到是 ``DistillabError``。
 
-    Args:
-        recipe: 配方。
-        device: ``hardware.find_device`` 的返回值。
-        processes: 进程数，每个 GPU 一个；CPU 由它们分。
-        engine: ``ddp``、``fsdp2``、``zero2`` 或 ``zero3``；缺省 ``ddp``。
-
-    Raises:
-        DistillabError: 模型的配置读不到。
+    ``device`` 来自 ``hardware.find_device``；``processes`` 个进程每个一张 GPU，CPU 由它们分。
     """
     notes: list[str] = []
     lengths = _lengths(recipe, notes)
-    return _planned(recipe, lengths, device.shared_by(processes), processes, engine or "ddp", notes)
+    return _planned(recipe, lengths, device.shared_by(processes), processes, engine, notes)
 
 
 def suggestions(found: Plan) -> Iterator[tuple[str, Plan]]:
-    """依次该改的，每一条在前面各条之上再改；总和不变小的略去。
+    """``found`` 放不下时依次该改的：``(命令行上的写法, 改后的打算)``，到放得下为止。
 
-    Args:
-        found: 放不下的打算。
-
-    Yields:
-        ``(怎样改，命令行上的写法, 改后的打算)``，到放得下为止。
+    每一条在前面各条之上再改；总和不变小的略去。
     """
     best, lengths = found, _lengths(found.recipe, [])
     for values, processes in _changes(found):

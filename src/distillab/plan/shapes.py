@@ -23,31 +23,18 @@ BYTES = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2})
 
 @dataclass(frozen=True)
 class Shape:
-    """Qwen2 / Qwen3 / Llama 一类 decoder 的形状。
-
-    Attributes:
-        hidden_size: H。
-        num_layers: 层数。
-        num_heads: 查询头数。
-        num_kv_heads: 键值头数。
-        head_dim: 每个头的宽度。
-        intermediate_size: SwiGLU 的中间宽度 I。
-        vocab_size: V。
-        tied: 输出层与 embedding 共用权重。
-        qkv_bias: q、k、v 有偏置（Qwen2）。
-        qk_norm: q、k 各有一个 RMSNorm（Qwen3）。
-    """
+    """Qwen2 / Qwen3 / Llama 一类 decoder 的形状。"""
 
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # SwiGLU 的中间宽度
     vocab_size: int
-    tied: bool = True
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    tied: bool = True  # 输出层与 embedding 共用权重
+    qkv_bias: bool = False  # q、k、v 有偏置（Qwen2）
+    qk_norm: bool = False  # q、k 各有一个 RMSNorm（Qwen3）
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
@@ -91,13 +78,9 @@ class Shape:
         """一层为一个 token 留给反向的字节数。
 
         RMSNorm 在 float32 里算，其余是计算精度。autocast 为每个 Linear 各转换一次输入，所以半精度时
-        q、k、v 的输入有三份，gate、up 的有两份。冻结的 RMSNorm 不必留归一化后的。
-
-        Args:
-            precision: 计算精度。
-            masked: 有 padding 时的序列长度 T：每层各留一份转成数的 mask，键值头也复制到与查询头一样
-                多；0 是没有 mask。
-            lora_rank: 只训练秩为 r 的 adapter。
+        q、k、v 的输入有三份，gate、up 的有两份。冻结的 RMSNorm 不必留归一化后的。``masked`` 是有
+        padding 时的序列长度 T（每层各留一份转成数的 mask，键值头也复制到与查询头一样多），没有则为
+        0；``lora_rank``：只训练秩为它的 adapter。
         """
         h, q, kv, i = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         size = BYTES[precision]
@@ -156,13 +139,9 @@ class Planned:
 
 
 def find_shape(source: str) -> Planned:
-    """一个模型来源的形状。
+    """``teacher.path`` 或 ``student.path`` 所指的模型的形状。
 
-    Args:
-        source: 配方里 ``teacher.path`` 或 ``student.path`` 的写法。
-
-    Raises:
-        DistillabError: 来源读不到，没有 ``config.json``，或不是 Llama / Qwen 一类的 decoder。
+    来源读不到，没有 ``config.json``，或不是 Llama / Qwen 一类的 decoder，是 ``DistillabError``。
     """
     if source in BUILT_IN:
         name, longest = BUILT_IN[source]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from .hardware import GIB
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from .plan import Plan
+from .plan import Plan
 
 MOMENTS = {
     "sampling": "while responses are sampled",
@@ -25,8 +22,6 @@ MOMENTS = {
 
 def memory_table(plan: Plan) -> Table:
     """一行一个部分：峰值那一刻占多少，自己最多时占多少，是什么。"""
-    from rich.table import Table
-
     parts, largest = plan.parts, plan.largest
     table = Table(title=_title(plan), title_justify="left")
     for name, justify in (("component", "left"), ("at the peak", "right"),
@@ -89,8 +84,6 @@ def _summary(plan: Plan) -> Iterator[str]:
 
 def change_table(changes: Iterable[tuple[str, Plan]]) -> Table | None:
     """依次改什么，改后的总和；没有可改的是 ``None``。"""
-    from rich.table import Table
-
     table = Table(title="what to change, each on top of the ones before", title_justify="left")
     table.add_column("change (KEY=VALUE after --set)", overflow="fold")
     table.add_column("total", justify="right", no_wrap=True)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
+from ..parsing import leaves
 from .measures import difference, measures
-from .run_data import RunData, leaves
+from .run_data import RunData
 
 CHANGES = ("learned", "lost", "still wrong", "kept", "right", "wrong")
 """训练前后的变化，按列出的先后；只答过一次的只说对错。"""
@@ -180,4 +181,4 @@ def shown(value: Any) -> str:
 
 def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
     """逐级的字典摊成两列。"""
-    return [(key, shown(value)) for key, value in leaves(values)]
+    return [(key, shown(value)) for key, value in leaves(values, empty=True)]

@@ -1,21 +1,20 @@
 """印在终端上的表，80 列放得下：训练结束时的、``distillab evaluate`` 与 ``distillab runs`` 的。
 
-只读运行目录里的文件，不导入 torch；rich 在函数里面导入。
+只读运行目录里的文件，不导入 torch。
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
 from .measures import Measure, measures
 from .run_data import RunData
 from .tables import costs
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def checks_table(summary: Mapping[str, Any]) -> Table | None:
@@ -62,8 +61,6 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
 
 def runs_table(runs: Sequence[RunData]) -> Table:
     """一行一次运行，新的在前：到了哪一步，困惑度与头一个任务从多少到多少，花了多少。"""
-    from rich.table import Table
-
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("run", "state"):
         table.add_column(column, overflow="fold")
@@ -196,8 +193,6 @@ def _differences(task: Mapping[str, Any], labels: Labels, form: str) -> Iterator
 
 def _table(title: str, *columns: str, fold: bool = True) -> Table:
     """头一栏是文字，放不下时折行（``fold``）或截短；其余是数，不折行。"""
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", caption_justify="left")
     first, *numbers = columns
     table.add_column(first, overflow="fold" if fold else "ellipsis", no_wrap=not fold)

@@ -26,8 +26,12 @@ class Redirected(BadReply):
     """服务要把请求引到别的主机。"""
 
 
-class _BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
-    """整个请求一个时限，整个回复一个大小，重定向只在同一个主机之内。"""
+class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
+    """``AsyncOpenAI(http_client=...)`` 用的客户端：整个回复一个大小，重定向只在同一个主机之内。
+
+    ``seconds`` 是一个请求连同收完它的回复的时限，拖过的抛出 ``openai.APITimeoutError``；不合规矩的
+    回复抛出 ``BadReply``。
+    """
 
     def __init__(self, seconds: float, **options: Any) -> None:
         super().__init__(event_hooks={"response": [_stay]}, **options)
@@ -56,14 +60,6 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
         )
         whole.history = response.history
         return whole
-
-
-def bounded_client(seconds: float) -> Any:
-    """``AsyncOpenAI(http_client=...)`` 用的客户端；``seconds`` 是一个请求连同收完它的回复的时限。
-
-    不合规矩的回复在其中抛出 ``BadReply``，拖过时限的抛出 ``openai.APITimeoutError``。
-    """
-    return _BoundedClient(seconds)
 
 
 async def _stay(response: Any) -> None:

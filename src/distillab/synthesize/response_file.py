@@ -18,7 +18,7 @@ from ..credentials import without_secrets
 from ..data.responses import Row, whole_rows
 from ..errors import DistillabError
 from ..files import append, leftovers, open_to_append, refuse_link, replace_file, sweep
-from ..parsing import parse_json
+from ..parsing import leaves, parse_json
 
 _RECORDED_ONLY = ("created", "versions", "recipe", "backend.base_url", "filter")
 """只作记录、不必对得上的键：同一个模型可以换台机器接着服务；``filter`` 变了会重新过滤。"""
@@ -114,7 +114,7 @@ class ResponseFile:
         replace_file(self.sidecar, json.dumps(content, indent=1, ensure_ascii=False))
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
-        old, new = _flat(before), _flat(self._provenance)
+        old, new = dict(leaves(before)), dict(leaves(self._provenance))
         differing = [
             f"{key} (was {_short(old.get(key))}, is now {_short(new.get(key))})"
             for key in sorted(old.keys() | new.keys())
@@ -133,17 +133,6 @@ def _line(row: Row) -> bytes:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # 落单的 surrogate：UTF-8 写不出，JSON 的转义写得出
         return json.dumps(row).encode() + b"\n"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """嵌套的字典摊平成 ``{"sampling.top_p": 0.9}``。"""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, inner in value.items()
-        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def _short(value: Any) -> str:

@@ -110,12 +110,12 @@ class ServerBackend:
             "model": config.model,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
+            "extra_body": dict(config.extra_body),
         }
         if sampling.top_p is not None:
             self._options["top_p"] = sampling.top_p
-        # top_k 不在 OpenAI 的协议里，只在设了时才发。
-        top_k = {} if sampling.top_k is None else {"top_k": sampling.top_k}
-        self._options["extra_body"] = config.extra_body | top_k
+        if sampling.top_k is not None:  # 不在 OpenAI 的协议里
+            self._options["extra_body"]["top_k"] = sampling.top_k
         if self._key is None:
             self._options["extra_headers"] = {"Authorization": openai.Omit()}
 
@@ -194,10 +194,10 @@ class ServerBackend:
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
-        from .replies import bounded_client
+        from .replies import BoundedClient
 
         return AsyncOpenAI(
-            http_client=bounded_client(self.config.timeout),
+            http_client=BoundedClient(self.config.timeout),
             base_url=self.config.base_url,
             # 不给的话客户端会去读 OPENAI_API_KEY：别人的服务不该收到它。
             api_key=self._key or "none",
