@@ -8,14 +8,9 @@ from torch import nn
 
 from distillab.config.schema import ModelConfig
 from distillab.errors import DistillabError
+from distillab.models.blocks import GQAAttention, RMSNorm, apply_rotary, rotary_tables
 from distillab.models.interface import Head, PretrainedLM
-from distillab.models.student import (
-    GQAAttention,
-    RMSNorm,
-    StudentModel,
-    apply_rotary,
-    rotary_tables,
-)
+from distillab.models.student import StudentModel
 from distillab.vocabulary import Vocabulary
 
 

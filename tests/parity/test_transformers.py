@@ -19,8 +19,9 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from distillab.config.schema import ModelConfig
 from distillab.export.convert import export_student, from_hf
+from distillab.models.blocks import RMSNorm, SwiGLUFFN, apply_rotary, rotary_tables
 from distillab.models.interface import PretrainedLM
-from distillab.models.student import RMSNorm, StudentModel, SwiGLUFFN, apply_rotary, rotary_tables
+from distillab.models.student import StudentModel
 
 LOGIT_TOLERANCE = 1e-4
 LAYOUTS = ["tiny_qwen2", "tiny_llama"]

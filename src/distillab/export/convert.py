@@ -20,12 +20,13 @@ from ..config.schema import ModelConfig
 from ..errors import DistillabError
 from ..files import replacing_directory
 from ..generate.stops import generation_ids
+from ..models.hf_names import CONFIG_NAMES, hf_name
 from ..models.interface import PretrainedLM, declared_eos
 from ..models.lora import has_lora, merged_copy
 from ..models.pretrained import check_config, one_line_errors, quiet_transformers
 from ..models.student import StudentModel
 from ..vocabulary import Vocabulary
-from .hf_layout import CONFIG_NAMES, REMEDY, config_from_hf, hf_name
+from .hf_layout import REMEDY, config_from_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

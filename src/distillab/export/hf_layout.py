@@ -1,46 +1,18 @@
-"""``StudentModel`` 的参数与设置，在 Hugging Face 的 Qwen2 与 Llama 里各叫什么。
+"""Hugging Face 的 Qwen2 与 Llama 的设置译成 ``ModelConfig``。
 
 Qwen2 与 Llama 之外的结构、``StudentModel`` 表达不了的设置一律拒绝，而不是悄悄给出不同的 logits。
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ..config.schema import ModelConfig
 from ..errors import DistillabError
-
-_BLOCK_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention": "self_attn",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn": "mlp",
-}
-_TOP_NAMES = {"embedding": "embed_tokens", "norm": "norm"}
-CONFIG_NAMES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-"""``ModelConfig`` 的字段 → Qwen2 与 Llama 的配置里同样含义的字段。"""
+from ..models.hf_names import CONFIG_NAMES
 
 REMEDY = "use student.path to train it as a pretrained model"
 """错误信息的结尾：``StudentModel`` 不行，还可以怎样。"""
-
-
-def hf_name(name: str, layers: Sequence[int]) -> str:
-    """学生的参数名 → Qwen2 的参数名；``layers[i]`` 是学生第 i 层在对方那里的层号。"""
-    head, *rest = name.split(".")
-    if head != "layers":
-        return f"model.{_TOP_NAMES[head]}.{'.'.join(rest)}"
-    index, module, *tail = rest
-    return f"model.layers.{layers[int(index)]}.{_BLOCK_NAMES[module]}.{'.'.join(tail)}"
 
 
 def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:

@@ -1,0 +1,273 @@
+"""一层 decoder-only Transformer：RMSNorm、RoPE、GQA、SwiGLU，结构与 Qwen2.5 对齐。
+
+一层的数据流（pre-norm）::
+
+    x ─┬─ attention_norm ─ attention ─ (+) ─┬─ ffn_norm ─ ffn ─ (+) ─→
+       └──────────────────────────────┘     └──────────────────┘
+
+形状记号：B 批大小，T 本次输入的长度，S = 缓存长度 + T，H = hidden_size，V = vocab_size，
+nh 查询头数，nkv 键值头数，hd 每个头的宽度，学生的是 H / nh。
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.schema import ModelConfig
+from .kv_cache import LayerCache
+
+
+class Layout(NamedTuple):
+    """Qwen2、Qwen3、Llama 各家的层不同在哪里；缺省是 Qwen2.5 的，也就是学生的。
+
+    ``head_dim`` 缺省为 H / nh；``qk_norm``：q、k 的每个头各过一个 RMSNorm（Qwen3）；其余三项：
+    那几个线性层有没有偏置。
+    """
+
+    head_dim: int | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    o_bias: bool = False
+    ffn_bias: bool = False
+
+
+QWEN2 = Layout()
+"""Qwen2.5 的层。"""
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + eps)``（Zhang & Sennrich 2019，arXiv:1910.07467）。
+
+    与 LayerNorm 相比不减均值、没有偏置。
+
+    Args:
+        hidden_size: 最后一维的宽度。
+        eps: 防止除零。
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``hidden: [..., H]`` → 同形状、同 dtype。"""
+        if hidden.is_cuda and hidden.dtype == self.weight.dtype:
+            # 一个融合的内核，中间同样是 float32；CPU 上没有，舍入也与 transformers 的不同。
+            fused = F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+            return fused.to(hidden.dtype)  # autocast 里它总是 float32 的
+        # 平方和在 fp16 里会溢出、在 bf16 里丢精度，所以中间用 float32；先转回原 dtype 再乘
+        # weight，与 transformers 的舍入次序一致。
+        x = hidden.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden.dtype)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """RoPE 的 cos 与 sin（Su et al. 2021，arXiv:2104.09864）。
+
+    位置 m 处第 i 对分量旋转 ``m * theta^(-2i/hd)`` 弧度：i 小转得快，分辨近处；i 大转得慢，
+    分辨远处。
+
+    Args:
+        positions: ``[B, T]``，整数位置。
+        head_dim: hd，偶数。
+        theta: 旋转基数。
+
+    Returns:
+        ``(cos, sin)``，各 ``[B, 1, T, hd]``，float32，中间一维对所有头广播。
+    """
+    # 每次现算而不存成 buffer：buffer 会随 model.to(bfloat16) 一起降精度，位置就乱了。
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    return rotation(positions, 1.0 / theta**exponent)
+
+
+def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotary_tables``，每对分量一步转几弧度由 ``frequencies: [hd / 2]`` 给出，float32。"""
+    angles = positions[..., None].float() * frequencies  # (B, T, hd/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, hd)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """把每个头的前半与后半配对旋转（half-split，与 transformers 的 Qwen2、Llama 相同）。
+
+    论文配对的是相邻分量 ``(x0, x1), (x2, x3), ...``；这里第 i 个与第 i + hd/2 个配对。两者只差
+    一次分量重排，但权重是按后者训练的，混用不报错而结果全错。以 hd = 8 为例::
+
+        x        = [ a0 a1 a2 a3 | b0 b1 b2 b3 ]     (a_i, b_i) 是一对，转同一个角度 m·θ_i
+        rotated  = [-b0 -b1 -b2 -b3 | a0 a1 a2 a3 ]
+        x·cos + rotated·sin:  a_i' = a_i cos - b_i sin
+                              b_i' = b_i cos + a_i sin
+
+    Args:
+        x: ``[B, n, T, hd]``。
+        cos: ``[B, 1, T, hd]``，float32。
+        sin: 同 ``cos``。
+
+    Returns:
+        与 ``x`` 同形状、同 dtype。
+    """
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+class GQAAttention(nn.Module):
+    """Grouped-query attention（Ainslie et al. 2023，arXiv:2305.13245）。
+
+    nh 个查询头分成 nkv 组，同组共用一对键值头。以 nh = 8、nkv = 2 为例::
+
+        q:  0 1 2 3 | 4 5 6 7
+        kv: 0       | 1
+
+    nkv = nh 即 multi-head，nkv = 1 即 multi-query。缺省与 Qwen2.5 一致：q、k、v 有偏置，o 没有。
+
+    Args:
+        hidden_size: H。
+        num_heads: nh，整除 H。
+        num_kv_heads: nkv，整除 nh。
+        dropout: 注意力权重的 dropout，只在训练时生效。
+        layout: 别家的层不同在哪里。
+        norm_eps: ``layout.qk_norm`` 用的 eps。
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        dropout: float = 0.0,
+        layout: Layout = QWEN2,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.head_dim = layout.head_dim or hidden_size // num_heads
+        self.group_size = num_heads // num_kv_heads
+        self.dropout = dropout
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=layout.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=layout.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=layout.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=layout.o_bias)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if layout.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if layout.qk_norm else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """因果自注意力。
+
+        Args:
+            hidden: ``[B, T, H]``。
+            cos: ``[B, 1, T, hd]``，见 ``rotary_tables``。
+            sin: 同 ``cos``。
+            mask: ``[B, 1, T, S]``，bool，True 为可见；``None`` 表示纯因果（T = S）或全部
+                可见（T = 1）。
+            cache: 这一层的缓存，会被就地更新。
+
+        Returns:
+            ``[B, T, H]``。
+        """
+        batch, length, _ = hidden.shape
+        shape = (batch, length, -1, self.head_dim)
+        query, key = self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, nh 或 nkv, T, hd)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)  # (B, nkv, T, hd)
+        # 先旋转再缓存：RoPE 用绝对位置旋转，内积只剩相对位置，所以旧键不必重转。
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        if length == 1:
+            # 一步只有一个查询：同组的查询头排成一组查询，键值头就不必复制。
+            query = query.reshape(batch, -1, self.group_size, self.head_dim)  # (B, nkv, nh/nkv, hd)
+        elif mask is not None and self.group_size > 1:
+            # 带 mask 时 CUDA 的快速内核不认 GQA，会退回物化 [B, nh, T, S] 的朴素实现；
+            # 复制键值头反而便宜得多。
+            key = key.repeat_interleave(self.group_size, dim=1)  # (B, nh, S, hd)
+            value = value.repeat_interleave(self.group_size, dim=1)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=length > 1 and mask is None,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        output = output.reshape(batch, -1, length, self.head_dim)  # (B, nh, T, hd)
+        output = output.transpose(1, 2).reshape(batch, length, -1)  # (B, T, nh * hd)
+        projected: Tensor = self.o_proj(output)
+        return projected
+
+
+class SwiGLUFFN(nn.Module):
+    """``down(silu(gate(x)) * up(x))``（Shazeer 2020，arXiv:2002.05202）。
+
+    比普通 FFN 多一个矩阵：``gate`` 决定 ``up`` 的每个分量放行多少，``silu(z) = z * sigmoid(z)``。
+
+    Args:
+        hidden_size: H。
+        intermediate_size: 中间宽度 I。
+        bias: 三个线性层有没有偏置。
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``hidden: [B, T, H]`` → ``[B, T, H]``，中间为 ``[B, T, I]``。"""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+class TransformerBlock(nn.Module):
+    """一层 pre-norm Transformer。
+
+    Args:
+        config: 模型结构。
+        layout: 别家的层不同在哪里。
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout = QWEN2) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = GQAAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.dropout,
+            layout,
+            config.norm_eps,
+        )
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = SwiGLUFFN(config.hidden_size, config.intermediate_size, layout.ffn_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """参数同 ``GQAAttention.forward``；``[B, T, H]`` → ``[B, T, H]``。"""
+        attended = self.attention(self.attention_norm(hidden), cos, sin, mask, cache)
+        hidden = hidden + self.dropout(attended)
+        output: Tensor = hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
+        return output
