@@ -113,7 +113,7 @@ def score(
 def _read(subject: Subject, batch: Batch, vocabulary: Vocabulary) -> HiddenTargets:
     view: View = getattr(batch, subject.side)
     with subject.active() as model:
-        hidden = view.rows(model(view.input_ids, view.attention_mask))
+        hidden = model.read(view)
         if hidden.is_cuda:
             torch.cuda.synchronize()  # 各个模型的用时才分得开
         return HiddenTargets(hidden, model.head.cut(vocabulary))

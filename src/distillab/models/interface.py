@@ -10,17 +10,19 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..batch import View
 from ..errors import DistillabError, foreign
 from ..targets import Head
-from .abilities import Abilities, find_abilities
+from .abilities import Abilities, find_abilities, unmasked_right
 from .head_fit import fit_head, relative_error, tolerance
+from .hf_masks import single_documents
 from .kv_cache import dynamic_cache
 
 if TYPE_CHECKING:
@@ -60,6 +62,15 @@ class LanguageModel(nn.Module, ABC):
         ``position_ids: [B, T]`` 每从 0 重新数起就是另一段文档，互相看不见；给出它时没有另外两样。
         """
 
+    def read(self, view: View) -> Tensor:
+        """``[P, H]``：预测 ``view`` 的每个 response token 的隐状态。
+
+        因果注意力看不见右边的填充，``index`` 也不取它们，用不着 mask：SDPA 走最快的内核，
+        ``[B, 1, T, T]`` 从不存在。
+        """
+        mask = None if self.pads_right else view.attention_mask
+        return view.rows(self(view.input_ids, mask, position_ids=view.position_ids))
+
     @property
     @abstractmethod
     def head(self) -> Head:
@@ -80,6 +91,11 @@ class LanguageModel(nn.Module, ABC):
     @property
     def pads_left(self) -> bool:
         """左边的填充是否不影响真实的 token；否则长短不一的几行不能一起生成。"""
+        return True
+
+    @property
+    def pads_right(self) -> bool:
+        """右边的填充不必告诉它：没有 ``attention_mask``，真实的 token 也是同样的隐状态。"""
         return True
 
     @abstractmethod
@@ -119,7 +135,8 @@ class LanguageModel(nn.Module, ABC):
 def evaluating(model: nn.Module) -> Iterator[None]:
     """暂时切到 eval，退出时逐个模块还原：有的子模块（如冻结的）可能本来就在 eval。"""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:  # 就是 eval()，不必再走一遍
+        module.training = False
     try:
         yield
     finally:
@@ -162,7 +179,7 @@ class PretrainedLM(LanguageModel):
         # Mamba 一类给缓存起了另一个名字；叫错了不报错，只是不用它。
         names = ("past_key_values", "cache_params")
         self._cache_name = next((name for name in names if name in takes), None)
-        self._scale, self._softcap = 1.0, None
+        self._scale, self._softcap, self._pads_right = 1.0, None, False
         fitted = self._fitted_head()
         self._scale, self._softcap = fitted.scale, fitted.softcap
 
@@ -204,13 +221,15 @@ class PretrainedLM(LanguageModel):
                 steps = torch.arange(input_ids.shape[1], device=input_ids.device)
                 extra["position_ids"] = steps[None] + cache.length
             cache.length += input_ids.shape[1]
-        output = self._backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=cache is not None,
-            return_dict=True,
-            **extra,
-        )
+        single = attention_mask is None and position_ids is None
+        with single_documents() if single else nullcontext():
+            output = self._backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=cache is not None,
+                return_dict=True,
+                **extra,
+            )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -226,7 +245,7 @@ class PretrainedLM(LanguageModel):
 
     @torch.no_grad()
     def _fitted_head(self) -> Head:
-        """用几个 token 核对：logits 能由隐状态算出，后面的 token 也不影响前面的。"""
+        """由几个 token 核对 logits 能由隐状态算出，后面的不影响前面的；记下要不要 mask。"""
         what = f"model_type {self._config.model_type!r} cannot be used here"
         device = self.head.weight.device
         length = min(PROBE_TOKENS, self.max_seq_len)
@@ -236,6 +255,7 @@ class PretrainedLM(LanguageModel):
         with evaluating(self), torch.autocast(device.type, enabled=False), foreign(what):
             logits = self.model(input_ids=ids, use_cache=False).logits
             hidden = self(ids)
+            self._pads_right = unmasked_right(self, ids, hidden)
         try:
             fitted = fit_head(
                 self.head, hidden.flatten(0, 1), logits.flatten(0, 1), vars(self._config)
@@ -264,6 +284,11 @@ class PretrainedLM(LanguageModel):
     def pads_left(self) -> bool:
         """见 ``LanguageModel``；第一次用到时试出来。"""
         return self._abilities.pads_left
+
+    @property
+    def pads_right(self) -> bool:
+        """见 ``LanguageModel``；装入时试出来：用到时权重可能已经分到各进程。"""
+        return self._pads_right
 
     @cached_property
     def _abilities(self) -> Abilities:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from .interface import PROBE_TOKENS, PretrainedLM, evaluating
 logger = logging.getLogger("distillab")
 
 _KEY = "student.lora.target_modules"
+_FOUND: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+"""模型 → 装了 adapter 的层；``add_lora`` 之后不再增减。"""
 
 
 def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
@@ -59,6 +62,7 @@ def add_lora(model: PretrainedLM, config: LoraConfig) -> PretrainedLM:
         warnings.simplefilter("ignore")  # Conv1D 的权重是转置的，peft 自己会改，只是说一声
         peft.inject_adapter_in_model(options, model)
     del model.peft_config
+    _FOUND.pop(model, None)
     fused = _fused_parameters(model)
     if every and fused:
         logger.info(
@@ -99,7 +103,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     peft 的 ``enable_adapters(False)`` 会顺手冻结 adapter，而 DDP 与 FSDP2 在第一次前向时就记下
     哪些参数要梯度；所以只拨动它的开关。
     """
-    layers = [layer for layer in _lora_layers(model).values() if not layer.disable_adapters]
+    found = _FOUND.get(model)
+    if found is None:  # 每步都要用，而找遍一个模型要几毫秒
+        found = _FOUND[model] = list(_lora_layers(model).values())
+    layers = [layer for layer in found if not layer.disable_adapters]
     try:
         for layer in layers:
             layer._disable_adapters = True

@@ -56,13 +56,7 @@ class LocalTeacher:
         return HiddenTargets(hidden, self.model.head.cut(vocabulary))
 
     def _hidden(self, view: View) -> Tensor:
-        return _response_hidden(self.model, view)
-
-
-def _response_hidden(model: LanguageModel, view: View) -> Tensor:
-    """``[P, H_t]``：预测每个 response token 的隐状态。"""
-    hidden = model(view.input_ids, view.attention_mask, position_ids=view.position_ids)
-    return view.rows(hidden)
+        return self.model.read(view)
 
 
 class ShardedTeacher(LocalTeacher):
@@ -115,7 +109,7 @@ class _Reader(nn.Module):
         self.model = model
 
     def forward(self, view: View) -> Tensor:
-        return _response_hidden(self.model, view)
+        return self.model.read(view)
 
 
 class AdapterOffTeacher(LocalTeacher):

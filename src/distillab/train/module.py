@@ -42,18 +42,15 @@ class DistillationModule(nn.Module):
 
         教师就是关掉 adapter 的学生时，它的目标也在这里算：分片的权重只在 forward 里是完整的。
         """
-        view = batch.student
         if isinstance(targets, AdapterOffTeacher):
             with phase("teacher forward"):
                 targets = targets.targets(batch.teacher, self.vocabulary)
         with phase("student forward"):
-            hidden = self.student(
-                view.input_ids, view.attention_mask, position_ids=view.position_ids
-            )
+            rows = self.student.read(batch.student)
         loss = self.loss
         if not self.training:
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
-        rows, head = view.rows(hidden), self.student.head
+        head = self.student.head
         with phase("heads and loss"):
             return fused_distillation_loss(
                 rows,
@@ -65,6 +62,6 @@ class DistillationModule(nn.Module):
                 scale=head.scale,
                 softcap=head.softcap,
                 vocab_limit=self.vocabulary.limit,
-                excluded=self.vocabulary.excluded(hidden.device),
+                excluded=self.vocabulary.excluded(rows.device),
                 label_metrics=self.label_metrics,
             )
