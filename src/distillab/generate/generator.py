@@ -7,19 +7,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillabError
 from ..models.interface import LanguageModel, evaluating
 from ..models.tokenizer import continuation_text, own_vocabulary
 from ..vocabulary import Vocabulary
+from .decoding import CHECK_EVERY, decoding
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .stops import pad_id, stop_ids, until_stop
-from .weights import sampling_weights
+from .weights import sampling_logits, sampling_weights
 
-DROP_AT = 0.25
-"""停下的行占到这么多，就不再算它们；每丢一次要把余下的 KV cache 抄一遍。"""
+FIXED_SHAPES_ON = ("cuda",)
+"""这些设备上用形状固定的缓存，隔几步才问谁停下了；CPU 上多算的比省下的多。"""
 
 OnToken = Callable[[Tensor, Tensor], Tensor | None]
 """每一步得到新 token 后调用；参数与返回值见 ``TextGenerator.generate_ids``。"""
@@ -226,45 +226,35 @@ class TextGenerator:
                 f"max_seq_len={self.model.max_seq_len}: shorten it"
             )
         device = input_ids.device
+        on_gpu = device.type in FIXED_SHAPES_ON
         uniform = None  # 或 (B, N)
         if seeds is not None:
             uniform = uniform_draws(seeds, max_new_tokens).to(device)
         limit = min(max_new_tokens, room)
-        stops = torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long)
-        new_ids = input_ids.new_full((batch, limit), self.pad_id)
-        rows = torch.arange(batch, device=device)  # 还在算的行
-        finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        step_ids, cache, mask = input_ids, self.model.new_cache(), attention_mask
-        if mask is not None:
-            mask = F.pad(mask, (0, limit), value=1)
         with evaluating(self.model), sampling_weights(self.model, batch, limit):
-            # 填充行与空洞没有对应的文字，不能采到。
-            head = self.model.head.cut(self.vocabulary)
-            for step in range(limit):
-                seen = None if mask is None else mask[:, : width + step]
-                hidden = self.model(step_ids, seen, cache)
-                logits = head.logits(hidden[:, -1])  # (B, V)
-                drawn = None if uniform is None else uniform[:, step]
-                chosen = choose(logits, uniform=drawn).masked_fill(finished, self.pad_id)
-                new_ids[rows, step] = chosen
-                finished = finished | torch.isin(chosen, stops)
-                ended_here = None if on_token is None else on_token(rows, chosen)
-                if ended_here is not None:
-                    finished = finished | ended_here.to(device)
-                ended = int(finished.sum())
-                if ended == len(rows):
-                    return new_ids[:, : step + 1]
-                if ended >= DROP_AT * len(rows):
-                    kept = (~finished).nonzero()[:, 0]
-                    rows, chosen, finished = rows[kept], chosen[kept], finished[kept]
-                    step_ids = step_ids[kept]
-                    mask = None if mask is None else mask[kept]
-                    uniform = None if uniform is None else uniform[kept]
-                    if cache is not None:
-                        cache.batch_select_indices(kept)
-                new = chosen[:, None]
-                step_ids = new if cache is not None else torch.cat((step_ids, new), 1)
-        return new_ids
+            run = decoding(
+                static=on_gpu,
+                model=self.model,
+                # 填充行与空洞没有对应的文字，不能采到。
+                logits=sampling_logits(self.model.head.cut(self.vocabulary)),
+                choose=choose,
+                input_ids=input_ids,
+                mask=attention_mask,
+                uniform=uniform,
+                stops=torch.tensor(sorted(self.stop_ids), device=device, dtype=torch.long),
+                pad_id=self.pad_id,
+                limit=limit,
+            )
+            every = CHECK_EVERY if on_gpu and on_token is None else 1
+            while run.done < limit:
+                run.advance()
+                if on_token is not None:
+                    ended = on_token(run.rows, run.chosen.clone())
+                    if ended is not None:
+                        run.finished.logical_or_(ended.to(device))
+                if run.done % every == 0 and not run.drop_finished():
+                    break
+            return run.new_ids[:, : run.done] if every == 1 else run.result()
 
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import psutil
@@ -17,6 +17,7 @@ from ..limits import MANY_ROWS, MANY_STEPS
 from ..models.interface import LanguageModel
 from ..models.kv_cache import autocast_dtype
 from ..models.lora import adapters_off, is_plain_float32, mergeable_layers, merged_weight
+from ..targets import Head
 
 
 @contextmanager
@@ -63,6 +64,26 @@ def sampling_weights(model: LanguageModel, rows: int, steps: int) -> Iterator[No
         finally:
             for weight, data in originals:
                 weight.data = data
+
+
+def sampling_logits(head: Head) -> Callable[[Tensor], Tensor]:
+    """``[B, H]`` 的隐状态 → ``[B, V]`` 的 float32 logits。
+
+    每个 token 都要读一遍整个 head，所以 CUDA 上半精度的 head 原样相乘，autocast 里 float32 的先转成
+    半精度，只转一次；累积与输出总是 float32。其余的就是 ``head.logits``。
+    """
+    device = head.weight.device
+    compute = autocast_dtype(device) or head.weight.dtype
+    if device.type != "cuda" or compute not in (torch.float16, torch.bfloat16):
+        return head.logits
+    weight = head.weight.detach().to(compute)
+
+    def logits(hidden: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            rows = hidden.to(compute)
+            return head.finish(torch.mm(rows, weight.T, out_dtype=torch.float32))
+
+    return logits
 
 
 def _by_column(matrix: Tensor) -> Tensor:

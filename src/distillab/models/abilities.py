@@ -34,17 +34,47 @@ class Abilities(NamedTuple):
 @torch.no_grad()
 def find_abilities(model: Any, new_cache: Callable[[], Any]) -> Abilities:
     """试出 ``model`` 的缓存（``new_cache()``）与左填充可不可信；它处于 eval，权重是完整的。"""
+    ids, expected, allowed = _trial(model)
+    why = _cache_error(model, new_cache, ids, expected, allowed)
+    pads = _pads_left(model, new_cache if not why else None, ids, expected, allowed)
+    return Abilities(not why, pads, why)
+
+
+@torch.no_grad()
+def static_error(model: Any, static_cache: Callable[[int], Any], pads_left: bool) -> str:
+    """形状固定的缓存（``static_cache(room)``）不可信的原因；可信是空串。"""
+    ids, expected, allowed = _trial(model)
+    gone = PROMPT // 2
+    mask = torch.ones_like(ids[:, :PROMPT])
+    mask[0, :gone] = 0
+    alone = model(ids[:1, gone:]) if pads_left else expected[:1]
+    try:
+        for seen, first in ((None, expected[:1]), (mask, alone))[: 1 + pads_left]:
+            cache = static_cache(PROMPT + NEW + 1)  # 多一个空着的位置
+            model(ids[:, :PROMPT], seen, cache)
+            cache.places.begin(PROMPT, seen, ids.device)
+            steps = []
+            for t in range(PROMPT, PROMPT + NEW):
+                steps.append(model(ids[:, t : t + 1], None, cache))
+                cache.places.at.add_(1)
+            found = torch.cat(steps, 1)
+            wanted = torch.cat((first[:, -NEW:], expected[1:, -NEW:]))
+            if any(_differs(f, w, allowed) for f, w in zip(found, wanted, strict=True)):
+                return "what follows a static cache is not what follows the tokens themselves"
+    except Exception as error:  # 见 _cache_error
+        return reason(error)
+    return ""
+
+
+def _trial(model: Any) -> tuple[Tensor, Tensor, float]:
+    """试的两行 token、从头算的隐状态与允许的相对误差。"""
     head = model.head
     size, device = head.weight.shape[0], head.weight.device
     # 两行互不相同，行与行之间串了也看得出来。
     ids = torch.arange(1, 2 * (PROMPT + NEW) + 1, device=device).view(2, -1) % size
-    expected = model(ids)
     # 逐位相同不可求：半精度里换一种形状就换一种舍入，专家的取舍也可能翻转。
     # autocast 不能关掉：采样用的拷贝里，线性层可能已经是半精度的。
-    allowed = 4 * tolerance(autocast_dtype(device) or head.weight.dtype)
-    why = _cache_error(model, new_cache, ids, expected, allowed)
-    pads = _pads_left(model, new_cache if not why else None, ids, expected, allowed)
-    return Abilities(not why, pads, why)
+    return ids, model(ids), 4 * tolerance(autocast_dtype(device) or head.weight.dtype)
 
 
 def unmasked_right(model: Any, ids: Tensor, hidden: Tensor) -> bool:

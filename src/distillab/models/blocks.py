@@ -171,8 +171,8 @@ class GQAAttention(nn.Module):
             hidden: ``[B, T, H]``。
             cos: ``[B, 1, T, hd]``，见 ``rotary_tables``。
             sin: 同 ``cos``。
-            mask: ``[B, 1, T, S]``，bool，True 为可见；``None`` 表示纯因果（T = S）或全部
-                可见（T = 1）。
+            mask: ``[B, 1, T, S]``，bool，True 为可见，或加在分数上的浮点；``None`` 表示纯因果
+                （T = S）或全部可见（T = 1）。
             cache: 这一层的缓存，会被就地更新。
 
         Returns:

@@ -14,6 +14,7 @@ from ..targets import Head
 from .blocks import QWEN2, Layout, RMSNorm, TransformerBlock
 from .interface import LanguageModel
 from .kv_cache import KVCache
+from .static_cache import StaticKVCache, places_of
 
 
 class Decoder(LanguageModel):
@@ -80,7 +81,11 @@ class Decoder(LanguageModel):
                 f"attention_mask has shape {list(attention_mask.shape)}, expected "
                 f"[{batch}, {total}] (batch, cached + new tokens)"
             )
-        if position_ids is None:
+        mask: Tensor | None
+        places = places_of(cache)
+        if places is not None:
+            positions, mask = places.step()
+        elif position_ids is None:
             positions, mask = _positions_and_mask(input_ids, attention_mask, past)
         else:
             positions, mask = position_ids, _document_mask(position_ids)
@@ -104,6 +109,10 @@ class Decoder(LanguageModel):
     def new_cache(self) -> KVCache:
         """空的 KV cache。"""
         return KVCache(self.config.num_layers)
+
+    def static_cache(self, room: int) -> StaticKVCache:
+        """空的、形状固定的 KV cache。"""
+        return StaticKVCache(self.config.num_layers, room)
 
     @property
     def max_seq_len(self) -> int:

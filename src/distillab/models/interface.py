@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..batch import View
 from ..errors import DistillabError, foreign
 from ..targets import Head
-from .abilities import Abilities, find_abilities, unmasked_right
+from .abilities import Abilities, find_abilities, static_error, unmasked_right
 from .head_fit import fit_head, relative_error, tolerance
 from .hf_masks import single_documents
 from .kv_cache import dynamic_cache
+from .static_cache import places_of, static_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +88,13 @@ class LanguageModel(nn.Module, ABC):
 
         ``None`` 是这个模型没有可信的缓存：每一步从头算起。
         """
+
+    def static_cache(self, room: int) -> Any:
+        """形状固定、放得下 ``room`` 个 token 的空缓存，用法见 ``StaticDecoding``。
+
+        ``None`` 是这个模型没有可信的。
+        """
+        return None
 
     @property
     def pads_left(self) -> bool:
@@ -214,7 +222,11 @@ class PretrainedLM(LanguageModel):
             # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if cache is not None and self._cache_name is not None:
+        places = places_of(cache)
+        if places is not None:
+            extra["position_ids"], attention_mask = places.step()
+            extra["past_key_values"] = cache
+        elif cache is not None and self._cache_name is not None:
             extra[self._cache_name] = cache
             if attention_mask is None and self._takes_positions:
                 # 不是每个模型都从缓存里数得出已有多少 token。
@@ -280,6 +292,10 @@ class PretrainedLM(LanguageModel):
         """空的 ``transformers.DynamicCache``，完整注意力的层预留余地；不可信则是 ``None``。"""
         return self._empty_cache() if self._abilities.cached else None
 
+    def static_cache(self, room: int) -> Any:
+        """见 ``LanguageModel``；第一次用到时试出来。"""
+        return None if self._why_not_static else self._static_cache(room)
+
     @property
     def pads_left(self) -> bool:
         """见 ``LanguageModel``；第一次用到时试出来。"""
@@ -300,6 +316,23 @@ class PretrainedLM(LanguageModel):
                 f"slower: {found.why_uncached}"
             )
         return found
+
+    @cached_property
+    def _why_not_static(self) -> str:
+        if not self._abilities.cached:
+            return self._abilities.why_uncached
+        with evaluating(self):
+            why = static_error(self, self._static_cache, self._abilities.pads_left)
+        if why:
+            logger.info(
+                f"model_type '{self._config.model_type}': sampling with a growing cache: {why}"
+            )
+        return why
+
+    def _static_cache(self, room: int) -> Any:
+        if self._cache_name != "past_key_values" or not self._takes_positions:
+            raise ValueError("its forward takes no past_key_values or no position_ids")
+        return static_cache(self.model.config, room)
 
     def _empty_cache(self) -> Any:
         if self._cache_name is None:

@@ -5,9 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..limits import MANY_ROWS, MANY_STEPS, cache_room
+from ..limits import (
+    MANY_ROWS,
+    MANY_STEPS,
+    ROWS_TOGETHER,
+    cache_room,
+    rows_together,
+    sampling_row_bytes,
+)
 from ..loss.chunking import BUDGET_BYTES, Chunking
 from .shapes import BYTES, Shape
 
@@ -20,7 +27,7 @@ class Sampling:
     """一次 rollout 里一起采样的那些行。
 
     Attributes:
-        rows: 几条一起，至多 ``limits.ROWS_TOGETHER``。
+        rows: 几条一起；CPU 上至多 ``limits.ROWS_TOGETHER``，GPU 上看显存。
         prompt: 最长的 prompt，token。
         new_tokens: 每条最多生成几个 token。
     """
@@ -31,7 +38,7 @@ class Sampling:
 
     @property
     def room(self) -> int:
-        """一行的 KV cache 能放几个 token：放满了才另取更大的。"""
+        """CPU 上一行的 KV cache 能放几个 token：放满了才另取更大的。"""
         room = cache_room(self.prompt)
         while room < self.prompt + self.new_tokens:
             room = cache_room(room + 1)
@@ -195,6 +202,17 @@ class Step:
         found["embedding"] = so_far | {"gradients": gradients, "student activations": working}
         return found
 
+    def with_sampling(
+        self, count: int, prompt: int, new_tokens: int, device: str, memory: int
+    ) -> Step:
+        """加上采样：``count`` 条分几次采，GPU 上由 ``memory`` 字节里还空着的决定。"""
+        if device == "cpu":
+            rows = min(count, ROWS_TOGETHER)
+        else:
+            free = max(0, memory - sum(self._kept().values()))
+            rows = rows_together(count, self._sampling_row(prompt, new_tokens), free)
+        return replace(self, sampling=Sampling(rows, prompt, new_tokens))
+
     def peak(self, device: str = "cuda") -> tuple[str, dict[str, int]]:
         """占得最多的时刻，与那一刻的各部分，单位字节；总和就是一个进程的峰值。"""
         moments = self.moments(device)
@@ -232,21 +250,41 @@ class Step:
         assert self.sampling is not None
         student, sampling = self.student, self.sampling
         size = BYTES[self.sampling_precision]
-        tokens = sampling.rows * sampling.room
-        cache = 2 * student.kv_size * student.num_layers * size * tokens
         layers = student.num_layers * student.block_matmuls
-        by_column = device == "cpu" and sampling.rows >= MANY_ROWS and size == 4
+        cuda, half = device == "cuda", size < BYTES[self.base_precision]
+        by_column = not cuda and sampling.rows >= MANY_ROWS and size == 4
         weights = 0
         if self._shards("fsdp2", "zero3") > 1:  # 分片的学生收成完整的一份，整次采样都用它
             weights = self.sampling_weights
-        elif size < BYTES[self.base_precision] or (
+        elif half or (
             size == 4
             and sampling.new_tokens >= MANY_STEPS
             and (by_column or self.lora_rank is not None)
         ):
             weights = layers * size + student.head_parameters * 4 * by_column
-        logits = 4 * sampling.rows * student.vocab_size * 4
-        return cache + weights + logits
+        if cuda:
+            weights += student.head_parameters * size * half
+            row = self._sampling_row(sampling.prompt, sampling.new_tokens)
+            return sampling.rows * row + weights
+        cache = self._kv_bytes * sampling.rows * sampling.room
+        return cache + weights + 4 * sampling.rows * student.vocab_size * 4
+
+    @property
+    def _kv_bytes(self) -> int:
+        """采样时一个 token 的键值，字节。"""
+        student = self.student
+        return 2 * student.kv_size * student.num_layers * BYTES[self.sampling_precision]
+
+    def _sampling_row(self, prompt: int, new_tokens: int) -> int:
+        student = self.student
+        wide = 3 * (student.hidden_size + student.intermediate_size)
+        return sampling_row_bytes(
+            prompt,
+            new_tokens,
+            kv_bytes=self._kv_bytes,
+            wide_bytes=wide * BYTES[self.sampling_precision],
+            vocab_size=student.vocab_size,
+        )
 
     @property
     def sampling_precision(self) -> str:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import yaml
 
 from ..config.schema import ModelConfig, ModelSource, Recipe, StudentSection, TrainingConfig
-from ..limits import ROWS_TOGETHER
 from .hardware import Device
 from .lengths import Lengths, find_lengths
-from .memory import Sampling, Step
+from .memory import Step
 from .shapes import Planned, Shape, find_shape
 
 
@@ -220,10 +219,6 @@ def _planned(
     student, teacher = _models(recipe.student, recipe.teacher)
     precision = _precision(config.precision, device, notes)
     frozen = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": precision}
-    sampling = None
-    if recipe.responses.on_policy:
-        rows = min(config.batch_size * config.gradient_accumulation_steps, ROWS_TOGETHER)
-        sampling = Sampling(rows, lengths.prompt, lengths.student - lengths.prompt)
     step = Step(
         student=student.shape,
         teacher=None if teacher is None else teacher.shape,
@@ -243,8 +238,15 @@ def _planned(
         shard_teacher=recipe.teacher is not None and recipe.teacher.shard and processes > 1,
         engine=engine,
         processes=processes,
-        sampling=sampling,
     )
+    if recipe.responses.on_policy:
+        step = step.with_sampling(
+            config.batch_size * config.gradient_accumulation_steps,
+            lengths.prompt,
+            lengths.student - lengths.prompt,
+            device.kind,
+            device.memory - device.overhead,
+        )
     if step.distils and step.teacher is not None and step.teacher_precision not in device.flops:
         notes.append(
             f"{device.name} has no fast {step.teacher_precision}: the teacher is counted at the "

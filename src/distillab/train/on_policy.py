@@ -14,7 +14,6 @@ import torch
 
 from ..batch import Batch, Example
 from ..config.sections import ResponsesConfig
-from ..limits import ROWS_TOGETHER
 from ..models.interface import LanguageModel
 from .rollout import Rollout, RolloutSums, student_fraction
 
@@ -126,16 +125,17 @@ class OnPolicy:
             for i in range(len(examples))
         ]
         prompts = [example for examples in old for example in examples]
-        new: list[Example] = []
+        new: dict[int, Example] = {}
         sums = RolloutSums()
         with nullcontext() if student is None else student() as model:
             rollout = self.rollout if model is None else self.rollout.of(model)
-            for start in range(0, len(prompts), ROWS_TOGETHER):
-                rows = slice(start, start + ROWS_TOGETHER)
-                sampled, part = rollout.sample(prompts[rows], seeds[rows])
-                new += sampled
+            for rows in rollout.groups(prompts):
+                sampled, part = rollout.sample(
+                    [prompts[row] for row in rows], [seeds[row] for row in rows]
+                )
+                new |= zip(rows, sampled, strict=True)
                 sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
-        rest = iter(new)
+        rest = (new[row] for row in range(len(prompts)))
         batches = [
             self.collate(list(itertools.islice(rest, len(examples)))).to(batch.labels.device)
             for batch, examples in zip(window, old, strict=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..batch import Example, Tokens
 from ..config.sections import ResponsesConfig, SamplingConfig
 from ..errors import DistillabError
+from ..generate.batching import sampling_groups
 from ..generate.generator import TextGenerator
 from ..generate.respond import respond
 from ..models.interface import LanguageModel
@@ -59,6 +60,11 @@ class Rollout:
         if model is own.model:
             return self
         return replace(self, generator=TextGenerator(model, own.tokenizer, own.vocabulary))
+
+    def groups(self, examples: Sequence[Example]) -> list[list[int]]:
+        """哪几条一起采样。"""
+        lengths = [len(example.student.prompt) for example in examples]
+        return sampling_groups(self.generator.model, lengths, self.sampling.max_new_tokens)
 
     def sample(
         self, examples: Sequence[Example], seeds: Sequence[int]
