@@ -71,18 +71,25 @@ def _warm_up(step: Callable[[], None]) -> None:
 
     要等设备的一步在这里就现形：录到一半才出错，分配器会一直以为还在录。
     """
+    try:
+        with waiting_is_an_error():
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        step()
+        raise _RecordingFailed from error
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """其间主机要等设备就抛出 ``RuntimeError``。"""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 它说自己还在试验
         torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        torch.cuda.set_sync_debug_mode(before)
-        step()
-        raise _RecordingFailed from error
+        yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

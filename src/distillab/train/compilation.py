@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..config.schema import TrainingConfig
 from ..errors import typed_reason
+from ..generate.cuda_graph import waiting_is_an_error
 from ..loss.fused import Compiler
 from ..models.interface import LanguageModel
 
@@ -170,8 +171,13 @@ class GraphedBody:
                 # 缓存的半精度权重会留在录下的内存里
                 torch.autocast(device.type, compute, enabled=half, cache_enabled=False),
             ):
+                expected = self._hidden_and_gradients(self.eager, input_ids)
                 graph = recorded(_Body(self.model, self.eager, self.trains), input_ids)
-                difference = self._difference(graph, input_ids)
+                found = self._hidden_and_gradients(graph, input_ids)
+            difference = max(
+                float(torch.linalg.vector_norm(left - right) / torch.linalg.vector_norm(right))
+                for left, right in zip(found, expected, strict=True)
+            )
             if not difference <= TOLERANCE:  # NaN 也不行
                 raise ValueError(f"its results differ by {difference:.1e}")
             self._graph, self._shape = graph, input_ids.shape
@@ -181,17 +187,8 @@ class GraphedBody:
                 "same numbers, slower (%s)", typed_reason(error),
             )  # fmt: skip
 
-    def _difference(self, graph: nn.Module, input_ids: Tensor) -> float:
-        """与逐个算子执行的相差：隐状态的，要训练的还有全部梯度的，取大的；不碰 ``param.grad``。"""
-        found, expected = (
-            self._hidden_and_gradients(body, input_ids) for body in (graph, self.eager)
-        )
-        return max(
-            float(torch.linalg.vector_norm(left - right) / torch.linalg.vector_norm(right))
-            for left, right in zip(found, expected, strict=True)
-        )
-
     def _hidden_and_gradients(self, body: Any, input_ids: Tensor) -> list[Tensor]:
+        """隐状态，要训练的还有全部梯度；不碰 ``param.grad``。"""
         hidden = body(input_ids)
         if not self.trains:
             return [hidden.float().clone()]
@@ -217,6 +214,9 @@ class _Body(nn.Module):
 
 def recorded(body: nn.Module, input_ids: Tensor) -> nn.Module:
     """录下 ``body(input_ids)`` 的前向与（有要训练的参数时）反向；返回的接受同样形状的输入。"""
+    body(input_ids)  # 编译过的各层先编译好
+    with waiting_is_an_error():  # 录到一半才出错，分配器会一直以为还在录
+        body(input_ids)
     graphed: nn.Module = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
         body, (input_ids,), allow_unused_input=True
     )
