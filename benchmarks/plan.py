@@ -16,6 +16,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class FakeTokenizer:
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012 - 从不改
     eos_token_id = bos_token_id = None
     pad_token_id = 0
+    name_or_path = "fake"
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -95,15 +97,28 @@ class FakeTokenizer:
     def __len__(self) -> int:
         return self.size
 
+    def get_vocab(self) -> dict[str, int]:
+        """每个 id 都有 token。"""
+        return {str(index): index for index in range(self.size)}
 
-def make_plan(case: str, device: str) -> Any:
-    """这种情形的打算。"""
+    def get_added_vocab(self) -> dict[str, int]:
+        """没有后加的。"""
+        return {}
+
+    def get_chat_template(self, **_: Any) -> str:
+        """没有模板，``transformers`` 的也是这样说的。"""
+        raise ValueError("no chat template")
+
+
+def make_plan(case: str, device: str, more: Sequence[str] = ()) -> Any:
+    """这种情形的打算；``more`` 是另加的覆盖项。"""
     from distillab.config.recipes import load_recipe
     from distillab.plan.hardware import find_device
     from distillab.plan.plan import plan
 
     recipe, overrides = CASES[case]
-    return plan(load_recipe(recipe, overrides), find_device("cpu" if device == "cpu" else None))
+    found = load_recipe(recipe, [*overrides, *more])
+    return plan(found, find_device("cpu" if device == "cpu" else None))
 
 
 def make_models(found: Any) -> tuple[Any, Any]:
@@ -231,10 +246,10 @@ def warm_up(found: Any, device: str) -> None:
     del distillab
 
 
-def worker(case: str, device: str) -> Record:
+def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
     """在自己的进程里走几步，量最后一步。"""
     logging.disable(logging.WARNING)
-    found = make_plan(case, device)
+    found = make_plan(case, device, more)
     warm_up(found, device)
     baseline = reset_peak(device) or 0
     from distillab.generate.generator import TextGenerator
@@ -276,10 +291,14 @@ def worker(case: str, device: str) -> Record:
 
 def measure(case: str, device: str) -> Record:
     """一种情形：算出的与量到的。"""
-    found = make_plan(case, device)
-    parts = {name: size for name, size in found.parts.items() if name != "overhead"}
     with contextlib.closing(Worker([case, device])) as process:
-        measured = process.receive()
+        return compared(case, device, process.receive())
+
+
+def compared(case: str, device: str, measured: Record, more: Sequence[str] = ()) -> Record:
+    """``worker`` 量到的，与算出的。"""
+    found = make_plan(case, device, more)
+    parts = {name: size for name, size in found.parts.items() if name != "overhead"}
     recipe, overrides = CASES[case]
     return {
         "implementation": "plan",

@@ -129,7 +129,7 @@ def sampler(implementation: str, models: tuple[Any, Any], tokenizer: Any, new: i
             top_k=0,
             top_p=1.0,
             max_new_tokens=new,
-            eos_token_id=sorted(generator.stop_ids),
+            eos_token_id=sorted(generator.stop_ids) or None,
             pad_token_id=generator.pad_id,
             cache_implementation="static" if static else None,
         )

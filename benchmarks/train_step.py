@@ -6,6 +6,7 @@
 * ``distillab-compiled``：同上，``train.compile: true``；
 * ``trl``：只有 ``KL``，``GKDTrainer``，``lmbda=0``，关掉激活重算，与其余的一样；
 * ``trl-defaults``：同上，但按 ``GKDConfig`` 的缺省重算激活；
+* ``liger``：与 ``distillab`` 相同，``transformers.Trainer`` 加 Liger 的损失与（GPU 上）内核；
 * ``plain``：与 ``distillab`` 相同，一个手写的循环，两份完整的 logits。
 
 每个实现一个进程，热身之后逐轮交替计时，取中位数。被测的东西在 ``train_step_implementations.py``。
@@ -45,11 +46,10 @@ from train_step_implementations import (
     IMPLEMENTATIONS,
     LOOPS,
     PEERS,
-    SHAPES,
     STAGES,
-    Cell,
     factor_to_mean,
 )
+from train_step_models import SHAPES, Cell
 
 TOLERANCE = 1e-3
 """fp32 时第一步的损失与散度至多差这么多，相对误差；少除或多除一个位置差 ``1 / T``，会被发现。"""
@@ -106,14 +106,18 @@ def profile(cell: Cell, repeats: int) -> dict[str, float]:
 
 
 def disagreements(records: list[Record]) -> list[str]:
-    """与 ``distillab`` 算同一个量、第一步却不同的，每个一句话；``trl`` 只比散度。"""
+    """与 ``distillab`` 算同一个量、第一步却不同的，每个一句话。
+
+    ``trl`` 只有散度，``liger`` 只说得出总和。
+    """
     by_name = {record["implementation"]: record for record in records}
     own = by_name.pop("distillab", None)
     found: list[str] = []
     if own is None:
         return found
     for name, record in by_name.items():
-        for quantity in ("divergence",) if name.startswith("trl") else ("divergence", "loss"):
+        only = {"trl": ["divergence"], "trl-defaults": ["divergence"], "liger": ["loss"]}
+        for quantity in only.get(name, ["divergence", "loss"]):
             got, want = record[quantity] * record["loss_factor"], own[quantity]
             if not abs(got - want) <= TOLERANCE * abs(want):
                 found.append(f"first {quantity} of {name} is {got:.6g}, of distillab {want:.6g}")
@@ -186,10 +190,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def worker(spec: str) -> None:
+def worker(implementation: str, cell: Cell, profiling: bool = False) -> None:
     """一个实现的进程：它自己的循环，每步由 ``Clock`` 定怎样量。"""
-    implementation, fields, profiling = json.loads(spec)
-    cell = Cell(**fields)
     LOOPS[implementation](cell, Clock(cell.device, open_channel(), profiling))
 
 
@@ -197,7 +199,8 @@ def main(arguments: list[str]) -> int:
     """测一格；返回退出码。"""
     options = parse(arguments)
     if options.role:
-        worker(options.role)
+        implementation, fields, profiling = json.loads(options.role)
+        worker(implementation, Cell(**fields), profiling)
         return 0
     device = choose_device(options.device)
     implementations = installed(options.implementations, PEERS)
