@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check fuzz lint schema docs clean
+.PHONY: demo test check fuzz gpu lint schema docs clean
 
 demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two CPU cores
 	$(BIN)/distillab train quickstart --resume
@@ -21,6 +21,10 @@ check: lint  ## lint, types, and the tests of what changed since main
 MINUTES ?= 10
 fuzz: .venv/.installed-dev  ## damaged inputs for every reader, MINUTES=10 in all
 	$(BIN)/python tests/fuzz --minutes $(MINUTES)
+
+gpu: MINUTES = 8
+gpu: .venv/.installed-dev  ## what one GPU does: checks and measurements, MINUTES=8 in all
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
 
 lint: .venv/.installed-dev  ## formatting, lint rules, types, and the recipe schema
 	$(BIN)/ruff format --check .

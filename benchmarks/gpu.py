@@ -114,13 +114,12 @@ def sections(names: list[str] | None) -> list[Section]:
     """要走的各段，按先后。"""
     import gpu_runs
     import gpu_sections
-    from gpu_work import NEEDS, RECIPE_NEEDS, Section
+    from gpu_work import NEEDS, NEEDS_OF, Section
 
-    needs = {"machine": ("torch",), "recipes": (*NEEDS, *RECIPE_NEEDS)}
     return [
         Section(
             name, getattr(gpu_runs if name in ("recipes", "engines") else gpu_sections, name),
-            weight, needs.get(name, NEEDS),
+            weight, NEEDS_OF.get(name, NEEDS),
         )
         for name, (weight, _) in SECTIONS.items()
         if names is None or name in names or name == "machine"

@@ -23,8 +23,11 @@ NEEDS = (
 )  # fmt: skip
 """训练一步要的别人的库。"""
 
-RECIPE_NEEDS = ("datasets", "gguf", "jinja2", "matplotlib", "plotly")
-"""走完一份配方还要的。"""
+NEEDS_OF: dict[str, tuple[str, ...]] = {
+    "machine": ("torch",),
+    "recipes": (*NEEDS, "datasets", "gguf", "jinja2", "matplotlib", "plotly"),
+}
+"""各段要的；没有写的是 ``NEEDS``。"""
 
 MISSING = "ModuleNotFoundError: No module named "
 

@@ -65,13 +65,13 @@ def make_trainer(
 def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
     """``DistillationTrainer``：``alpha * KL(教师||学生) + (1 - alpha) * CE``，按 token 平均。
 
-    每步就是 ``_step``，连同它自己的等待与记账；没有给 ``compile`` 时不编译。
+    每步就是 ``_step``，连同它自己的等待与记账；``settings`` 是 ``TrainingConfig`` 的键。
     """
     from distillab.batch import collate_text
     from distillab.train.on_policy import Prepared
 
     with tempfile.TemporaryDirectory() as directory:
-        trainer, data = make_trainer(cell, directory, **{"compile": False} | settings)
+        trainer, data = make_trainer(cell, directory, **settings)
         assert trainer.teacher is not None
         clock.watch(trainer.teacher.model, "forward", "teacher body")
         clock.watch(trainer.student, "forward", "student body forward")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = ROOT / "tests/test_architecture.py"
-OUTSIDE = {"docs": "test_docs.py", "results": "test_results.py", "benchmarks": "test_docs.py",
+OUTSIDE = {"docs": "test_docs.py", "results": "test_results.py", "benchmarks": "benchmarks",
            "notebooks": "test_notebooks.py", "recipes": "config"}  # fmt: skip
 """包以外的目录，以及 ``tests`` 里与它对应的。"""
 
