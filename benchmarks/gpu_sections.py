@@ -23,7 +23,7 @@ LARGE_CARD = 40 * 2**30
 """显存少于它的卡，损失只算 1,024 行：几家一起热身才放得下。"""
 
 RIGHT = 1e-2
-"""梯度的相对误差不超过它的才算对。"""
+"""同类的梯度相对误差不超过它的才算对，才与它比。"""
 
 
 def machine(work: Work) -> None:
@@ -189,7 +189,7 @@ def loss_head(work: Work) -> None:
                     f"; extra {(first['extra_bytes'] or 0) / 2**30:.2f} GiB; gradient error "
                     f"{first['gradient_error']:.1e}, value error {first['value_error']:.1e}"
                 )
-                if name == "distillab" or first["gradient_error"] <= RIGHT:
+                if name == "distillab" or (name in PEERS and first["gradient_error"] <= RIGHT):
                     right[name] = seconds
             work.record(name, case, said, seconds=seconds, **asdict(cell) | first)
         fastest_peer(work, case, right)
@@ -228,7 +228,7 @@ def timed(
 
 def fastest_peer(work: Work, case: str, seconds: dict[str, float]) -> None:
     """再记一条：``distillab`` 是最快的同类的几成。"""
-    peers = {name: value for name, value in seconds.items() if name != "distillab"}
+    peers = {name: value for name, value in seconds.items() if not name.startswith("distillab")}
     if "distillab" in seconds and peers:
         name = min(peers, key=peers.__getitem__)
         share = seconds["distillab"] / peers[name]
@@ -241,7 +241,7 @@ def sampling(work: Work) -> None:
     sizes = {"student": (8, 64, 128), "pretrained": (32, 128, 128)}
     if work.tiny:
         sizes = {"student": (2, 8, 6)}
-    names = ("distillab", "transformers", "transformers-static")
+    names = ("distillab", "distillab-growing", "transformers", "transformers-static")
     for model, size in sizes.items():
         batch, width, new = size
         case = f"{model}, {batch} x {width} + {new}"
