@@ -93,7 +93,7 @@ def tapes(monkeypatch) -> list[Tape]:
     """在 CPU 上录；返回录过的。"""
     made: list[Tape] = []
 
-    def record(step):
+    def record(_, step):
         with Tape() as tape:
             step()
         made.append(tape)
@@ -225,9 +225,8 @@ def test_a_failed_recording_is_one_warning_and_the_same_tokens(student, both, mo
         step()
         raise cuda_graph._RecordingFailed from RuntimeError("operation not permitted")
 
-    monkeypatch.setattr(cuda_graph, "_failed", False)
     monkeypatch.setattr(cuda_graph, "_recorded", fails)
-    monkeypatch.setattr(decoding, "recordable", lambda _: not cuda_graph._failed)
+    monkeypatch.setattr(decoding, "recordable", lambda model: model not in cuda_graph._FAILED)
     with caplog.at_level(logging.WARNING, "distillab"):
         for _ in range(2):
             growing, fixed = both(student, prompts(), max_new_tokens=30)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from ..errors import typed_reason
 
 logger = logging.getLogger("distillab")
 
-_failed = False
+_FAILED: WeakSet[nn.Module] = WeakSet()
+"""录不成的模型；别的模型仍然录。"""
 
 
 def recordable(model: nn.Module) -> bool:
     """权重都在当前的 CUDA 设备上，是普通的张量：分片的要通信，量化的各有各的内核。"""
     weights = list(model.parameters())
-    if _failed or not all(weight.is_cuda for weight in weights):
+    if model in _FAILED or not all(weight.is_cuda for weight in weights):
         return False
     current = torch.cuda.current_device()
     return all(
@@ -33,16 +35,15 @@ def recordable(model: nn.Module) -> bool:
     )
 
 
-def record(step: Callable[[], None]) -> Callable[[], None] | None:
-    """算一步，再录下一步（录的时候不执行），返回重放它的函数；录不成是 ``None``，在日志里说一次。
+def record(model: nn.Module, step: Callable[[], None]) -> Callable[[], None] | None:
+    """算 ``model`` 的一步，再录下一步（录的时候不执行），返回重放它的函数。
 
-    ``step`` 只就地改写它自己的张量，不问设备任何事。
+    ``step`` 只就地改写它自己的张量，不问设备任何事。录不成是 ``None``，在日志里说一次。
     """
-    global _failed
     try:
         return _recorded(step)
     except _RecordingFailed as error:
-        _failed = True
+        _FAILED.add(model)
         logger.warning(
             "a CUDA graph cannot be recorded here, sampling runs operator by operator: "
             "same tokens, slower (%s)",

@@ -159,7 +159,7 @@ class StaticDecoding(Decoding):
         elif self._replay is not None:
             self._replay()
         elif self._records and self.limit - self.done > RECORD_STEPS:
-            self._replay = record(self._one_step)
+            self._replay = record(self.model, self._one_step)
             self._records = self._replay is not None
         else:
             self._one_step()
