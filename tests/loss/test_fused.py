@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from objectives import DIVERGENCES, LOSSES, relative
 
 from distillab.config.schema import LossConfig
-from distillab.loss import fused
-from distillab.loss.fused import default_budget, fused_distillation_loss
+from distillab.loss import buffers, fused
+from distillab.loss.buffers import COMPILER, Chunks, default_budget
+from distillab.loss.fused import fused_distillation_loss
 from distillab.loss.losses import LossSums, distillation_loss
 from distillab.loss.products import HeadProducts
 from distillab.targets import DenseTargets, Head, HiddenTargets, SparseTargets
@@ -282,9 +283,9 @@ def test_only_the_gradients_that_are_needed_are_computed(needed, monkeypatch):
     targets, _ = case.targets("hidden")
     calls = []
     for name in ("d_rows", "add_d_weight"):
-        original = getattr(fused.HeadProducts, name)
+        original = getattr(HeadProducts, name)
         monkeypatch.setattr(
-            fused.HeadProducts,
+            HeadProducts,
             name,
             lambda *a, name=name, original=original: calls.append(name) or original(*a),
         )
@@ -420,7 +421,7 @@ def test_excluded_ids_in_half_precision_compiled_and_with_both_heads_cut(compili
     labels = 1 + case.labels % 6
     results = []
     for elements in (0, 2**62):
-        fused.COMPILE_ELEMENTS = elements
+        buffers.COMPILE_ELEMENTS = elements
         weight = case.weight.clone().requires_grad_()
         head = Head(case.teacher_weight, case.near_bias(), **case.teacher_head).cut(vocabulary)
         with torch.autocast("cpu", torch.bfloat16):
@@ -430,7 +431,7 @@ def test_excluded_ids_in_half_precision_compiled_and_with_both_heads_cut(compili
             ).total  # fmt: skip
         total.backward()
         results.append((total.detach(), weight.grad))
-    assert not fused.COMPILER.failed
+    assert not COMPILER.failed
     (compiled, gradient), (eager, expected) = results
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
     assert relative(gradient, expected.double()) < 1e-5
@@ -474,14 +475,14 @@ def test_alpha_one_looks_at_no_label_and_alpha_zero_at_no_teacher():
 def test_budget_bounds_the_buffers():
     case, loss = Case(rows=400), LossConfig()
     sizes = []
-    original = fused.Chunks.__init__
+    original = Chunks.__init__
 
     def record(self, *arguments):
         original(self, *arguments)
         sizes.append(self.student.nbytes + self.teacher.nbytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused.Chunks, "__init__", record)
+        patch.setattr(Chunks, "__init__", record)
         case.run(loss, memory_budget=200_000)
         case.run(loss)
     assert 100_000 < sizes[0] <= 200_000
@@ -553,8 +554,8 @@ def test_second_and_double_backward_are_refused():
 @pytest.fixture
 def compiling(monkeypatch):
     """小的例子也编译；最后一片有填充。"""
-    monkeypatch.setattr(fused, "COMPILE_ELEMENTS", 0)
-    monkeypatch.setattr(fused.COMPILER, "failed", False)
+    monkeypatch.setattr(buffers, "COMPILE_ELEMENTS", 0)
+    monkeypatch.setattr(COMPILER, "failed", False)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -565,8 +566,8 @@ def test_compiled_rows_give_the_numbers_of_eager_ones(kind, compiling, monkeypat
     case = Case(rows=21, near=True)
     loss = LossConfig(divergence="jsd", alpha=0.5, temperature=1.0, label_smoothing=0.1)
     compiled, gradients = case.run(loss, kind)
-    assert not fused.COMPILER.failed
-    monkeypatch.setattr(fused, "COMPILE_ELEMENTS", 2**62)
+    assert not COMPILER.failed
+    monkeypatch.setattr(buffers, "COMPILE_ELEMENTS", 2**62)
     eager, expected = case.run(loss, kind)
     for left, right in zip(compiled, eager, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=0, equal_nan=True)
@@ -589,7 +590,7 @@ def test_whatever_the_compiler_raises_the_loss_runs_uncompiled(
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(fused, "_compiled", lambda _: broken)
+    monkeypatch.setattr(buffers, "_compiled", lambda _: broken)
     case, loss = Case(rows=21), LossConfig(temperature=1.0)
     found, _ = case.run(loss, kind)
     expected, _ = case.oracle(loss, kind)
@@ -602,10 +603,10 @@ def test_an_error_that_is_not_the_compilers_is_raised_as_it_is(compiling, monkey
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(fused, "_compiled", lambda _: out_of_memory)
+    monkeypatch.setattr(buffers, "_compiled", lambda _: out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         Case(rows=21).run(LossConfig())
-    assert not fused.COMPILER.failed
+    assert not COMPILER.failed
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from distillab.config.recipes import load_recipe
 from distillab.config.schema import LoraConfig, LossConfig, ModelConfig
-from distillab.loss.chunking import BUDGET_BYTES
-from distillab.loss.fused import Chunks
-from distillab.loss.products import HeadProducts
+from distillab.loss.buffers import Chunks
+from distillab.loss.chunking import budget_bytes
+from distillab.loss.products import HeadProducts, MixedProducts
 from distillab.loss.rows import RowSpec
 from distillab.models.interface import PretrainedLM
 from distillab.models.student import StudentModel
@@ -133,8 +133,27 @@ def test_loss_buffers_are_those_of_the_loss(rows, vocab, teacher):
     targets = HiddenTargets(hidden, Head(torch.empty(vocab, 8, device="meta"))) if teacher else None
     spec = RowSpec.of(LossConfig(), vocab)
     chunks = Chunks(torch.empty(rows, 8), HeadProducts(torch.float32), targets, spec,
-                    BUDGET_BYTES["cpu"])  # fmt: skip
+                    budget_bytes("cpu", 2**33, False))  # fmt: skip
     assert step.loss_buffers("cpu") == chunks.student.nbytes + chunks.teacher.nbytes
+
+
+@pytest.mark.parametrize("device", ["t4", "h100"])
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize(("rows", "vocab"), [(7, 400), (4096, 151665), (4096, 151936)])
+def test_loss_buffers_on_a_gpu_are_those_of_its_kernels(rows, vocab, teacher, device):
+    memory = find_device(device).memory
+    shape = Shape(8, 1, 2, 1, 4, 16, vocab)
+    step = Step(shape, shape if teacher else None, 1, rows, precision="fp16", device_memory=memory)
+    hidden = torch.empty(rows, 8, device="meta")
+    targets = HiddenTargets(hidden, Head(torch.empty(vocab, 8, device="meta"))) if teacher else None
+    chunks = Chunks(hidden, MixedProducts(torch.float16), targets, RowSpec.of(LossConfig(), vocab),
+                    budget_bytes("cuda", memory, True))  # fmt: skip
+    found = step.loss_buffers("cuda") - 2 * shape.head_parameters
+    assert found == sum(
+        part.untyped_storage().nbytes()
+        for part in (chunks.student, chunks.teacher, chunks.gradient)
+    )
+    assert found <= budget_bytes("cuda", memory, True)
 
 
 @pytest.mark.parametrize("kind", ["lora", "qwen3", "padded"])

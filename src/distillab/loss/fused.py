@@ -2,36 +2,23 @@
 
 每块在前向时就把梯度算完：四次 head 大小的矩阵乘（学生 logits、教师 logits、对 hidden 的梯度、
 对 weight 的梯度），没有一次重算；反向只乘上游梯度。数学的可读版本在 ``losses.py``，逐行算术在
-``rows.py`` 与 ``sparse.py``。
+``rows.py`` 与 ``sparse.py``；GPU 的半精度走 ``kernels.py``。
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import _StopRecomputationError
 
 from ..config.schema import LossConfig
-from ..errors import typed_reason
-from ..targets import DenseTargets, HiddenTargets, SparseTargets, Targets
-from .chunking import BUDGET_BYTES, Chunking
+from ..targets import DenseTargets, HiddenTargets, Targets
+from .buffers import Chunks
 from .losses import LossSums, check_targets
-from .products import HeadProducts, compute_dtype, head_products
-from .rows import RowSpec, RowValues, dense_rows
-from .sparse import sparse_rows
-
-logger = logging.getLogger("distillab")
-
-COMPILE_ELEMENTS = 2**24
-"""CPU 上 ``P * V`` 达到这么多才编译：编译要几秒到半分钟，小的损失赚不回来。"""
+from .products import compute_dtype, head_products
+from .rows import RowSpec, RowValues
 
 
 def fused_distillation_loss(
@@ -68,7 +55,7 @@ def fused_distillation_loss(
         vocab_limit: 两个 head 都只看前若干行；其余没有概率，梯度为 0。
         excluded: ``[E]``，int64，其中同样没有概率、梯度为 0 的行，互不相同；标签与
             ``SparseTargets`` 的 ids 不得在其中。
-        memory_budget: 块缓冲区的字节数；缺省为空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的。
+        memory_budget: 块缓冲区的字节数；缺省为空闲内存的 10% 与 ``budget_bytes`` 中较小的。
         reduction: ``sum``，或除以 P 的 ``mean``。
         label_metrics: ``alpha`` 为 1 时也给出两个交叉熵（不带梯度）；缺省不看标签。
 
@@ -136,7 +123,7 @@ class _FusedLoss(torch.autograd.Function):
                 else None
                 for part, needed in zip(inputs, ctx.needs_input_grad, strict=False)
             ]
-            chunks = Chunks(hidden, products, targets, spec, memory_budget, labels, bias)
+            chunks = Chunks(hidden, products, targets, spec, memory_budget, labels, bias, excluded)
             student_weight = products.weight(weight[:vocab])
             if isinstance(targets, HiddenTargets):
                 head = targets.head.weight[:vocab]
@@ -146,27 +133,23 @@ class _FusedLoss(torch.autograd.Function):
             for rows in chunks:
                 count = rows.stop - rows.start
                 student, teacher = chunks.student[:count], chunks.teacher[:count]
-                student_rows = products.rows(hidden.detach()[rows])
-                products.logits(student_rows, student_weight, out=student)
+                products.logits(products.rows(hidden.detach()[rows]), student_weight, student)
                 if isinstance(targets, HiddenTargets):
                     products.logits(products.rows(targets.hidden[rows]), teacher_weight, teacher)
                 elif isinstance(targets, DenseTargets):
                     teacher.copy_(targets.logits[rows, :vocab])
-                if excluded is not None:
-                    student.index_fill_(1, excluded, -torch.inf)
-                    teacher.index_fill_(1, excluded, -torch.inf)
                 sums += chunks.row_values(rows)
-                if not spec.gradient:
+                complete = chunks.complete(rows)
+                if complete is None:
                     continue
-                if excluded is not None:
-                    student.index_fill_(1, excluded, 0)
+                group, d_logits = complete
                 if d_bias is not None:
-                    d_bias[:vocab] += student.sum(0)
-                d_logits = products.d_logits(student)
+                    d_bias[:vocab] += products.d_bias(d_logits)
                 if d_hidden is not None:
-                    d_hidden[rows] = products.d_rows(d_logits, student_weight)
+                    d_hidden[group] = products.d_rows(d_logits, student_weight)
                 if d_weight is not None:
-                    products.add_d_weight(d_weight[:vocab], d_logits, student_rows)
+                    group_rows = products.rows(hidden.detach()[group])
+                    products.add_d_weight(d_weight[:vocab], d_logits, group_rows)
         ctx.dtypes = [None if part is None else part.dtype for part in inputs]
         divergence, cross_entropy = sums[:2]
         total = (1 - spec.alpha) * cross_entropy
@@ -190,138 +173,3 @@ class _FusedLoss(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None)
-
-
-class Chunks:
-    """行的切分，各块轮流使用的缓冲区，与一块里的逐行算术。"""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        products: HeadProducts,
-        targets: Targets | None,
-        spec: RowSpec,
-        memory_budget: int | None,
-        labels: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> None:
-        self.spec, self.rows, self.labels, self.targets = spec, len(hidden), labels, targets
-        self.bias = None if bias is None else bias.detach()[: spec.vocab]
-        device = hidden.device
-        two = isinstance(targets, HiddenTargets | DenseTargets)
-        row_bytes = spec.vocab * (products.dtype.itemsize * (1 + two) + products.d_logits_bytes)
-        budget = default_budget(device) if memory_budget is None else memory_budget
-        chunking = Chunking.of(self.rows, row_bytes, device.type, budget)
-        self.size, self.tile = chunking.size, chunking.tile
-        self.compiled = device.type != "cpu" or self.rows * spec.vocab >= COMPILE_ELEMENTS
-        shape = (chunking.buffer_rows, spec.vocab)
-        self.student = torch.empty(shape, dtype=products.dtype, device=device)
-        self.teacher = torch.empty_like(self.student) if two else self.student[:0]
-
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.rows, self.size):
-            yield slice(start, min(start + self.size, self.rows))
-
-    def row_values(self, rows: slice) -> Tensor:
-        """缓冲区里的一块：``RowValues`` 的总和 ``[5]``，float64；学生的缓冲区变成梯度。"""
-        parts = [
-            self._tile(start - rows.start, slice(start, min(start + self.tile, rows.stop)))
-            for start in range(rows.start, rows.stop, self.tile)
-        ]
-        return torch.stack(parts).sum(0)
-
-    def _tile(self, first: int, rows: slice) -> Tensor:
-        """``first`` 是这一片在缓冲区里的第一行，``rows`` 是它在全部 P 行里的。
-
-        要编译时，形状总是整片：最后一片不足的补上，补的行不计。
-        """
-        count = rows.stop - rows.start
-        size = self.tile if self.compiled else count
-        student = self.student[first : first + size]
-        own, targets, spec = student[:count], self.targets, self.spec
-
-        def pad(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or size == count:
-                return tensor
-            return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, size - count])
-
-        labels = None if self.labels is None else self.labels[rows]
-        label_product = None if labels is None else own.gather(1, labels[:, None])[:, 0]
-        if isinstance(targets, SparseTargets):
-            ids, probs = targets.ids[rows], targets.probs[rows].to(own.dtype)
-            entropy = None if targets.entropy is None else targets.entropy[rows].to(own.dtype)
-            narrow = own.gather(1, ids), ids, probs, entropy, label_product, labels
-            if targets.tail != "sampled":
-                own.scatter_(1, ids, -torch.inf)
-            *values, id_gradient, label_gradient = self._call(
-                sparse_rows, student, *map(pad, narrow), self.bias, targets.tail, spec
-            )
-            if spec.gradient:
-                write = own.scatter_add_ if targets.tail == "sampled" else own.scatter_
-                write(1, ids, id_gradient[:count])
-        else:
-            teacher = None if targets is None else self.teacher[first : first + size]
-            teacher_bias = None
-            if isinstance(targets, HiddenTargets):
-                head = targets.head
-                spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
-                teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
-            at_label = pad(label_product), pad(labels)
-            *values, label_gradient = self._call(
-                dense_rows, student, teacher, *at_label, self.bias, teacher_bias, spec
-            )
-        if labels is not None and spec.gradient:
-            own.scatter_add_(1, labels[:, None], label_gradient[:count, None])
-        return torch.stack(values)[:, :count].sum(-1, dtype=torch.float64)
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if not self.compiled:
-            return function(*arguments)
-        return COMPILER.call(_compiled(function), function, *arguments)
-
-
-def default_budget(device: torch.device) -> int:
-    """空闲内存的 10% 与 ``BUDGET_BYTES`` 中较小的，单位字节。"""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-    else:
-        free = psutil.virtual_memory().available
-    return min(free // 10, BUDGET_BYTES.get(device.type, BUDGET_BYTES["cuda"]))
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
-
-
-class Compiler:
-    """没有编译器、或编译不成的机器上，从此逐个算子执行：数相同，只是慢，在日志里说一次。
-
-    编译器自己的错误什么类型都有（dynamo 抛过光秃秃的 ``AssertionError``），所以都算；逐个算子也不成
-    的，是使用者的错误，原样抛出。
-    """
-
-    def __init__(self, warning: str) -> None:
-        self.warning, self.failed = warning, False
-
-    def call(
-        self, compiled: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """``compiled`` 的结果；不成则是 ``eager`` 的。"""
-        if self.failed:
-            return eager(*args, **kwargs)
-        try:
-            return compiled(*args, **kwargs)
-        except (torch.OutOfMemoryError, _StopRecomputationError):
-            raise  # 后者是重算激活提前收工的信号
-        except Exception as error:
-            result = eager(*args, **kwargs)
-            self.failed = True
-            logger.warning(self.warning, typed_reason(error))
-            return result
-
-
-COMPILER = Compiler(
-    "torch.compile cannot be used here, the loss runs uncompiled: same numbers, slower (%s)"
-)

@@ -74,6 +74,10 @@ class HeadProducts:
         for part, columns in self._tiles(weight):
             torch.mm(rows, part.T, out=out[:, columns])
 
+    def d_bias(self, d_logits: Tensor) -> Tensor:
+        """对 bias 的梯度 ``[V]``，``dtype``。"""
+        return d_logits.sum(0)
+
     def d_rows(self, d_logits: Tensor, weight: Tensor) -> Tensor:
         """对行的梯度 ``d_logits @ weight``：``[R, H]``，``dtype``。"""
         total = d_logits.new_zeros(len(d_logits), weight.shape[1])
@@ -122,6 +126,10 @@ class MixedProducts(HeadProducts):
     def logits(self, rows: Tensor, weight: Tensor, out: Tensor) -> None:
         """把 logits 写进 ``out``：``out [R, V] = rows @ weight.T``，float32。"""
         torch.mm(rows, weight.T, out_dtype=torch.float32, out=out)
+
+    def d_bias(self, d_logits: Tensor) -> Tensor:
+        """对 bias 的梯度 ``[V]``，float32。"""
+        return d_logits.sum(0, dtype=self.dtype) / self.scale
 
     def d_rows(self, d_logits: Tensor, weight: Tensor) -> Tensor:
         """对行的梯度 ``d_logits @ weight``：``[R, H]``，float32。"""

@@ -15,7 +15,7 @@ from ..limits import (
     rows_together,
     sampling_row_bytes,
 )
-from ..loss.chunking import BUDGET_BYTES, Chunking
+from ..loss.chunking import Chunking, budget_bytes
 from .shapes import BYTES, Shape
 
 ZERO_BUCKET = 500_000_000
@@ -69,6 +69,7 @@ class Step:
         processes: 进程数。
         shard_teacher: 教师的权重也分到各进程。
         sampling: 从学生采样；``None`` 是不采样。
+        device_memory: 设备的内存，字节：损失的块多大由它定。
     """
 
     student: Shape
@@ -90,6 +91,7 @@ class Step:
     processes: int = 1
     shard_teacher: bool = False
     sampling: Sampling | None = None
+    device_memory: int = 80 * 2**30
 
     @property
     def tokens(self) -> int:
@@ -231,8 +233,16 @@ class Step:
         """损失分块的缓冲区，字节。"""
         two = self.distils and self.teacher is not None
         half = device == "cuda" and self.precision != "fp32"
-        row_bytes = self.student.vocab_size * (4 * (1 + two) + 2 * half)
-        chunking = Chunking.of(self.response_rows, row_bytes, device, BUDGET_BYTES[device])
+        budget = budget_bytes(device, self.device_memory, kernels=half)
+        chunking = Chunking.of(
+            self.response_rows,
+            self.student.vocab_size,
+            4 * (1 + two),
+            2 * half,
+            device,
+            budget,
+            half,
+        )
         weight = 2 * self.student.head_parameters * half * (self.base_precision == "fp32")
         return chunking.buffer_bytes + weight  # 半精度的 head 只在损失里有一份
 

@@ -238,6 +238,7 @@ def _planned(
         shard_teacher=recipe.teacher is not None and recipe.teacher.shard and processes > 1,
         engine=engine,
         processes=processes,
+        device_memory=device.memory,
     )
     if recipe.responses.on_policy:
         step = step.with_sampling(

@@ -23,7 +23,7 @@ from ..batch import Batch
 from ..config.schema import TrainingConfig
 from ..errors import typed_reason
 from ..generate.cuda_graph import waiting_is_an_error
-from ..loss.fused import Compiler
+from ..loss.compiler import Compiler
 from ..models.interface import LanguageModel
 
 logger = logging.getLogger("distillab")
