@@ -61,19 +61,19 @@ class Chunking(NamedTuple):
         width = -(-vocab // 64) * 64 if kernels else vocab
         together = GROUP if kernels and gradient_bytes else 1
         limit = max(1, budget // (width * (logit_bytes + together * gradient_bytes)))
-        unit = CPU_TILE if device == "cpu" else CUDA_ROWS
-        if device == "cpu" or (kernels and limit > unit):
-            if limit > unit:
-                limit -= limit % unit
+        even = kernels or device == "cpu"
+        unit = CUDA_ROWS if kernels or device != "cpu" else CPU_TILE
+        if even and limit > unit:
+            limit -= limit % unit
+        if even:
             size = -(-rows // max(1, -(-rows // limit))) or 1
-            tile = min(unit, size)
-            if kernels:
-                size = tile = -(-size // unit) * unit
         else:
             size = 1 << (limit.bit_length() - 1)
             while size > unit and size // 2 >= rows:
                 size //= 2
-            tile = size
+        if kernels:
+            size = min(limit, -(-size // unit) * unit)
+        tile = size if kernels or device != "cpu" else min(unit, size)
         group = size * min(together, max(1, -(-rows // size)))
         return cls(size, tile, group, width, width * logit_bytes, width * gradient_bytes)
 
