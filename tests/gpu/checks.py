@@ -18,7 +18,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from distillab.batch import Example, Tokens, collate_examples, collate_text
 from distillab.config.schema import LoraConfig, LossConfig, ModelConfig, TrainingConfig
 from distillab.export.convert import to_hf_state_dict
+from distillab.generate.cuda_graph import recordable
 from distillab.generate.generator import TextGenerator, padded
+from distillab.generate.sampling import sample_tokens
+from distillab.generate.stops import until_stop
+from distillab.generate.weights import sampling_logits
 from distillab.loss.fused import fused_distillation_loss
 from distillab.loss.losses import distillation_loss
 from distillab.models.interface import PretrainedLM
@@ -394,6 +398,57 @@ def generation_equals_cpu(device, strategy):
     return f"{count} tokens equal"
 
 
+def sampling_is_recorded(device):
+    """一步录得下来；停下的行丢掉、重录之后，其余的行仍与 CPU 的相同。"""
+    own, theirs = student().eval(), PretrainedLM(pretrained(0.2).eval())
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    rows = [[(31 * n + 7 * i) % VOCAB for i in range(2 + n)] for n in range(16)]
+    count = 0
+    for model in (own, theirs):
+        found = []
+        for place in ("cpu", device):
+            generator = TextGenerator(model.to(place), Plain())
+            generator.stop_ids = frozenset(range(0, VOCAB, 24))
+            ids, mask = padded(rows, 0, torch.device(place))
+            new_ids = generator.generate_ids(
+                ids, mask, strategy="sample", max_new_tokens=110, seeds=range(16)
+            )
+            found.append(new_ids.tolist())
+        assert found[0] == found[1], first_difference(*found)
+        assert device == "cpu" or recordable(model), "the step was not recorded"
+        count += sum(len(until_stop(row, generator.stop_ids)) for row in found[0])
+    return f"{count} tokens equal"
+
+
+def tokens_are_drawn_as_on_the_cpu(device):
+    """同样的 logits 与随机数，选同一个 token；离边界 1e-7 之内的不算。"""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2000, 20_011, generator=generator)
+    uniform = torch.rand(2000, dtype=torch.float64, generator=generator)
+    expected = sample_tokens(logits, uniform)
+    found = sample_tokens(logits.to(device), uniform.to(device)).cpu()
+    other = (found != expected).nonzero()[:, 0].tolist()
+    for row in other:
+        boundaries = logits[row].double().softmax(-1).cumsum(-1)
+        assert (boundaries - uniform[row]).abs().min() < 1e-7, f"row {row}"
+    return f"{2000 - len(other)} of 2000 rows equal, {len(other)} at a boundary"
+
+
+def half_head_has_float32_logits(device):
+    """半精度的 head 原样相乘，与先转成 float32 的相同到求和的次序。"""
+    worst = 0.0
+    for dtype in (torch.bfloat16, torch.float16):
+        head = Head(torch.randn(VOCAB, 512, device=device, dtype=dtype))
+        hidden = torch.randn(8, 512, device=device, dtype=dtype)
+        found, expected = sampling_logits(head)(hidden), head.logits(hidden)
+        assert found.dtype == torch.float32
+        worst = max(worst, relative(found, expected.double()))
+    assert worst <= 1e-5, f"error {worst:.1e}"
+    return f"error {worst:.1e}"
+
+
 def first_difference(left, right):
     for row, (one, other) in enumerate(zip(left, right, strict=True)):
         for step, pair in enumerate(zip(one, other, strict=True)):
@@ -446,6 +501,9 @@ CHECKS = {
     "resume": resume_is_exact,
     "generation = CPU": partial(generation_equals_cpu, strategy="greedy"),
     "generation = CPU, sampled": partial(generation_equals_cpu, strategy="sample"),
+    "sampling recorded": sampling_is_recorded,
+    "tokens drawn = CPU": tokens_are_drawn_as_on_the_cpu,
+    "half head": half_head_has_float32_logits,
     "conversion": converted_equals_own,
     "no host wait": no_wait_before_the_optimizer,
     "no host wait, two views": partial(no_wait_before_the_optimizer, kind="pairs"),
