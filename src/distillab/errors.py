@@ -63,6 +63,15 @@ def foreign(what: str) -> Iterator[None]:
         raise DistillabError(f"{what}: {reason(error)}") from error
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """其间的 ``DistillabError`` 以 ``where`` 开头。"""
+    try:
+        yield
+    except DistillabError as error:
+        raise DistillabError(f"{where}: {error}") from error
+
+
 class Terminated(KeyboardInterrupt):
     """收到 SIGTERM（抢占式机器要收回、作业管理器要停）：与 Ctrl-C 同样收尾，退出码不同。"""
 

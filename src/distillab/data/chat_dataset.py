@@ -19,7 +19,7 @@ from ..bars import track
 from ..batch import Example, Tokens
 from ..config.sections import DataSection
 from ..config.style import Style
-from ..errors import DistillabError
+from ..errors import DistillabError, located
 from .chat import control_token
 from .pairs import Pair
 from .template import render_conversations_ahead
@@ -236,10 +236,8 @@ def _fitted(
     only_prompts: bool = False,
 ) -> Fitted | None:
     views = [side.prompt if only_prompts else side.messages for side in pair.sides]
-    try:
+    with located(pair.student.where):
         return fit(views, tokenizer, max_seq_len, _style(pair, data), loss_on=data.loss_on)
-    except DistillabError as error:
-        raise DistillabError(f"{pair.student.where}: {error}") from error
 
 
 def _style(pair: Pair, data: DataSection) -> Style:

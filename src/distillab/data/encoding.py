@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,6 +34,7 @@ _MARGIN = 2**10
 _OVERLAP = 64
 """下一段从前一段切口之前这么多个 token 处开始，对上了才接得起来。"""
 
+_BYTE = re.compile(r"<0x..>", re.DOTALL)
 _TRIES = 2000
 """在一段里至多试这么多处切口。"""
 
@@ -60,10 +62,11 @@ class ArticleEncoder:
         found: list[Ids] = []
         before, after = np.array(self._before, np.int32), np.array([self._separator], np.int32)
         for batch in batches(texts, TOGETHER):
-            if len(batch) == 1 and len(batch[0]) > TOGETHER:
-                rows = [self._long(batch[0])]
-            else:
-                rows = [np.asarray(ids, np.int32) for ids in self.plain(batch)]
+            long = len(batch) == 1 and len(batch[0]) > TOGETHER and self.tokenizer.is_fast
+            if long and (pieces := self._pieces(batch[0])) is not None:
+                found.append(np.concatenate([before, *pieces, after]))
+                continue
+            rows = (np.asarray(ids, np.int32) for ids in self.plain(batch))
             found += [np.concatenate([before, ids, after]) for ids in rows]
         return found
 
@@ -78,15 +81,8 @@ class ArticleEncoder:
             texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **options
         )
 
-    def _long(self, text: str) -> Ids:
-        """一段一段地分词，结果与整篇一次相同；找不到可靠的切口就整篇一次。"""
-        pieces = self._pieces(text) if self.tokenizer.is_fast else None
-        if pieces is None:
-            return np.asarray(self.plain([text])[0], np.int32)
-        return np.concatenate(pieces)
-
     def _pieces(self, text: str) -> list[Ids] | None:
-        """各段的 token；接不下去则为 ``None``。
+        """一段一段地分词，结果与整篇一次相同；找不到可靠的切口则为 ``None``。
 
         切口在两段里都是词的边界，或在哪个 token 都不会跨过的两个字符之间：切词从词的边界往后走，不
         看前面；没有 token 会跨过的地方，合并也不会跨过。
@@ -99,7 +95,11 @@ class ArticleEncoder:
                 self._tokenised(text[begin:end], return_offsets_mapping=True), end - begin
             )
             first = window.index_of(start - begin) if start else 0
-            if first is None or (start and not self._joins(window, first, before)):
+            if first is None:
+                return None
+            # 前一段的切口在这一段里也是切口，之前的 token 也相同。
+            own = window.ids[max(0, first - len(before)) : first]
+            if start and not (np.array_equal(own, before) and self._can_cut(window, first)):
                 return None
             if end == len(text):
                 return [*pieces, window.ids[first:]]
@@ -110,11 +110,6 @@ class ArticleEncoder:
             before = window.ids[cut - _OVERLAP // 2 : cut]
             start = begin + int(window.starts[cut])
             begin += int(window.starts[cut - _OVERLAP])
-
-    def _joins(self, window: _Window, first: int, before: Ids) -> bool:
-        """前一段的切口在这一段里也是切口，之前的 token 也相同。"""
-        own = window.ids[max(0, first - len(before)) : first]
-        return np.array_equal(own, before) and self._can_cut(window, first)
 
     def _last_cut(self, window: _Window, first: int) -> int | None:
         last = int(np.searchsorted(window.starts, window.length - _MARGIN, "right")) - 1
@@ -129,10 +124,9 @@ class ArticleEncoder:
 
     def _never_joined(self, window: _Window, index: int) -> bool:
         left, right = window.tokens[index - 1], window.tokens[index]
-        if "" in (left, right) or self.tokenizer.unk_token in (left, right):
-            return False
-        if _is_byte(left) or _is_byte(right):
-            return False
+        for token in (left, right):
+            if token in ("", self.tokenizer.unk_token) or _BYTE.fullmatch(token):
+                return False
         pair = left[-1] + right[0]
         if pair not in self._pairs:
             if self._vocab is None:
@@ -161,10 +155,6 @@ class _Window:
         """这个 token 之前是词的边界，之后在这一段里还有两个完整的词。"""
         words = self._words
         return words[index] != words[index - 1] and len(set(words[index : index + 64])) > 3
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def encoded_articles(

@@ -18,10 +18,8 @@ def leaks(added: list[tuple[str, str]], student: Conversation) -> bool:
     question = squeezed([student.question])
     quoted = question in squeezed(line for _, line in added)
     asked = squeezed(turn["content"] for turn in student.prompt if turn["role"] == "user")
-    lines = [
-        line for role, line in added
-        if line not in (asked if role in ("tool", "assistant") else question * quoted)
-    ]  # fmt: skip
+    known = {"tool": asked, "assistant": asked}
+    lines = [line for role, line in added if line not in known.get(role, question * quoted)]
     text = squeezed(turn["content"] for turn in student.prompt)
     leaked = sum(len(line) for line in lines if len(line) >= SHORTEST_LEAK and line in text)
     return leaked > 0 and leaked >= sum(map(len, lines)) / 2
@@ -32,8 +30,10 @@ def added_lines(student: Sequence[Message], teacher: Sequence[Message]) -> list[
 
     先对上相同的消息（教师可以在中间多几轮），对不上的几条从最后一条起逐条对照，去掉首尾相同的部分。
     """
-    ours, theirs = ([(m["role"], squeezed([m["content"]])) for m in part]
-                    for part in (student, teacher))  # fmt: skip
+    ours, theirs = (
+        [(turn["role"], squeezed([turn["content"]])) for turn in part]
+        for part in (student, teacher)
+    )
     lines: list[tuple[str, str]] = []
     matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():

@@ -102,9 +102,8 @@ def count_left_out(
     ):
         if counts:
             tokens = some(left.tokens[index] for index, _ in counts.most_common())
-            total = f"{counts.total():,}"
             logger.warning(
-                "%s: %s %s: only the student's tokenizer has %s", name, total, what, tokens
+                f"{name}: {counts.total():,} {what}: only the student's tokenizer has {tokens}"
             )
 
 

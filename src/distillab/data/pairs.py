@@ -74,36 +74,33 @@ def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[P
     ``data.responses`` 设为 ``None``）与 on-policy 只要 prompt。来源读不了，或两个视角对不上（键重
     复、问题不同、没有 response、学生的 prompt 里有经验、教师的没有……），是 ``DistillabError``。
     """
-    notes: list[str] = []
-    problems = _Problems()
+    found = _Findings()
     alone = data.teacher_source is None and data.responses is None
     students = _read(data, data.source, data.sha256, need_response and alone)
-    students = _within(students, data.size_mb, notes)
-    unanswered = sum(conversation.unanswered for conversation in students)
-    if unanswered:
-        notes.append(f"{data.source}: cut {unanswered} final questions that have no answer")
-    notes += _unread(data.source, students)
+    students = _within(students, data.size_mb, found)
+    if unanswered := sum(conversation.unanswered for conversation in students):
+        found.notes.append(f"{data.source}: cut {unanswered} final questions that have no answer")
+    found.note_unread(data.source, students)
     if data.teacher_source is not None:
         teachers = list(_read(data, data.teacher_source, None, False))
-        notes += _unread(data.teacher_source, teachers)
-        pairs = _merged(students, teachers, data, notes, problems)
+        found.note_unread(data.teacher_source, teachers)
+        pairs = _merged(students, teachers, data, found)
     else:
-        pairs = _with_experience(students, data, problems)
+        pairs = _with_experience(students, data, found)
     if data.responses is not None:
-        pairs = _with_responses(pairs, data.responses, notes, problems)
-    if need_response:
-        for pair in pairs:
-            if pair.student.response is None:
-                problems.add("no response in either file", pair.student)
-    problems.raise_any(" and ".join(filter(None, (data.source, data.teacher_source))))
-    return pairs, notes
+        pairs = _with_responses(pairs, data.responses, found)
+    for pair in pairs:
+        if need_response and pair.student.response is None:
+            found.problem("no response in either file", pair.student)
+    found.raise_any(" and ".join(filter(None, (data.source, data.teacher_source))))
+    return pairs, found.notes
 
 
 def with_experience(conversations: list[Conversation], config: Experience) -> list[Pair]:
     """给教师的视角拼上 ``config.experience``；没有经验则两个视角相同，学生已读到它的报错。"""
-    problems = _Problems()
-    pairs = _with_experience(conversations, config, problems)
-    problems.raise_any("experience")
+    found = _Findings()
+    pairs = _with_experience(conversations, config, found)
+    found.raise_any("experience")
     return pairs
 
 
@@ -149,14 +146,8 @@ def _read(
     )
 
 
-def _unread(source: str, conversations: list[Conversation]) -> list[str]:
-    """没有读的键，一行日志：以为它们有用的人看得见。"""
-    keys = sorted(set().union(*(conversation.unread for conversation in conversations)))
-    return [f"{source}: keys that are not part of the conversation: {', '.join(keys)}"] * bool(keys)
-
-
 def _within(
-    conversations: Iterable[Conversation], size_mb: float | None, notes: list[str]
+    conversations: Iterable[Conversation], size_mb: float | None, found: _Findings
 ) -> list[Conversation]:
     """最前面的若干段，正文合计不超过 ``size_mb``。"""
     taken: list[Conversation] = []
@@ -164,7 +155,9 @@ def _within(
     for conversation in conversations:
         total += sum(len(message["content"].encode()) for message in conversation.messages)
         if size_mb is not None and total > size_mb * 1e6:
-            notes.append(f"stopped reading after {len(taken)} conversations: size_mb={size_mb:g}")
+            found.notes.append(
+                f"stopped reading after {len(taken)} conversations: size_mb={size_mb:g}"
+            )
             break
         taken.append(conversation)
     return taken
@@ -177,31 +170,32 @@ def _merged(
     students: list[Conversation],
     teachers: list[Conversation],
     data: DataSection,
-    notes: list[str],
-    problems: _Problems,
+    found: _Findings,
 ) -> list[Pair]:
     by_id = _all_have_ids(students) and _all_have_ids(teachers)
     name = "id" if by_id else "last question"
-    left, right = (_unique(part, by_id, name, problems) for part in (students, teachers))
+    left, right = (_unique(part, by_id, name, found) for part in (students, teachers))
     common = [key for key in left if key in right]
     if not common:
         raise DistillabError(
             f"{data.source} and {data.teacher_source} share no {name}: found {some(left)} in the "
             f"first and {some(right)} in the second"
         )
-    notes.append(f"paired {len(common)} tasks by their {name}")
+    found.notes.append(f"paired {len(common)} tasks by their {name}")
     for source, only in (
         (data.source, [key for key in left if key not in right]),
         (data.teacher_source, [key for key in right if key not in left]),
     ):
         if only:
-            notes.append(f"left out {len(only)} tasks that are only in {source}: {some(only)}")
+            found.notes.append(
+                f"left out {len(only)} tasks that are only in {source}: {some(only)}"
+            )
     pairs = [Pair(left[key], right[key]) for key in common]
     for pair in pairs:
-        _check_pair(pair, data.loss_on, problems)
-    replaced = sum(_responses_differ(pair) for pair in pairs)
-    if replaced:
-        notes.append(
+        _check_pair(pair, data.loss_on, found)
+    finals = ((pair.student.final, pair.teacher.final) for pair in pairs)
+    if replaced := sum(bool(a and b and _said(a) != _said(b)) for a, b in finals):
+        found.notes.append(
             f"{replaced} responses differ between the two files; used those of "
             f"{data.teacher_source}, which were written with experience"
         )
@@ -220,47 +214,40 @@ def _all_have_ids(conversations: list[Conversation]) -> bool:
 
 
 def _unique(
-    conversations: list[Conversation], by_id: bool, name: str, problems: _Problems
+    conversations: list[Conversation], by_id: bool, name: str, found: _Findings
 ) -> dict[str, Conversation]:
-    found: dict[str, Conversation] = {}
+    unique: dict[str, Conversation] = {}
     for conversation in conversations:
         key = conversation.key if by_id else conversation.question.strip()
-        if key in found:
-            problems.add(f"duplicate {name}", conversation)
-        found.setdefault(key, conversation)
-    return found
+        if unique.setdefault(key, conversation) is not conversation:
+            found.problem(f"duplicate {name}", conversation)
+    return unique
 
 
-def _check_pair(pair: Pair, loss_on: str, problems: _Problems) -> None:
+def _check_pair(pair: Pair, loss_on: str, found: _Findings) -> None:
     student, teacher = pair.student, pair.teacher
     if student.question.strip() not in teacher.question:
-        problems.add("the last user messages differ", student)
+        found.problem("the last user messages differ", student)
         return
     if student.tools != teacher.tools:
-        problems.add("the tools of the two files differ", student)
+        found.problem("the tools of the two files differ", student)
     if loss_on == "all" and _assistant_turns(student) != _assistant_turns(teacher):
-        problems.add("earlier assistant turns differ (set data.loss_on to last)", student)
+        found.problem("earlier assistant turns differ (set data.loss_on to last)", student)
     added = added_lines(student.prompt, teacher.prompt)
     if not added:
-        problems.add("the teacher's prompt holds nothing that the student's lacks", teacher)
+        found.problem("the teacher's prompt holds nothing that the student's lacks", teacher)
     if leaks(added, student):
-        problems.add("the student's prompt holds the experience", student)
+        found.problem("the student's prompt holds the experience", student)
 
 
 def _assistant_turns(conversation: Conversation) -> list[tuple[str, str, bool]]:
     """最后一轮之前的 assistant 轮：说了什么、想了什么、训练不训练。"""
-    final = conversation.final
-    return [(*_said(turn), turn.get("train", True)) for turn in conversation.messages
-            if turn["role"] == "assistant" and turn is not final]  # fmt: skip
+    turns = [turn for turn in conversation.messages if turn["role"] == "assistant"]
+    return [(*_said(t), t.get("train", True)) for t in turns if t is not conversation.final]
 
 
 def _said(turn: Message) -> tuple[str, str]:
     return turn["content"].strip(), turn.get("reasoning_content", "").strip()
-
-
-def _responses_differ(pair: Pair) -> bool:
-    student, teacher = pair.student.final, pair.teacher.final
-    return student is not None and teacher is not None and _said(student) != _said(teacher)
 
 
 def _one_response(pair: Pair) -> Pair:
@@ -276,7 +263,7 @@ def _one_response(pair: Pair) -> Pair:
 
 
 def _with_experience(
-    students: list[Conversation], data: Experience, problems: _Problems
+    students: list[Conversation], data: Experience, found: _Findings
 ) -> list[Pair]:
     if data.experience is None:
         return [Pair(student, student) for student in students]
@@ -285,15 +272,14 @@ def _with_experience(
     pairs = []
     for student in students:
         if text in squeezed(message["content"] for message in student.prompt):
-            problems.add("the student's prompt holds the experience", student)
+            found.problem("the student's prompt holds the experience", student)
         messages = _joined(student.messages, experience, data)
         pairs.append(Pair(student, replace(student, messages=messages)))
     return pairs
 
 
 def _joined(messages: list[Message], experience: str, data: Experience) -> list[Message]:
-    role = data.experience_role
-    if role == "system":
+    if data.experience_role == "system":
         at = 0
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": ""}, *messages]
@@ -301,47 +287,52 @@ def _joined(messages: list[Message], experience: str, data: Experience) -> list[
         at = max(i for i, message in enumerate(messages) if message["role"] == "user")
     values = {"{experience}": experience, "{message}": messages[at]["content"]}
     # 一次替换完：经验里若有字面上的 "{message}"，它只是文字。
-    content = re.sub(r"\{experience\}|\{message\}", lambda found: values[found[0]],
-                     data.experience_template)  # fmt: skip
+    marks = re.compile(r"\{experience\}|\{message\}")
+    content = marks.sub(lambda found: values[found[0]], data.experience_template)
     return [*messages[:at], {**messages[at], "content": content.strip()}, *messages[at + 1 :]]
 
 
 # ---------------------------------------------------------------------- 教师写好的 response
 
 
-def _with_responses(
-    pairs: list[Pair], source: str, notes: list[str], problems: _Problems
-) -> list[Pair]:
+def _with_responses(pairs: list[Pair], source: str, found: _Findings) -> list[Pair]:
     """每个键有几行就有几条；没有一行的任务不训练，它们的回答没有通过过滤。"""
     by_key: dict[str, Pair] = {}
     for pair in pairs:
         if pair.key in by_key:
-            problems.add(
-                "duplicate id or question, so responses cannot be told apart", pair.student
-            )
+            what = "duplicate id or question, so responses cannot be told apart"
+            found.problem(what, pair.student)
         by_key[pair.key] = pair
     responses, left_out = usable_responses(source, by_key)
-    notes += left_out
+    found.notes += left_out
     return [pair.answered(text) for key, pair in by_key.items() for text in responses.get(key, [])]
 
 
 # ---------------------------------------------------------------------- 报告
 
 
-class _Problems:
-    """收集致命的问题，最后一起报：数目与最多三个例子。"""
+class _Findings:
+    """说明，与致命的问题：后者最后一起报，数目与最多三个例子。"""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        self._problems: dict[str, list[str]] = {}
 
-    def add(self, what: str, conversation: Conversation) -> None:
+    def note_unread(self, source: str, conversations: list[Conversation]) -> None:
+        """没有读的键：以为它们有用的人看得见。"""
+        if keys := sorted(set().union(*(conversation.unread for conversation in conversations))):
+            self.notes.append(
+                f"{source}: keys that are not part of the conversation: {', '.join(keys)}"
+            )
+
+    def problem(self, what: str, conversation: Conversation) -> None:
         name = conversation.id or conversation.question
-        self._found.setdefault(what, []).append(f"{shown(name)} at {conversation.where}")
+        self._problems.setdefault(what, []).append(f"{shown(name)} at {conversation.where}")
 
     def raise_any(self, where: str) -> None:
-        if self._found:
+        if self._problems:
             parts = (
                 f"{what} ({len(tasks)}: {', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)})"
-                for what, tasks in self._found.items()
+                for what, tasks in self._problems.items()
             )
             raise DistillabError(f"{where}: {'; '.join(parts)}")

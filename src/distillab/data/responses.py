@@ -74,18 +74,18 @@ def usable_responses(
             blank += 1
         elif key not in keys:
             unknown.append(key)
+        elif reasoning := row.get("reasoning"):
+            turn = {"role": "assistant", "content": response, "reasoning_content": reasoning}
+            answered.setdefault(key, []).append(turn)
         else:
-            answered.setdefault(key, []).append(_message(row))
-    left_out = [
-        f"{count} {what}"
-        for count, what in (
-            (rejected, "rows that the filter rejected"),
-            (unfinished, "responses that were cut off while being generated"),
-            (blank, "empty responses"),
-            (len(unknown), f"responses to unknown ids: {some(unknown)}"),
-        )
-        if count
-    ]
+            answered.setdefault(key, []).append(response)
+    counts = {
+        "rows that the filter rejected": rejected,
+        "responses that were cut off while being generated": unfinished,
+        "empty responses": blank,
+        f"responses to unknown ids: {some(unknown)}": len(unknown),
+    }
+    left_out = [f"{count} {what}" for what, count in counts.items() if count]
     if not answered:
         reasons = "; ".join(left_out) or "it is empty"
         raise DistillabError(
@@ -94,12 +94,6 @@ def usable_responses(
     if missing := [key for key in keys if key not in answered]:
         left_out.append(f"{len(missing)} tasks that it does not answer: {some(missing)}")
     return answered, [f"{source}: left out {what}" for what in left_out]
-
-
-def _message(row: Row) -> str | Message:
-    if not row.get("reasoning"):
-        return str(row["response"])
-    return {"role": "assistant", "content": row["response"], "reasoning_content": row["reasoning"]}
 
 
 def _rows(source: str) -> list[Row]:

@@ -25,7 +25,7 @@ from ..config.schema import Recipe
 from ..data.chat import render_prompt
 from ..data.chat_dataset import ChatDataset
 from ..data.pairs import Pair
-from ..errors import DistillabError
+from ..errors import DistillabError, located
 from ..figures import AFTER, BEFORE, TEACHER, WITHOUT
 from ..files import replace_file
 from ..generate.generator import TextGenerator
@@ -162,20 +162,15 @@ def _prepare(recipe: Recipe) -> _Bench:
     )
     texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():
-        try:
+        with located(f"evaluate.texts.{name}"):
             examples = examples_of(build_text(config, parts.tokenizer), config.max_sequences)
-        except DistillabError as error:
-            raise DistillabError(f"evaluate.texts.{name}: {error}") from error
         texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocabulary)
-    chosen = [validation[i] for i in evenly(len(validation), PROMPTS)]
-    prompts = chosen if recipe.data.format == "chat" else [_beginning(one) for one in chosen]
+    prompts = [validation[i] for i in evenly(len(validation), PROMPTS)]
+    if recipe.data.format != "chat":
+        ids = [example.student.ids for example in prompts]
+        views = [Tokens(own[: max(1, min(PROMPT_TOKENS, len(own) // 2))], []) for own in ids]
+        prompts = [Example(view, view) for view in views]
     return _Bench(recipe, parts, pairs, tasks, texts, prompts)
-
-
-def _beginning(example: Example) -> Example:
-    ids = example.student.ids
-    view = Tokens(ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))], [])
-    return Example(view, view)
 
 
 def _has_views(task: TaskSet) -> bool:
@@ -209,7 +204,10 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
         answers = bench.answers.setdefault(task.name, {})
         for subject in subjects:
             if _reads(subject, _has_views(task)):
-                answers[subject.name] = _ask(task, subject)
+                started = time.perf_counter()
+                rows = task.ask(subject)
+                answers[subject.name] = Answers(rows, time.perf_counter() - started)
+                logger.info("%s: %s %s", task.name, subject.label, f"{accuracy(rows):.1%}")
     if (config := bench.recipe.evaluate.lm_eval) is not None:
         for subject in subjects:
             if subject.name != WITHOUT:  # 它的题里没有经验，与教师是同一个模型
@@ -274,14 +272,6 @@ def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
         f"samples of {subject.label}", examples, bench.parts.tokenizer, bench.parts.vocabulary
     )
     return score(data, teacher, [subject], recipe.evaluate.batch_size)[subject.name]
-
-
-def _ask(task: TaskSet, subject: Subject) -> Answers:
-    started = time.perf_counter()
-    rows = task.ask(subject)
-    seconds = time.perf_counter() - started
-    logger.info("%s: %s %s", task.name, subject.label, f"{accuracy(rows):.1%}")
-    return Answers(rows, seconds)
 
 
 def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str | None]]:

@@ -58,7 +58,10 @@ class Sequences:
         self.tokens = np.array([len(part) for part in labels])
         self.labels = np.array(list(itertools.chain(*labels)))
         self.positions = np.concatenate([np.arange(1, count + 1) for count in self.tokens])
-        self.texts = [_text(tokenizer, example.student) for example in self.examples]
+        self.texts = [
+            continuation_text(tokenizer, view.ids[: view.response[0]], view.labels)
+            for view in (example.student for example in self.examples)
+        ]
         self.bytes = np.array([len(text.encode("utf-8", "replace")) for text in self.texts])
         self.sha256 = _digest(self.examples)
         self.privileged = any(example.teacher is not example.student for example in self.examples)
@@ -147,11 +150,6 @@ def _within(example: Example, vocabulary: Vocabulary) -> Example:
     kept = vocabulary.kept(example.student.labels)
     views = [Tokens(v.ids, list(itertools.compress(v.response, kept))) for v in example.views]
     return Example(views[0], views[-1])
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
-    first = tokens.response[0]
-    return continuation_text(tokenizer, tokens.ids[:first], tokens.labels)
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -21,7 +21,7 @@ from ..config.style import USUAL, Style
 from ..data.chat import render_prompt, text_ids
 from ..data.conversations import Conversation
 from ..data.pairs import Pair, load_pairs, with_experience
-from ..errors import DistillabError, typed_reason
+from ..errors import DistillabError, located, typed_reason
 from ..files import replace_file
 from ..generate.generator import TextGenerator
 from ..generate.likelihood import likelihoods
@@ -84,7 +84,7 @@ class TaskSet(ABC):
             judge: Score = make_filter(match, f"{where}.match")
         if config.generator is not None:
             conversations, judge = generated(config.generator, f"{where}.generator")
-        try:
+        with located(where):
             if config.generator is not None:
                 pairs = with_experience(conversations, config)
             else:
@@ -92,8 +92,6 @@ class TaskSet(ABC):
                 pairs, _ = load_pairs(DataSection(format="chat", **own), need_response=False)
             compares = "match" if needs_answer(match) else None
             check_tasks([pair.task("student") for pair in pairs], compares)
-        except DistillabError as error:
-            raise DistillabError(f"{where}: {error}") from error
         if match is not None and match.choice is not None:
             choices = [read_choices(_record(p), f"{where}: {p.student.where}") for p in pairs]
             return ChoiceTask(name, pairs, style, choices, match.choice)
@@ -146,20 +144,13 @@ class TaskSet(ABC):
         """每个问题渲染好的 prompt；同一个 tokenizer 只渲染一次。"""
         key = subject.tokenizer, subject.side
         if key not in self._prompts:
-            self._prompts[key] = [
-                self._rendered(getattr(pair, subject.side), subject.tokenizer)
-                for pair in self.pairs
-            ]
+            found = []
+            for view in (getattr(pair, subject.side) for pair in self.pairs):
+                with located(self._where(view)):
+                    style = self.style.with_tools(view.tools)
+                    found.append(render_prompt(view.prompt, subject.tokenizer, style))
+            self._prompts[key] = found
         return self._prompts[key]
-
-    def _rendered(
-        self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
-    ) -> list[int]:
-        try:
-            style = self.style.with_tools(conversation.tools)
-            return render_prompt(conversation.prompt, tokenizer, style)
-        except DistillabError as error:
-            raise DistillabError(f"{self._where(conversation)}: {error}") from error
 
     def _where(self, conversation: Conversation) -> str:
         return f"evaluate.tasks.{self.name}: {conversation.where}"
@@ -230,11 +221,9 @@ class ChoiceTask(TaskSet):
             encoded = []
             for pair, choices in zip(self.pairs, self.choices, strict=True):
                 ids = [text_ids(text, tokenizer, self.style) for text in choices.texts]
-                if not all(ids):
-                    text = choices.texts[ids.index([])]
-                    raise DistillabError(
-                        f"{self._where(pair.student)}: the choice {text!r} has no token"
-                    )
+                if [] in ids:
+                    where, text = self._where(pair.student), choices.texts[ids.index([])]
+                    raise DistillabError(f"{where}: the choice {text!r} has no token")
                 encoded.append(ids)
             self._texts[tokenizer] = encoded
         return self._texts[tokenizer]
@@ -268,14 +257,11 @@ class ChoiceTask(TaskSet):
 
 def _saved(path: Path) -> list[TaskRow] | None:
     """上次写下的结果；读不懂是 ``None``。"""
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row: TaskRow = parse_json(line, str(path))
-            check(row, ANSWERS_ROW, str(path))
-        except DistillabError:
-            return None
-        found.append(row)
+    try:
+        found = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
+        check(found, [ANSWERS_ROW], str(path))
+    except DistillabError:
+        return None
     return found
 
 

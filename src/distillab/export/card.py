@@ -55,12 +55,9 @@ def model_card(
         lines += ["| --- " * (len(columns) + 1) + "|"]
         for key, label in LABELS.items():
             if key in metrics:
-                cells = [_cell(metrics[key].get(column)) for column in columns]
+                values = (metrics[key].get(column) for column in columns)
+                cells = ("" if value is None else f"{value:.4g}" for value in values)
                 lines.append(f"| {label.card} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
     return "\n".join(lines)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
