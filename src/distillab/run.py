@@ -134,9 +134,8 @@ def train(
 
 
 def synthesize(recipe: Recipe) -> SynthesisReport:
-    """教师读着经验回答配方 ``data`` 的每个问题，写成 ``synthesize.output``；中断时答好的都已存下。
-
-    ``data.responses`` 不读，它往往就是要写的文件。
+    """教师读着经验回答配方 ``data`` 的每个问题，写成 ``synthesize.output``（``data.responses`` 因而
+    不读）；中断时答好的都已存下。
     """
     data, config = recipe.data, recipe.synthesize
     if data.format != "chat":
@@ -188,9 +187,8 @@ def _synthesis_style(
 
 
 def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = False) -> Path:
-    """把一次运行的检查点（``best``、``last`` 或它的路径）导出成普通的 Hugging Face 目录。
-
-    缺省写进运行目录的 ``export/``；目录须是空的，运行须没有正在训练。返回写下的目录。
+    """把一次运行的检查点（``best``、``last`` 或它的路径）导出成普通的 Hugging Face 目录，返回它；缺
+    省写进运行目录的 ``export/``，须是空的，运行须没有正在训练。
     """
     run = RunDirectory.find(name)
     recipe = run.trusted_recipe(trust)

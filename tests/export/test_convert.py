@@ -331,13 +331,11 @@ def test_model_card_has_valid_front_matter_and_every_number() -> None:
             "student_before": {"perplexity": 151936.0, "kl": 9.75},
             "student_after": {"perplexity": 33.25, "kl": 1.125},
         },
-        "apache-2.0",
     )
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "license": "apache-2.0",
         "base_model": "Qwen/Qwen2.5-0.5B",
         "tags": ["distillab", "knowledge-distillation"],
     }
@@ -355,4 +353,3 @@ def test_model_card_names_no_base_model_that_is_not_on_the_hub() -> None:
         card = model_card("tiny", "name: tiny", teacher, "wiki", 10, {})
         front = yaml.safe_load(card.split("---\n", 2)[1])
         assert "base_model" not in front
-        assert "license" not in front

@@ -46,7 +46,9 @@ CHANGEABLE = ("description", "evaluate.", "train.log_interval", "train.save_inte
               "train.max_checkpoints", "train.report_to", "train.timeout_minutes",
               "train.batch_size", "train.gradient_accumulation_steps",
               "teacher.shard")  # fmt: skip
-"""恢复时可以改的键：它们不影响参数的更新。批大小与累积可以换着来，一步的序列数不能变，读检查点时查。"""
+"""恢复时可以改的键：它们不影响参数的更新。批大小与累积可以换着来，一步的序列数不能变，读检查点时
+查。
+"""
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers",
             "safetensors", "pydantic", "numpy")  # fmt: skip
@@ -95,9 +97,8 @@ class RunDirectory:
         return checkpoint_dir(self.path, recipe.train.checkpoint_dir)
 
     def dated(self, recipe: Recipe) -> Recipe:
-        """模板写的日期定下来的配方：运行开始的那一天，恢复时是上次的，几个进程都听主进程的。
-
-        写当天日期的模板，明天渲染出的就是另一份数据，检查点接不上。
+        """模板写的日期定下来的配方：运行开始的那一天，恢复时是上次的，几个进程都听主进程的。不然模
+        板明天渲染出的就是另一份数据，检查点接不上。
         """
         if recipe.data.format != "chat" or recipe.data.today is not None:
             return recipe

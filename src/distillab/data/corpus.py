@@ -82,10 +82,9 @@ class Corpus:
             yield texts
 
     def held_out(self, digests: Sequence[int]) -> list[bool]:
-        """以文章为单位拆分：各篇（以摘要表示）是否在验证集里。
-
-        内容相同的文章总在同一边，否则重复的词条会让验证集泄漏。``validation_fraction`` 是占不重复的
-        文章的比例，两边都至少一篇，不足两篇是错误。
+        """以文章为单位拆分：各篇（以摘要表示）是否在验证集里；相同的文章总在同一边，否则重复的词条
+        会让验证集泄漏。``validation_fraction`` 是占不重复的文章的比例，两边都至少一篇，不足两篇是错
+        误。
         """
         unique = array("Q", dict.fromkeys(digests))
         if len(unique) < 2:

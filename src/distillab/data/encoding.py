@@ -160,9 +160,8 @@ class _Window:
 def encoded_articles(
     articles: Iterable[str], encoder: ArticleEncoder, num_proc: int | None = None
 ) -> Iterator[Ids]:
-    """依次给出每篇的 token，见 ``ArticleEncoder.encode``；读得比用得快时也只攒几批。
-
-    用 ``num_proc`` 个进程；``None`` 为就在这个进程里。
+    """依次给出每篇的 token，见 ``ArticleEncoder.encode``；用 ``num_proc`` 个进程，``None`` 为就在这
+    里。
     """
     parts = batches(articles, TOGETHER)
     if num_proc is None or num_proc < 2:

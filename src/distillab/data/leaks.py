@@ -26,9 +26,8 @@ def leaks(added: list[tuple[str, str]], student: Conversation) -> bool:
 
 
 def added_lines(student: Sequence[Message], teacher: Sequence[Message]) -> list[tuple[str, str]]:
-    """教师的 prompt 比学生的多了哪几行，连同说它的角色。
-
-    先对上相同的消息（教师可以在中间多几轮），对不上的几条从最后一条起逐条对照，去掉首尾相同的部分。
+    """教师的 prompt 比学生的多了哪几行，连同说它的角色：先对上相同的消息（教师可以在中间多几轮），
+    对不上的从最后一条起逐条对照，去掉首尾相同的部分。
     """
     ours, theirs = (
         [(turn["role"], squeezed([turn["content"]])) for turn in part]

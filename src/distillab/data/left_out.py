@@ -48,9 +48,8 @@ class LeftOut:
 def check_left_out(
     shared: Vocabulary, parts: Iterable[tuple[str, PreTrainedTokenizerBase, Container[int]]]
 ) -> None:
-    """说出两边各有哪些 token 不共有；停止的 token 在其中就拒绝。
-
-    ``parts`` 是各 ``(student 或 teacher, 它的分词器, 它的停止 token)``。
+    """说出两边各有哪些 token 不共有，停止的在其中就拒绝；``parts`` 是各
+    ``(谁, 分词器, 停止 token)``。
     """
     found = []
     for whose, tokenizer, stops in parts:

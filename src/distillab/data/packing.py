@@ -25,9 +25,8 @@ def best_fit(
     sizes: Sequence[tuple[int, int]], capacity: int, seed: int = 0, together: int = SORTED_TOGETHER
 ) -> list[list[int]]:
     """把每条放进还放得下它的、剩得最少的一行（best-fit decreasing）；给出每行由哪几条组成。
-
-    ``sizes`` 是每条 ``(学生, 教师)`` 两个视角的 token 数，各不超过 ``capacity``，一行的 token 数。
-    由 ``seed`` 随机排列，再每 ``together`` 条一段，由长到短。
+    ``sizes`` 是每条 ``(学生, 教师)`` 的 token 数；先由 ``seed`` 随机排列，再每 ``together`` 条由长
+    到短。
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(sizes), generator=generator).tolist()
@@ -61,9 +60,8 @@ def best_fit(
 
 class PackedDataset(Dataset[tuple[Example, ...]]):
     """每项是一行：放在一起的几条 ``Example``，一共至多 ``max_seq_len``（缺省为 ``data`` 的）。
-
-    ``rows`` 是每行有 ``data`` 的哪几条，见 :func:`best_fit`；``filled`` 是 ``(学生, 教师)`` 两个视
-    角里，不是 padding 的 token 占各行的份额；``fingerprint`` 是数据与装法的指纹。
+    ``rows`` 是每行有 ``data`` 的哪几条；``filled`` 是 ``(学生, 教师)`` 两个视角里，不是 padding 的
+    token 占的份额。
     """
 
     def __init__(self, data: ChatDataset, max_seq_len: int | None = None, seed: int = 0) -> None:

@@ -68,11 +68,10 @@ class Pair:
 
 
 def load_pairs(data: DataSection, *, need_response: bool = True) -> tuple[list[Pair], list[str]]:
-    """按配方的 ``data`` 读出全部对话，配好两个视角，查对它们：``(各对, 说明)``。
+    """按配方的 ``data`` 读出全部对话，配好两个视角，查对它们：``(各对, 英文的日志行)``。
 
-    说明是英文的日志行，讲配上了多少、略过了什么。``need_response``：每段都要有 response，合成（先把
-    ``data.responses`` 设为 ``None``）与 on-policy 只要 prompt。来源读不了，或两个视角对不上（键重
-    复、问题不同、没有 response、学生的 prompt 里有经验、教师的没有……），是 ``DistillabError``。
+    ``need_response``：每段都要有 response，合成（先把 ``data.responses`` 设为 ``None``）与
+    on-policy 只要 prompt。来源读不了，或两个视角对不上，是 ``DistillabError``。
     """
     found = _Findings()
     alone = data.teacher_source is None and data.responses is None
@@ -105,10 +104,8 @@ def with_experience(conversations: list[Conversation], config: Experience) -> li
 
 
 def read_experience(text: str) -> str:
-    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径；去掉首尾的空白。
-
-    没有空白、又以 ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的文件与
-    ``shipped:`` 也是；其余是经验本身。
+    """配方里的 ``data.experience``：一段文字，或一个文本文件的路径；去掉首尾的空白。没有空白、以
+    ``.txt`` / ``.md`` 结尾或以 ``.``、``/``、``~`` 开头的是路径，已存在的文件与 ``shipped:`` 也是。
     """
     content = text
     if re.fullmatch(r"[./~]\S*|\S+\.(txt|md)", text) or _is_file(text):

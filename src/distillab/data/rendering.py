@@ -1,11 +1,9 @@
 """chat template 在另一个进程里渲染：时间与内存都有界。
 
-模板是别人写的程序。Jinja 的沙箱管得住它碰什么，管不住它算多久、占多少：嵌套的循环、
-``'a' * 3000000000``、把一段文字反复接到自己后面。逐个防这些写法防不完，所以让操作系统来管：子进程的
-CPU 时间与地址空间有上限，超过了就停下它，说一行。
-
-渲染用的是 transformers 自己的 ``render_jinja_template``，文字与 ``apply_chat_template`` 相同，只有
-``strftime_now`` 给出的日期可以由调用者定下来。
+模板是别人写的程序。Jinja 的沙箱管得住它碰什么，管不住它算多久、占多少，逐个防也防不完，所以让操作系
+统来管：子进程的 CPU 时间与地址空间有上限，超过了就停下它，说一行。渲染用的是 transformers 自己的
+``render_jinja_template``，文字与 ``apply_chat_template`` 相同，只有 ``strftime_now`` 给出的日期可以
+由调用者定下来。
 """
 
 from __future__ import annotations
@@ -77,9 +75,8 @@ def rendered(template: str, request: Request) -> list[Rendered]:
 
 
 def render_ahead(template: str, requests: Sequence[Request]) -> None:
-    """先渲染好接下来要的几段：来回一次的等待分给许多段，才不比在本进程里慢。
-
-    其中有一段超限时什么也不留下：轮到它时再渲染一次，错误才说得出是哪一条数据。
+    """先渲染好接下来要的几段，分摊来回一次的等待；其中有一段超限时什么也不留下：轮到它时再渲染一
+    次，错误才说得出是哪一条数据。
     """
     lines = [request.line() for request in requests]
     _ahead.clear()

@@ -51,10 +51,8 @@ def whole_rows(path: Path, keys: Collection[str]) -> tuple[list[Row], int, int]:
 def usable_responses(
     source: str, keys: Collection[str]
 ) -> tuple[dict[str, list[str | Message]], list[str]]:
-    """读出 ``keys`` 里各个任务的 response；没有通过过滤的、没说完的、空白的都略过。
-
-    返回 ``(键 -> 它的各条 response, 说明)``：带着 ``reasoning`` 的是一条消息，其余是文字；说明是
-    英文的日志行，讲略过了什么。一个任务也没有回答是错误。
+    """``(键 -> 它的各条 response, 英文的日志行)``：``keys`` 里各个任务的，没有通过过滤的、没说完
+    的、空白的都略过。带着 ``reasoning`` 的是一条消息，其余是文字；一个任务也没有回答是错误。
     """
     answered: dict[str, list[str | Message]] = {}
     unknown: list[str] = []

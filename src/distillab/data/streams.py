@@ -78,10 +78,8 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
     def build(
         cls, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, shuffle_buffer: int = 10_000
     ) -> tuple[TextStream, WikiDataset]:
-        """``(训练的流, 验证集)``，没有一篇文章同时在两边；错误见 ``WikiDataset.build``。
-
-        验证集取自来源的开头，分词一次，以后在缓存里：``validation_fraction`` 是开头的 ``HEAD_MB``
-        里的比例。来源不超过它时，两边的文章与 ``WikiDataset.build`` 的完全相同。
+        """``(训练的流, 验证集)``，没有一篇文章同时在两边；验证集取自来源开头的 ``HEAD_MB``，以后在
+        缓存里。来源不超过它时，两边的文章与 ``WikiDataset.build`` 的完全相同，错误也相同。
         """
         articles, size_mb = ArticleStream.open(corpus), corpus.size_mb
         head = replace(corpus, size_mb=HEAD_MB if size_mb is None else min(size_mb, HEAD_MB))
@@ -115,9 +113,8 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         return (item for item, _ in self.items(StreamState()))
 
     def items(self, state: StreamState) -> Iterator[tuple[dict[str, Tensor], StreamState]]:
-        """从 ``state`` 接着给出 ``(块, 给出它之后的状态)``；块与 ``WikiDataset`` 的一项相同。
-
-        读不了，或读完一遍也切不出一块，是 ``DistillabError``。
+        """从 ``state`` 接着给出 ``(块, 给出它之后的状态)``；读完一遍也切不出一块是
+        ``DistillabError``。
         """
         rows = self.articles.resume(state.source)
         start = state

@@ -60,9 +60,8 @@ class Template:
                 )
 
     def read(self, messages: Sequence[Message], loss_on: LossOn | None = None) -> list[Message]:
-        """要渲染的对话：内容里的控制 token 断开（不许有的拒绝），用得到的几次渲染一次做完。
-
-        ``loss_on`` 为 ``None`` 是只有 prompt。
+        """要渲染的对话：内容里的控制 token 断开（不许有的拒绝）；``loss_on`` 为 ``None`` 是只有
+        prompt。
         """
         style, tools = self.style.control_tokens, self.options.get("tools")
         token = None if style == "keep" else self.controls.first(self.said(messages))

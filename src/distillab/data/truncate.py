@@ -35,14 +35,12 @@ def fit(
     *,
     loss_on: LossOn,
 ) -> Fitted | None:
-    """渲染并截断；两个视角的 response 截得一样多。
+    """渲染并截断；两个视角的 response 截得一样多，一个 token 也留不下时为 ``None``。
 
     先整轮去掉最早的对话（system 与最后一个问题总留着），再去掉学生 prompt 的开头（BOS 除外），只留
-    generation prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：它的开头就是经验，
-    截掉经验的教师不再值得学，宁可少学一截 response。
-
-    ``views`` 是学生的各轮，以及（不同时）教师的；不以 assistant 结尾的只有 prompt，那时要给
-    response 留出至少一个 token。一个 response token 也留不下时为 ``None``。
+    generation prompt，最后才去掉 response 的结尾。教师的 prompt 只整轮地去：截掉经验的教师不再值得
+    学，宁可少学一截 response。``views`` 是学生的各轮，以及（不同时）教师的；不以 assistant 结尾的只
+    有 prompt，那时要给 response 留出至少一个 token。
     """
     has_response = views[0][-1]["role"] == "assistant"
     limit = max_seq_len if has_response else max_seq_len - 1

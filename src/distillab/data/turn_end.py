@@ -1,8 +1,8 @@
 """chat template 用哪个 token 结束 assistant 的一轮：由它渲染一段小对话得出，从不按名字猜。
 
-多数模板在一轮之后写一个结束标记（``<|im_end|>``、``<|eot_id|>``、``</s>``）。有的不写，下一轮的角色
-标记就是（GLM 的 ``<|user|>``）：最后一轮之后没有下一轮，那里就什么也没有，而学生要学会停下，总得有
-一个 token 可学。只用普通文字分隔各轮的模板，由 eos 结束。
+多数模板在一轮之后写一个结束标记（``<|im_end|>``、``</s>``）。有的不写，下一轮的角色标记就是（GLM 的
+``<|user|>``）；最后一轮之后就什么也没有，而学生总得有一个 token 可学。只用普通文字分隔各轮的模板，
+由 eos 结束。
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ class TurnEnd:
     markers: tuple[str, ...]  # 这个分词器的控制 token
 
     def end_of(self, text: str, start: int) -> int:
-        """``text[start:]`` 是一段 response 与它之后模板写的东西；给出 response 在哪里结束。
-
-        结束标记之后的换行与别的标记（Phi-3 在整段对话之后还写一个 eos）没有人会说到，不算。
+        """``text[start:]`` 是一段 response 与模板写在它之后的，response 在哪里结束；结束标记之后的
+        换行与别的标记（Phi-3 在整段对话之后还写一个 eos）不算。
         """
         end = len(text.rstrip())
         if not text.endswith(self.text, start, end):
@@ -101,9 +100,8 @@ def _find(template: Template) -> TurnEnd | None:
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], dict[str, int]]:
-    """``(特殊 token, 可能结束一轮的 token 与它们的 id)``，长的在前。
-
-    没有标成 special 的，写在尖括号里才可能：有的 ``<|im_end|>`` 就没有标。
+    """``(特殊 token, 可能结束一轮的 token 与 id)``，长的在前；没有标成 special 的，写在尖括号里才可
+    能。
     """
     added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(str(item[1])))
     named = {str(token): index for index, token in added if str(token).strip()}

@@ -33,9 +33,8 @@ BANDS = {"top 10": 10, "11-100": 100, "101-1000": 1000, "rest": None}
 def score_rows(
     student: HiddenTargets, labels: Tensor, teacher: HiddenTargets | None = None
 ) -> Rows:
-    """逐个 token 的 -log 概率，以及与教师的一致程度，在主机上；``labels: [P]``，int64。
-
-    两边的 hidden state 行数或词表不同时 ``ValueError``。
+    """逐个 token 的 -log 概率与同教师的一致程度，在主机上；``labels: [P]``，int64。两边的行数或词表
+    不同是 ``ValueError``。
     """
     shapes = {(len(part.hidden), len(part.head.weight)) for part in (student, teacher) if part}
     if len(shapes) > 1:
@@ -77,9 +76,8 @@ def _overlap(p: Tensor, q: Tensor) -> Tensor:
 
 
 def by_position(rows: Rows, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """按在 response（或序列）里的位置分段：第 1 个、2-3、4-7……；``positions: [P]``，从 1 起。
-
-    每段一个 ``{"from", "to", "tokens", ...各项的平均}``，两端都在段内；没有 token 的段不出现。
+    """按位置（``positions: [P]``，从 1 起）分段，1、2-3、4-7……；每段
+    ``{"from", "to", "tokens", ...各项的平均}``，没有 token 的段不出现。
     """
     powers = np.frexp(positions)[1] - 1  # floor(log2(position))，没有舍入
     longest = int(positions.max())
@@ -94,9 +92,8 @@ def by_position(rows: Rows, positions: NDArray[np.int64]) -> list[dict[str, Any]
 
 
 def by_frequency(rows: Rows, labels: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """按标签 token 的频次排名分段；频次在 ``labels``（``[P]``）自己里面数，并列时 id 小的在前。
-
-    每段一个 ``{"band", "tokens", ...各项的平均}``；没有 token 的段不出现。
+    """按标签 token 在 ``labels``（``[P]``）里的频次排名分段，并列时 id 小的在前；每段
+    ``{"band", "tokens", ...各项的平均}``，没有 token 的段不出现。
     """
     tokens, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.empty(len(tokens), dtype=np.int64)

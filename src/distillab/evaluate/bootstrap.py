@@ -60,10 +60,7 @@ def mean_figure(values: Sequence[float], seed: int = 0) -> Figure:
 
 
 def difference_figure(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Figure:
-    """同样的若干条上两个模型之差的均值 ``mean(a - b)``；区间跨过 0 就分不出高下。
-
-    一条也没有或长度不一时 ``ValueError``。
-    """
+    """同样的若干条上两个模型之差的均值 ``mean(a - b)``；区间跨过 0 就分不出高下。"""
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} items and b {len(b)}: they must be paired")
     return mean_figure([x - y for x, y in zip(a, b, strict=True)], seed)

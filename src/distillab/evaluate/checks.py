@@ -66,10 +66,9 @@ class Checks:
         }
 
     def measure(self, when: When) -> dict[str, dict[str, Any]]:
-        """检查当前的学生，它的成绩以 ``when`` 为名；所有进程都要调用。
-
-        返回 ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``；教师的成绩每次
-        都在，没有的一类不出现。
+        """检查当前的学生，它的成绩以 ``when`` 为名；所有进程都要调用。返回
+        ``{"tasks": {NAME: {模型: 正确率}}, "texts": {NAME: {模型: 困惑度}}}``，教师的成绩每次都在，
+        没有的一类不出现。
         """
         found: dict[str, dict[str, Any]] = {}
         if self.texts:
@@ -140,10 +139,7 @@ def _saved(path: Path, when: When) -> dict[str, float] | None:
 
 @contextmanager
 def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Iterator[Parts]:
-    """权重完整的学生与教师，供一个进程（``keep``）单独生成与导出。所有进程都要调用。
-
-    ``parts`` 是交给 ``trainer`` 的那些，也许已经分片。
-    """
+    """权重完整的学生与教师，供一个进程（``keep``）单独生成与导出；所有进程都要调用。"""
     with ExitStack() as stack:
         student: Any = stack.enter_context(trainer.whole_student(keep))
         teacher: Any = parts.teacher

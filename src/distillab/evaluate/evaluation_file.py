@@ -90,10 +90,8 @@ def task_figures(answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
 
 
 def harness_figures(found: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """lm-evaluation-harness 的任务上各个模型的指标，与训练后的学生减别人的成对的差。
-
-    ``found`` 是模型名 → ``evaluate_with_harness`` 的返回值，做的是同样的任务。不是每题平均的指标
-    （如困惑度）没有区间，也没有差。
+    """lm-evaluation-harness 的任务上各个模型的指标，与训练后的学生减别人的成对的差；``found`` 是模
+    型名 → ``evaluate_with_harness`` 的返回值。不是每题平均的指标（如困惑度）没有区间，也没有差。
     """
     return {name: _harness_task(name, found, seed) for name in next(iter(found.values()))["tasks"]}
 

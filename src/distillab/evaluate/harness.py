@@ -1,7 +1,6 @@
 """lm-evaluation-harness 的任务，在本进程里由任意模型来做：配方的 ``evaluate.lm_eval``。
 
-任务怎样出题、怎样判分都是它的；模型接口在 ``harness_lm.py``。不要 hub：你自己的 YAML 与本地的数据
-就够了。
+任务怎样出题、怎样判分都是它的；模型接口在 ``harness_lm.py``。
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ SEED, FEWSHOT_SEED = 0, 1234
 
 
 def check_harness(config: LmEvalConfig) -> None:
-    """有没有安装，任务的名字对不对，不对就是 ``DistillabError``；不读数据，不要模型。
-
-    只有自己的任务时很快；要查自带的，得先读它的一万多个 YAML。
+    """没有安装，或任务的名字不对，是 ``DistillabError``；不读数据，不要模型。只有自己的任务时很快，
+    要查自带的，得先读它的一万多个 YAML。
     """
     _manager(config)
 
@@ -46,15 +44,11 @@ def evaluate_with_harness(
 ) -> dict[str, Any]:
     """用 lm-evaluation-harness 量一个模型，给出能写成 JSON 的字典。
 
-    ``model`` 也可以是任意模型来源（如运行目录的 ``export/``），以 float32 读入；那时不必给
-    ``tokenizer``。``batch_size`` 条序列一起算。
-
-    ``lm_eval`` 是它的版本；``tasks`` 里每个任务有 ``items``、``version``、``num_fewshot``、
-    ``metrics``（指标 → 值）、``higher_is_better`` 与 ``per_item``（指标 → 每题的值，次序固定，供
-    成对比较；每题不是一个数的指标没有）；``groups`` 是任务组的指标；另有 ``items_per_second``。
-    指标的名字是它的，如 ``acc``、``acc_norm``、``exact_match,strict``。
-
-    ``DistillabError`` 见 ``check_harness``；任务的数据读不了，要运行代码或看图，或放不进模型也是。
+    ``model`` 也可以是任意模型来源，以 float32 读入，那时不必给 ``tokenizer``。``tasks`` 里每个任务
+    有 ``items``、``version``、``num_fewshot``、``metrics``（指标 → 值，名字是它的，如
+    ``exact_match,strict``）、``higher_is_better`` 与 ``per_item``（指标 → 每题的值，次序固定，供成
+    对比较；每题不是一个数的没有）；``groups`` 是任务组的指标。错误见 ``check_harness``；任务的数据
+    读不了，要运行代码或看图，或放不进模型也是。
     """
     manager = _manager(config)
     from lm_eval import __version__

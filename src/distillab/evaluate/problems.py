@@ -82,10 +82,8 @@ class Choices(NamedTuple):
 
 
 def read_choices(record: Mapping[str, Any], where: str) -> Choices:
-    """读出 ``choices`` 与 ``answer``；后者是从 0 数起的下标，或选项的原文。
-
-    没有选项、选项不是各不相同的文字，或 ``answer`` 不是其中之一时 ``DistillabError``，以 ``where``
-    开头。
+    """读出 ``choices`` 与 ``answer``，后者是从 0 数起的下标或原文；不成样子是 ``DistillabError``，
+    以 ``where`` 开头。
     """
     texts, answer = record.get("choices"), record.get("answer")
     if texts is None:

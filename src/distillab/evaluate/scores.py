@@ -31,10 +31,8 @@ QUALITY = ("perplexity", "cross_entropy", "bits_per_byte")
 
 @dataclass
 class Scores:
-    """一个模型在一份数据上的结果。
-
-    ``data`` 是它读的：tokenizer 不同的模型读的是同样的文字；``rows`` 的次序同 ``data.labels``；
-    ``seconds`` 是它的前向与算分用的时间。
+    """一个模型在一份数据上的结果：``data`` 是它读的，tokenizer 不同的读同样的文字；``rows`` 的次序
+    同 ``data.labels``；``seconds`` 是它的前向与算分用的时间。
     """
 
     data: Sequences
@@ -47,9 +45,8 @@ class Scores:
         return self.data.sums(self.rows["nats"])
 
     def quality(self, data: Sequences, seed: int) -> dict[str, Any]:
-        """困惑度、交叉熵（nat/token）与每字节的比特数；``data`` 是原来的，字节从这里数。
-
-        ``self.data`` 是别的 token 时，前两项没有可比之处。
+        """困惑度、交叉熵（nat/token）与每字节的比特数；字节从原来的 ``data`` 里数，``self.data`` 是
+        别的 token 时前两项没有可比之处。
         """
         nats, bits = self.nats.tolist(), (self.nats / math.log(2)).tolist()
         tokens, found = data.tokens.tolist(), dict.fromkeys(QUALITY, exact(None))

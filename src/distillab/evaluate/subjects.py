@@ -75,10 +75,8 @@ def run_subjects(
     checkpoint: Path,
     privileged: bool,
 ) -> tuple[list[Subject], int]:
-    """一次运行自己的模型，和检查点在第几步：教师（如果有）在最前面，然后是训练前与训练后的学生。
-
-    学生的权重换成检查点里的，训练前的另留一份；``privileged`` 是教师读到学生读不到的东西。检查点损
-    坏或与配方不符时 ``DistillabError``。
+    """一次运行自己的模型，和检查点在第几步：教师（如果有）在最前面，然后是训练前与训练后的学生。学
+    生的权重换成检查点里的，训练前的另留一份；``privileged``：教师读到学生读不到的。
     """
     student, tokenizer = parts.student, parts.tokenizer
     # 关掉 adapter 就是训练前的学生：B 从 0 开始。
@@ -104,9 +102,8 @@ def run_subjects(
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """别的模型的来源，运行目录的是它的导出；装配任何模型之前就查。
-
-    与一次运行自己的模型同名、给了两遍或没有这样的模型时 ``DistillabError``。
+    """别的模型的来源，运行目录的是它的导出；与运行自己的模型同名、给了两遍或没有，是
+    ``DistillabError``。
     """
     for position, name in enumerate(names):
         if name in LABELS:
@@ -122,9 +119,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def other_subject(name: str, source: str, parts: Parts, device: torch.device) -> Subject:
-    """装入一个别的模型，与运行的 ``parts`` 比较 tokenizer；与自己的 tokenizer 不符时
-    ``DistillabError``。
-    """
+    """装入一个别的模型，看它的 token 与运行的 ``parts`` 是否相同。"""
     tokenizer = load_tokenizer(source)
     model = PretrainedLM(load_pretrained(source, dtype=torch.float32)).to(device)
     check_tokenizer_fits(tokenizer, model.vocab_size, name)

@@ -73,11 +73,7 @@ class TaskSet(ABC):
 
     @staticmethod
     def load(name: str, config: TaskConfig, style: Style = USUAL) -> TaskSet:
-        """读入并查对；训练之前就知道它能不能考。
-
-        读不了，出不了题，两个视角配不上，id 重复，要核对的记录没有 ``answer``，或选项有误时
-        ``DistillabError``。
-        """
+        """读入并查对：读不了，两个视角配不上，或有一题没法核对，是 ``DistillabError``。"""
         where = f"evaluate.tasks.{name}"
         match = config.match
         if match is not None and match.choice is None:
@@ -98,9 +94,7 @@ class TaskSet(ABC):
         return ResponseTask(name, pairs, style, judge, config.max_new_tokens)
 
     def check_fits(self, subject: Subject) -> None:
-        """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文；不然是
-        ``DistillabError``。
-        """
+        """训练之前就查每个 prompt 都渲染得出、连同回答放得进模型的上下文。"""
         limit, side = subject.model.max_seq_len, subject.side
         after = self._after(subject.tokenizer)
         for pair, prompt, more in zip(self.pairs, self._read(subject), after, strict=True):
@@ -114,11 +108,8 @@ class TaskSet(ABC):
                 )
 
     def ask(self, subject: Subject, save_to: Path | None = None) -> list[TaskRow]:
-        """考每个问题，每个一行，按数据的先后；先要 ``check_fits``。使用者的 ``match`` 出错是
-        ``DistillabError``。
-
-        结果写进 ``save_to``；已经有了就读回来，不再问，中断过的运行因而接得上。损坏了就说一声，再问
-        一遍。
+        """考每个问题，每个一行，按数据的先后；先要 ``check_fits``，使用者的 ``match`` 出错是
+        ``DistillabError``。结果写进 ``save_to``；已经有了就读回来，不再问，中断过的运行因而接得上。
         """
         if save_to is not None and save_to.exists():
             if (saved := _saved(save_to)) is not None and len(saved) == len(self.pairs):

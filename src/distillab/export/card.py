@@ -18,16 +18,11 @@ def model_card(
     data: str,
     tokens: int,
     metrics: Mapping[str, Mapping[str, Any]],
-    license: str | None = None,
 ) -> str:
-    """带 YAML front matter 的模型卡（Markdown）。
-
-    ``tokens`` 是训练过的 response token 数；``metrics`` 是 ``_CARD_ROWS`` 的键到 ``{指标名: 值}``，
-    ``None`` 的留空；``license`` 是 SPDX 名。
+    """带 YAML front matter 的模型卡（Markdown）；``tokens`` 是训练过的 response token 数；
+    ``metrics`` 是 ``LABELS`` 的键 → ``{指标名: 值}``，``None`` 的留空。
     """
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if license is not None:
-        front["license"] = license
     # base_model 只收 hub id，写成本地路径会被 hub 拒收。
     is_hub_id = teacher is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
     if teacher is not None and is_hub_id and not Path(teacher).exists():

@@ -30,9 +30,8 @@ class Lengths:
 
 
 def find_lengths(recipe: Recipe, student: int, both: int, notes: list[str]) -> Lengths:
-    """由配方与本地的数据估计长度；假定了什么添进 ``notes``。
-
-    ``student``、``both`` 是学生、两个模型最长的序列。
+    """由配方与本地的数据估计长度，假定了什么添进 ``notes``；``student``、``both`` 是学生、两个模型
+    最长的序列。
     """
     data = recipe.data
     if data.format == "text":

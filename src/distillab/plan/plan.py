@@ -99,9 +99,8 @@ class Plan:
 
 
 def plan(recipe: Recipe, device: Device, processes: int = 1, engine: str = "ddp") -> Plan:
-    """一份配方的打算；模型的配置读不到是 ``DistillabError``。
-
-    ``device`` 来自 ``hardware.find_device``；``processes`` 个进程每个一张 GPU，CPU 由它们分。
+    """一份配方的打算；``processes`` 个进程每个一张 GPU，CPU 由它们分。模型的配置读不到是
+    ``DistillabError``。
     """
     notes: list[str] = []
     lengths = _lengths(recipe, notes)
@@ -109,9 +108,8 @@ def plan(recipe: Recipe, device: Device, processes: int = 1, engine: str = "ddp"
 
 
 def suggestions(found: Plan) -> Iterator[tuple[str, Plan]]:
-    """``found`` 放不下时依次该改的：``(命令行上的写法, 改后的打算)``，到放得下为止。
-
-    每一条在前面各条之上再改；总和不变小的略去。
+    """``found`` 放不下时依次该改的：``(命令行上的写法, 改后的打算)``，每一条在前面各条之上再改，到
+    放得下为止。
     """
     best, lengths = found, _lengths(found.recipe, [])
     for values, processes in _changes(found):

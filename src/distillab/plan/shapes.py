@@ -139,9 +139,8 @@ class Planned:
 
 
 def find_shape(source: str) -> Planned:
-    """``teacher.path`` 或 ``student.path`` 所指的模型的形状。
-
-    来源读不到，没有 ``config.json``，或不是 Llama / Qwen 一类的 decoder，是 ``DistillabError``。
+    """``teacher.path`` 或 ``student.path`` 所指的模型的形状；读不到，或不是 Llama / Qwen 一类的是
+    ``DistillabError``。
     """
     if source in BUILT_IN:
         name, longest = BUILT_IN[source]

@@ -36,9 +36,8 @@ class Measure:
 
 
 def measures(run: RunData) -> dict[Key, Measure]:
-    """一次运行的全部成绩，``{(哪种, 哪份数据): Measure}``，任务在前。
-
-    ``evaluation.json`` 里有的带区间，取代训练时的同一项。
+    """一次运行的全部成绩，``{(哪种, 哪份数据): Measure}``，任务在前；``evaluation.json`` 里的取代训
+    练时的。
     """
     found = _trained(run) | _evaluated(run.evaluation)
     order = ("accuracy", "perplexity", *AGREEMENT, *(ON_POLICY + kind for kind in AGREEMENT),

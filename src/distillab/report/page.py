@@ -48,10 +48,9 @@ def write_report(
 ) -> tuple[Path, bool]:
     """把一次或几次运行写成一页，头一个是比较的基准；``(写下的文件, 各次运行是否都已走完)``。
 
-    ``output`` 缺省为 ``RUN/report.html``，几次运行时为它们上级目录里的 ``report.html``。还没走完
-    时，页面每隔 ``reload_seconds`` 重新载入自己。``summary`` 是就要写成 ``summary.json`` 的，只有一
-    次运行时才给。运行目录里有一个文件不成样子时 ``DistillabError``；写不下去是 ``OSError``，旧的还
-    在。
+    ``output`` 缺省为 ``RUN/report.html``，几次运行时在它们的上级目录里。还没走完时，页面每隔
+    ``reload_seconds`` 重新载入自己；``summary`` 是就要写成 ``summary.json`` 的。运行目录里有一个文
+    件不成样子时 ``DistillabError``；写不下去是 ``OSError``，旧的还在。
     """
     runs = read_runs(paths)
     if summary is not None:
@@ -70,9 +69,8 @@ def watch_report(
     seconds: float,
     written: Callable[[Path], None],
 ) -> None:
-    """每 ``seconds`` 看一次，文件有变就重写，每写一次调用 ``written``。
-
-    直到每次运行都走完，或 Ctrl-C：那时留下不再自己载入的一页。
+    """每 ``seconds`` 看一次，文件有变就重写，再调用 ``written``；直到每次运行都走完，或 Ctrl-C：那
+    时留下不再自己载入的一页。
     """
     seen: list[Any] = []
     try:

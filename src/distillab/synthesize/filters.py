@@ -19,9 +19,8 @@ _FINAL_PUNCTUATION = ".,;:!?…。，；：！？、"  # 不含 % 与括号：�
 
 
 def make_filter(config: FilterConfig | None, where: str = "synthesize.filter") -> Filter:
-    """由配置得到过滤函数，``None`` 是全部留下；``where`` 是它在配方里的键。
-
-    写错的正则与找不到的函数在这里、提第一个问题之前就拒绝；使用者的函数抛出的异常原样传出。
+    """由配置得到过滤函数，``None`` 是全部留下；写错的正则与找不到的函数在提第一个问题之前就拒绝，以
+    配方里的键 ``where`` 开头。使用者的函数抛出的异常原样传出。
     """
     if config is None:
         return lambda record, answer, response: True

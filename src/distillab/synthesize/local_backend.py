@@ -14,10 +14,8 @@ from .questions import TOO_LONG, Answer, Outcome, Question
 
 
 class LocalBackend:
-    """由本地模型回答。
-
-    ``prompt`` 给出任务的提示的 token，到轮到教师开口为止；``temperature`` 大于 0 时每个问题用自己的
-    种子取随机数；``name`` 是写进每一行的模型名。
+    """由本地模型回答。``prompt`` 给出任务的提示的 token，到轮到教师开口为止；``temperature`` 大于 0
+    时每个问题用自己的种子；``name`` 是写进每一行的模型名。
     """
 
     def __init__(

@@ -26,10 +26,8 @@ _ROW_KEYS = {"id", "sample", "response", "kept"}
 
 
 class ResponseFile:
-    """打开着的回答文件；期间加锁，两个进程不会写进同一个文件。
-
-    用法：``with`` 打开，``resume`` 取得已有的行，然后一批一批 ``append``。``resume`` 之后，
-    ``filter_changed`` 为真是已有的行是用另一种过滤留下的。
+    """打开着的回答文件；期间加锁，两个进程不会写进同一个文件。``with`` 打开，``resume`` 取得已有的
+    行，然后一批一批 ``append``；``filter_changed``：已有的行是用另一种过滤留下的。
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,9 +55,8 @@ class ResponseFile:
         self._lock.release()
 
     def resume(self, provenance: Mapping[str, Any]) -> list[Row]:
-        """查对来历，丢掉写到一半的行，给出已有的（含没有留下的）；还没有任何行时写下来历。
-
-        不是 ``synthesize`` 写的文件，或来历对不上，就是 ``DistillabError``。
+        """查对来历，丢掉写到一半的行，给出已有的（含没有留下的）；还没有任何行时写下来历，对不上是
+        错误。
         """
         self._provenance = json.loads(json.dumps(provenance, default=str))
         rows, end, size = whole_rows(self.path, _ROW_KEYS) if self.path.exists() else ([], 0, 0)

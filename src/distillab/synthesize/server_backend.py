@@ -131,9 +131,8 @@ class ServerBackend:
     def answer(
         self, questions: Sequence[Question], stopped: Callable[[], bool]
     ) -> Generator[Sequence[Outcome], None, None]:
-        """回答全部问题；谁先答完谁先给出。
-
-        密钥、模型名或地址不对，或接连 ``2 * concurrency`` 个问题没有答成，就是 ``DistillabError``。
+        """回答全部问题，谁先答完谁先给出；密钥、模型名或地址不对，或接连 ``2 * concurrency`` 个没有
+        答成，是 ``DistillabError``。
         """
         from anyio.from_thread import start_blocking_portal
 

@@ -115,14 +115,9 @@ def synthesize(
 ) -> SynthesisReport:
     """让教师回答每个任务 ``config.samples`` 次，过滤，写进 ``output``；已有的回答不再问。
 
-    每行一个回答，过滤掉的也在：``id``、``sample``、``response``、``kept``、``finish_reason``、
-    ``model``、``seed``、``prompt_sha256``、``tokens``，放不进上下文的另有 ``error``，服务
-    另给了思考过程的另有 ``reasoning``。
-    ``kept`` 为 null 表示过滤函数出了错、还没有判断，接着做时会补上。旁边的来历里，除 ``recipe``
-    以外的键接着做时都必须不变。
-
-    任务或过滤有误，来历对不上，过滤函数出错，或教师没法继续，就是 ``DistillabError``；那时与
-    Ctrl-C 时，答好的都已存下。
+    每行一个回答，过滤掉的也在；``kept`` 为 null 表示过滤函数出了错、还没有判断，接着做时会补上。旁
+    边的来历里，除 ``recipe`` 以外的键接着做时都必须不变。任务或过滤有误，来历对不上，过滤函数出错，
+    或教师没法继续，就是 ``DistillabError``；那时与 Ctrl-C 时，答好的都已存下。
     """
     judge = make_filter(config.filter)
     check_tasks(tasks, "synthesize.filter" if needs_answer(config.filter) else None)
