@@ -162,9 +162,8 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
         def prompt(task: Task) -> list[int]:
             return render_prompt(task.messages, tokenizer, style.with_tools(task.tools))
 
-        backend = LocalBackend(
-            teacher, tokenizer, prompt, config.sampling, config.batch_size, name=recipe.teacher.path
-        )
+        generator, name = TextGenerator(teacher, tokenizer), recipe.teacher.path
+        backend = LocalBackend(generator, prompt, config.sampling, config.batch_size, name)
     return ask(
         tasks, backend, config, Path(config.output), provenance=provenance, seed=recipe.train.seed
     )

@@ -466,6 +466,7 @@ def test_a_real_server_gives_the_answers_of_the_local_model(
 ):
     import torch
 
+    from distillab.generate.generator import TextGenerator
     from distillab.models.interface import PretrainedLM
     from distillab.models.pretrained import load_pretrained
     from distillab.models.tokenizer import load_tokenizer
@@ -490,8 +491,10 @@ def test_a_real_server_gives_the_answers_of_the_local_model(
             ServerConfig(base_url=served, model=str(smollm2_dir), concurrency=1), sampling
         ),
         "local": LocalBackend(
-            PretrainedLM(load_pretrained(str(smollm2_dir), dtype=torch.float32)),
-            tokenizer, prompt, sampling, 4, name="SmolLM2",
+            TextGenerator(
+                PretrainedLM(load_pretrained(str(smollm2_dir), dtype=torch.float32)), tokenizer
+            ),
+            prompt, sampling, 4, name="SmolLM2",
         ),
     }  # fmt: skip
     found = {}

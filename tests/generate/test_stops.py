@@ -105,7 +105,7 @@ def test_answers_and_tasks_hold_the_response_and_nothing_of_the_turn_end(name, a
     model, tokenizer, *_ = answering(name)
     task = Task("one", QUESTION, "Paris", {})
     backend = LocalBackend(
-        PretrainedLM(model), tokenizer,
+        TextGenerator(PretrainedLM(model), tokenizer),
         lambda task: render_prompt(task.messages, tokenizer),
         SamplingConfig(temperature=0.0, max_new_tokens=20), 4, name=name,
     )  # fmt: skip

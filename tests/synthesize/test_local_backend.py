@@ -8,6 +8,7 @@ import torch
 from distillab.config.sections import SamplingConfig
 from distillab.data.pairs import Task
 from distillab.errors import DistillabError
+from distillab.generate.generator import TextGenerator
 from distillab.generate.sampling import filter_top_k, filter_top_p, sample_tokens
 from distillab.models.interface import PretrainedLM
 from distillab.synthesize.local_backend import LocalBackend
@@ -52,7 +53,9 @@ def backend(model, tiny_tokenizer):
 
     def backend(batch_size=4, temperature=0.0, max_new_tokens=12, **options):
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, **options)
-        return LocalBackend(model, tiny_tokenizer, prompt, sampling, batch_size, name="tiny")
+        return LocalBackend(
+            TextGenerator(model, tiny_tokenizer), prompt, sampling, batch_size, name="tiny"
+        )
 
     return backend
 
@@ -151,7 +154,11 @@ def test_prompt_beyond_the_context_is_reported_and_the_others_are_answered(backe
 @pytest.mark.parametrize(("length", "reason", "tokens"), [(64, TOO_LONG, 0), (63, "length", 1)])
 def test_one_free_place_in_the_context_is_enough(model, tiny_tokenizer, length, reason, tokens):
     local = LocalBackend(
-        model, tiny_tokenizer, lambda _: [5] * length, SamplingConfig(temperature=0), 1, name="tiny"
+        TextGenerator(model, tiny_tokenizer),
+        lambda _: [5] * length,
+        SamplingConfig(temperature=0),
+        batch_size=1,
+        name="tiny",
     )
     ((answer,),) = local.answer([Question(Task("t", [], None, {}), 0, 0)], lambda: False)
     assert (answer.finish_reason, answer.tokens) == (reason, tokens)
@@ -159,7 +166,7 @@ def test_one_free_place_in_the_context_is_enough(model, tiny_tokenizer, length, 
 
 def test_stop_token_that_is_ordinary_text_is_left_out_of_the_answer(backend, questions):
     local = backend(temperature=1.0)
-    local._generator.stop_ids = frozenset(range(200, 400))
+    local.generator.stop_ids = frozenset(range(200, 400))
     found = answers(local, questions).values()
     assert any(answer.tokens == 1 for answer in found)
     assert all(answer.response == "" for answer in found if answer.tokens == 1)
@@ -176,7 +183,7 @@ def test_running_out_of_memory_names_the_key_to_lower(backend, questions, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
     local = backend(batch_size=6)
-    monkeypatch.setattr(local._generator, "generate_ids", exhausted)
+    monkeypatch.setattr(local.generator, "generate_ids", exhausted)
     with pytest.raises(DistillabError, match=r"lower synthesize\.batch_size=6") as caught:
         answers(local, questions)
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,23 +141,18 @@ def _hub_stream(name: str, subset: str | None, split: str) -> datasets.IterableD
     return datasets.load_dataset(name, subset, split=split, streaming=True)
 
 
+@dataclass(eq=False)
 class ArticleStream:
     """一篇篇文章的流，读到哪里都能记下，再从那里接着读。
 
-    ``rows`` 每行的 ``text_field`` 是正文，``name`` 写进错误信息。``identity`` 是内容的身份，换一台
-    机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。``local_identity`` 还看路径与修改时间。
+    ``identity`` 是内容的身份，换一台机器也不变；文件只看大小，几百 GB 的不能每次都读一遍。
     """
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        text_field: str,
-        name: str,
-        identity: list[Any],
-        local_identity: list[Any],
-    ) -> None:
-        self.rows, self.text_field, self.name = rows, text_field, name
-        self.identity, self.local_identity = identity, local_identity
+    rows: datasets.IterableDataset
+    text_field: str  # 正文在每一行的哪里
+    name: str  # 写进错误信息
+    identity: list[Any]
+    local_identity: list[Any]  # 还看路径与修改时间
 
     @classmethod
     def open(cls, corpus: Corpus) -> ArticleStream:
@@ -233,13 +229,15 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     return record
 
 
+@dataclass
 class BadRows:
     """数着来源 ``source`` 里读得出与读不出的行，接着以前的数。"""
 
-    def __init__(self, source: str, good: int = 0, bad: int = 0) -> None:
-        self.source, self.good, self.bad = source, good, bad
-        self._first: DistillabError | None = None
-        self._named = 0
+    source: str
+    good: int = 0
+    bad: int = 0
+    _first: DistillabError | None = None
+    _named: int = 0
 
     def readable(self, rows: Iterable[str | DistillabError]) -> Iterator[str]:
         """读得出的各行；一半以上读不出是错误，信息是第一行的。"""

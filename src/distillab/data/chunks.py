@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +25,6 @@ from .articles import open_articles
 from .corpus import Corpus, SpooledTexts, cache_key
 from .encoding import WRITTEN_TOGETHER, ArticleEncoder, batches, cut_chunks, encoded_articles
 
-if TYPE_CHECKING:
-    import datasets
-
 
 class WikiDataset(Dataset[dict[str, Tensor]]):
     """等长的 token 块，内存映射。
@@ -44,23 +40,20 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
         fingerprint: 内容的指纹：来源、分词器或任何参数不同，指纹就不同。
     """
 
-    def __init__(
-        self,
-        chunks: datasets.Dataset,
-        *,
-        max_seq_len: int,
-        num_articles: int,
-        text_bytes: int,
-        fingerprint: str,
-        unlearned: Sequence[int] = (),
-        num_unlearned: int = 0,
-    ) -> None:
+    def __init__(self, directory: Path, name: str, key: str) -> None:
+        """缓存里的 ``directory`` 的一边：``train`` 或 ``validation``；``key`` 是缓存的键。"""
+        import datasets
+
+        info = json.loads((directory / f"{name}.json").read_text())
+        chunks = datasets.load_from_disk(str(directory / name))
+        assert isinstance(chunks, datasets.Dataset)
+        self.max_seq_len: int = chunks.features["input_ids"].length
+        self.num_articles: int = info["num_articles"]
+        self.text_bytes: int = info["text_bytes"]
+        self.fingerprint = f"{key}-{name}"
         self._chunks = chunks.with_format("numpy")
-        self.max_seq_len = max_seq_len
-        self.num_articles = num_articles
-        self.text_bytes = text_bytes
-        self.fingerprint = fingerprint
-        self._unlearned, self._num_unlearned = list(unlearned), num_unlearned
+        self._unlearned: list[int] = info.get("unlearned", [])  # 从前的缓存里没有
+        self._num_unlearned: int = info.get("num_unlearned", 0)
 
     @classmethod
     def build(
@@ -131,22 +124,7 @@ class WikiDataset(Dataset[dict[str, Tensor]]):
                         write_chunks(
                             building / name, texts, chosen, tokenizer, corpus.max_seq_len, num_proc
                         )
-        return cls.open(directory, "train", key), cls.open(directory, "validation", key)
-
-    @classmethod
-    def open(cls, directory: Path, name: str, key: str) -> WikiDataset:
-        """缓存里的 ``directory`` 的一边：``train`` 或 ``validation``。"""
-        import datasets
-
-        info = json.loads((directory / f"{name}.json").read_text())
-        chunks = datasets.load_from_disk(str(directory / name))
-        assert isinstance(chunks, datasets.Dataset)
-        return cls(
-            chunks,
-            max_seq_len=chunks.features["input_ids"].length,
-            fingerprint=f"{key}-{name}",
-            **info,
-        )
+        return cls(directory, "train", key), cls(directory, "validation", key)
 
     @property
     def num_tokens(self) -> int:

@@ -107,7 +107,7 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             held_out=frozenset(int(d, 16) for d in json.loads(held_out_file.read_text())),
             fingerprint=f"{cache_key([articles.identity, rules, shuffle_buffer, size_mb])}-stream",
         )
-        return stream, WikiDataset.open(directory, "validation", key)
+        return stream, WikiDataset(directory, "validation", key)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (item for item, _ in self.items(StreamState()))
