@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,36 +105,32 @@ def read_dialogue(record: Mapping[str, Any], text_field: str, need_response: boo
 
 def _prompt(record: Mapping[str, Any], need_response: bool, unread: set[str]) -> list[Message]:
     """``prompt`` 与 ``completion`` 各是一段文字或一列消息。"""
-    if isinstance(record["prompt"], list):
-        before = _turns(record["prompt"], "prompt", unread)
-    else:
-        before = [_turn("user", record, "prompt")]
-    if isinstance(record.get("completion"), list):
-        return [*before, *_turns(record["completion"], "completion", unread)]
-    return [*before, *_completion(record, "prompt", "completion", need_response)]
+    messages: list[Message] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        if key == "completion" and not _answers(record, "prompt", key, need_response):
+            continue
+        if isinstance(record[key], list):
+            messages += _turns(record[key], key, unread)
+        else:
+            messages.append({"role": role, "content": _content(record[key], key)})
+    return messages
 
 
 def _instruction(record: Mapping[str, Any], need_response: bool) -> list[Message]:
     instruction = _content(record["instruction"], "instruction")
     extra = _content(record.get("input", ""), "input")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    after = _completion(record, "instruction", "output", need_response)
-    return [{"role": "user", "content": question}, *after]
+    messages = [{"role": "user", "content": question}]
+    if _answers(record, "instruction", "output", need_response):
+        messages.append({"role": "assistant", "content": _content(record["output"], "output")})
+    return messages
 
 
-def _completion(
-    record: Mapping[str, Any], prompt: str, completion: str, need_response: bool
-) -> list[Message]:
-    if completion in record:
-        return [_turn("assistant", record, completion)]
-    if need_response:
+def _answers(record: Mapping[str, Any], prompt: str, completion: str, need_response: bool) -> bool:
+    if need_response and completion not in record:
         keys = ", ".join(record)
         raise ValueError(f"{prompt} comes without {completion}; its keys are {keys}")
-    return []
-
-
-def _turn(role: str, record: Mapping[str, Any], key: str) -> Message:
-    return {"role": role, "content": _content(record[key], key)}
+    return completion in record
 
 
 def _history(record: Mapping[str, Any]) -> list[Message]:
@@ -161,16 +158,16 @@ def _guanaco(text: str) -> list[Message]:
     if before.strip():
         raise ValueError(f"expected '### Human:' at the start of text, found {_shown(before)}")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[role], "content": content.strip()} for role, content in turns]
 
 
 def _answered(turns: list[Message]) -> list[Message]:
     """Guanaco 的许多条以没有回答的问题结尾；那一轮没有东西可学。"""
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    return turns if last is None else turns[: last + 1]
+    last = max(
+        (i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns)
+    )
+    return turns[: last + 1]
 
 
 # ---------------------------------------------------------------------- 各轮
@@ -233,8 +230,10 @@ def _trained(turn: Mapping[Any, Any], name: str) -> bool | None:
         return None
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
         key = next(key for key in _WEIGHTS if turn.get(key) is not None)
-        raise ValueError(f"{key} of {name} is {_shown(value)}, expected 0 or 1: a turn is trained "
-                         f"on or it is not")  # fmt: skip
+        raise ValueError(
+            f"{key} of {name} is {_shown(value)}, expected 0 or 1: a turn is trained on or it is "
+            f"not"
+        )
     return bool(value)
 
 
@@ -255,15 +254,11 @@ def _system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]
 
 def _tools(tools: object) -> list[dict[str, Any]] | None:
     """``tools`` 是一列 JSON Schema；ShareGPT 与 ms-swift 把它写成一段 JSON。"""
+    if isinstance(tools, str):
+        with suppress(DistillabError):
+            tools = parse_json(tools, "tools")
     if _empty(tools):
         return None
-    if isinstance(tools, str):
-        try:
-            tools = parse_json(tools, "tools")
-        except DistillabError:
-            raise ValueError(f"expected a list of tools in tools, found {_shown(tools)}") from None
-        if _empty(tools):
-            return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"expected a list of tools in tools, found {_shown(tools)}")
     return [dict(tool) for tool in tools]
@@ -331,13 +326,12 @@ def _content(content: object, name: str) -> str:
 def _parts(parts: list[Any], name: str) -> Iterator[str]:
     """``[{"type": "text", "text": ...}]``；还有别的东西的，不是一段文字。"""
     for part in parts:
-        filled = {} if not isinstance(part, Mapping) else {
-            key: value for key, value in part.items() if value is not None}  # fmt: skip
-        if filled.keys() != {"type", "text"} or filled["type"] != "text":
+        given = part if isinstance(part, Mapping) else {}
+        filled = {key: value for key, value in given.items() if value is not None}
+        text = filled.pop("text", None)
+        if filled != {"type": "text"} or not isinstance(text, str):
             raise ValueError(f"expected text in {name}, found {_shown(part)}")
-        if not isinstance(filled["text"], str):
-            raise ValueError(f"expected text in {name}, found {_shown(part)}")
-        yield filled["text"]
+        yield text
 
 
 def _shown(value: object) -> str:
