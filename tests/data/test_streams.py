@@ -127,16 +127,17 @@ def test_every_form_gives_the_same_chunks(build, tmp_path, form):
             data.shard(3, number, contiguous=True).to_parquet(path / f"train-{number}.parquet")
         rows = datasets.load_dataset(str(path), split="train", streaming=True)
         stream = ArticleStream(rows, "text", "hub", [], [])
-        tokenizer = build()[0].tokenizer
-        found = TextStream(stream, tokenizer, max_seq_len=LENGTH, shuffle_buffer=20)
+        tokenizer = build()[0].encoder.tokenizer
+        corpus = Corpus(str(tmp_path / "all.jsonl"), max_seq_len=LENGTH)
+        found = TextStream(stream, corpus, tokenizer, 20)
         whole = epoch(found)
         states = [state for _, state in islice(found.items(StreamState()), len(whole))]
         for cut in (3, 25, len(whole) - 2):
             again = [ids(i) for i, _ in islice(found.items(states[cut]), len(whole) - cut - 1)]
             assert again == whole[cut + 1 :]
         write(tmp_path / "all.jsonl", ARTICLES)
-        plain = ArticleStream.open(Corpus(str(tmp_path / "all.jsonl")))
-        same = TextStream(plain, tokenizer, max_seq_len=LENGTH, shuffle_buffer=20)
+        plain = ArticleStream.open(corpus)
+        same = TextStream(plain, corpus, tokenizer, 20)
         assert epoch(same) == whole
         return
     assert epoch(build(str(path))[0]) == epoch(build()[0])
@@ -154,7 +155,7 @@ def test_only_the_beginning_is_held_out_and_its_articles_never_return(build, mon
     assert set(held_out) <= set(ARTICLES[:60])
     assert len(held_out) == 2 * validation.num_articles  # 重复的也略过
     kept = [text for text in texts if text not in held_out]
-    tokenizer = stream.tokenizer
+    tokenizer = stream.encoder.tokenizer
     tokens = [t for text in kept for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     whole = len(tokens) // LENGTH
     expected = [tuple(tokens[i * LENGTH : (i + 1) * LENGTH]) for i in range(whole)]

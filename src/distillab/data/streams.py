@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from array import array
 from collections.abc import Iterator
@@ -49,30 +50,27 @@ class StreamState:
 
 
 class TextStream(IterableDataset[dict[str, Tensor]]):
-    """没有尽头的 token 块，每块 ``max_seq_len`` 个：来源读完一遍，又从头读起，换一种打乱的次序。
+    """没有尽头的 token 块：来源读完一遍，又从头读起，换一种打乱的次序。
 
-    大约 ``shuffle_buffer`` 块一起打乱，1 为不打乱；一遍最多读 ``size_mb``（10^6 字节）正文，
-    ``None`` 为全部。摘要在 ``held_out`` 里的是验证集里的文章，遇到就略过，重复的也不会泄漏。
-    ``fingerprint`` 是来源、分词器与参数的：检查点记着它，换了来源便不能接着训练。
+    大约 ``shuffle_buffer`` 块一起打乱，1 为不打乱；一遍最多读 ``corpus.size_mb`` 正文。摘要在
+    ``held_out`` 里的是验证集里的文章，遇到就略过，重复的也不会泄漏。``fingerprint`` 是来源、分词器
+    与参数的：检查点记着它，换了来源便不能接着训练。
     """
 
     def __init__(
         self,
         articles: ArticleStream,
+        corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_seq_len: int,
         shuffle_buffer: int = 10_000,
-        size_mb: float | None = None,
-        seed: int = 0,
         held_out: frozenset[int] = frozenset(),
         fingerprint: str | None = None,
     ) -> None:
-        self.articles, self.tokenizer, self.held_out = articles, tokenizer, held_out
+        self.articles, self.held_out, self.fingerprint = articles, held_out, fingerprint
         self.encoder = ArticleEncoder(tokenizer)
-        self.max_seq_len, self.shuffle_buffer, self.seed = max_seq_len, shuffle_buffer, seed
-        self.limit = None if size_mb is None else size_mb * 1e6
-        self.fingerprint = fingerprint
+        self.max_seq_len, self.seed = corpus.max_seq_len, corpus.seed
+        self.shuffle_buffer = shuffle_buffer
+        self.limit = math.inf if corpus.size_mb is None else corpus.size_mb * 1e6
 
     @classmethod
     def build(
@@ -97,16 +95,9 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
                     held_out = set(itertools.compress(texts.digests, chosen))
                 digests = [f"{digest:016x}" for digest in sorted(held_out)]
                 (building / held_out_file.name).write_text(json.dumps(digests))
-        stream = cls(
-            articles,
-            tokenizer,
-            max_seq_len=corpus.max_seq_len,
-            shuffle_buffer=shuffle_buffer,
-            size_mb=size_mb,
-            seed=corpus.seed,
-            held_out=frozenset(int(d, 16) for d in json.loads(held_out_file.read_text())),
-            fingerprint=f"{cache_key([articles.identity, rules, shuffle_buffer, size_mb])}-stream",
-        )
+        read = frozenset(int(digest, 16) for digest in json.loads(held_out_file.read_text()))
+        fingerprint = cache_key([articles.identity, rules, shuffle_buffer, size_mb])
+        stream = cls(articles, corpus, tokenizer, shuffle_buffer, read, f"{fingerprint}-stream")
         return stream, WikiDataset(directory, "validation", key)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -142,7 +133,7 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
             for _ in range(count):
                 text = next(rows, None)
                 length = 0 if text is None else len(text.encode())
-                if text is None or (self.limit is not None and text_bytes + length > self.limit):
+                if text is None or text_bytes + length > self.limit:
                     ended = True
                     break
                 text_bytes += length
