@@ -12,6 +12,7 @@ import os
 import queue
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -288,13 +289,11 @@ class ServerBackend:
     def _text(self, error: APIStatusError) -> str:
         """服务的话，一行；有的服务会把密钥原样送回来。"""
         text = error.response.text[:_ERROR_CHARACTERS]
-        try:
+        with suppress(DistillabError):
             body = parse_json(text, "reply")
             for key in ("error", "message", "detail"):  # OpenAI 与 vLLM、FastAPI 各有写法
                 body = body[key] if isinstance(body, dict) and key in body else body
             text = body if isinstance(body, str) else json.dumps(body)
-        except DistillabError:
-            pass
         if self._key:
             text = text.replace(self._key, "***")
         text = " ".join(text.split())
@@ -316,11 +315,8 @@ def _read_key(name: str | None) -> str | None:
 
 def _waiting(outcomes: queue.SimpleQueue[Outcome | None], timeout: float) -> Iterator[Outcome]:
     """队列里现有的；空着就至多等 ``timeout`` 秒。"""
-    try:
-        outcome = outcomes.get(timeout=timeout) if timeout else outcomes.get_nowait()
+    with suppress(queue.Empty):
         while True:
-            if outcome is not None:  # None 只是叫醒等待的人
+            if (outcome := outcomes.get(timeout=timeout)) is not None:  # None 只是叫醒等待的人
                 yield outcome
-            outcome = outcomes.get_nowait()
-    except queue.Empty:
-        return
+            timeout = 0

@@ -57,16 +57,6 @@ class SynthesisReport:
         return self.failures.total()
 
     @property
-    def kept_share(self) -> float:
-        """留下的比例。"""
-        return self.kept / self.answered if self.answered else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """这一次的速度。"""
-        return self.new_tokens / self.seconds if self.seconds else 0.0
-
-    @property
     def exit_code(self) -> int:
         """0 为全部答完；1 为还有没答成的。"""
         return 1 if self.failed else 0
@@ -83,10 +73,11 @@ class SynthesisReport:
         self.tokens += row["tokens"] or 0
 
     def __str__(self) -> str:
+        share, speed = self.kept / max(self.answered, 1), self.new_tokens / (self.seconds or 1)
         lines = [
-            f"asked {self.asked:,}, kept {self.kept:,} ({self.kept_share:.0%} of the answers), "
+            f"asked {self.asked:,}, kept {self.kept:,} ({share:.0%} of the answers), "
             f"rejected {self.rejected:,}, failed {self.failed:,}",
-            f"{self.tokens:,} tokens; {self.tokens_per_second:,.0f} tokens/s",
+            f"{self.tokens:,} tokens; {speed:,.0f} tokens/s",
         ]
         if self.truncated:
             lines.append(
@@ -122,7 +113,10 @@ def synthesize(
     judge = make_filter(config.filter)
     check_tasks(tasks, "synthesize.filter" if needs_answer(config.filter) else None)
     report = SynthesisReport(output, asked=len(tasks) * config.samples)
-    prompts = {task.id: _sha256(_asked(task)) for task in tasks}
+    prompts = {
+        task.id: _sha256(task.messages if task.tools is None else [task.messages, task.tools])
+        for task in tasks
+    }
     with ResponseFile(output) as file:
         rows = file.resume({**provenance, **_provenance(tasks, prompts, backend, config, seed)})
         if rows:
@@ -183,13 +177,11 @@ def _ask(
                 report.failures.update(o.reason for o in batch if isinstance(o, Unanswered))
                 report.seconds = time.perf_counter() - started
                 rate = (report.answered - before) / report.seconds
-                failed = f"  failed {report.failed:,}" if report.failed else ""
-                bar.update(
-                    shown,
-                    completed=report.answered,
-                    status=f"{rate:.1f} answers/s  {report.tokens_per_second:,.0f} tok/s  "
-                    f"kept {report.kept_share:.0%}{failed}",
-                )
+                share = report.kept / max(report.answered, 1)
+                speed = report.new_tokens / report.seconds
+                status = f"{rate:.1f} answers/s  {speed:,.0f} tok/s  kept {share:.0%}"
+                status += f"  failed {report.failed:,}" if report.failed else ""
+                bar.update(shown, completed=report.answered, status=status)
         except DistillabError as error:
             problem = problem or error
         finally:
@@ -199,10 +191,6 @@ def _ask(
         raise DistillabError(f"{problem}; {saved}: run the same command again to continue")
     if stop.requested and report.answered < report.asked:
         raise stop.stopped(f"stopped: {saved}")
-
-
-def _asked(task: Task) -> Any:
-    return task.messages if task.tools is None else [task.messages, task.tools]
 
 
 def _keep(judge: Filter, task: Task, row: Mapping[str, Any]) -> bool:
