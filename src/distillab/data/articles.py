@@ -61,10 +61,8 @@ def text_files(path: Path, subset: str | None = None, split: str = "train") -> l
         raise DistillabError(f"{str(path)!r} has no split {split!r}; {nearest(split, found)}")
     files, total = found[split], sum(file.suffix in TEXT_SUFFIXES for file in path.rglob("*"))
     if len(files) < total:
-        logger.info(
-            "%s: read %d of its %d files: split %s of %s",
-            path, len(files), total, split, ", ".join(found),
-        )  # fmt: skip
+        of = f"split {split} of {', '.join(found)}"
+        logger.info(f"{path}: read {len(files)} of its {total} files: {of}")
     return files
 
 

@@ -51,14 +51,13 @@ def generated(config: GeneratorConfig, where: str) -> tuple[list[Conversation], 
 
     def score(record: Mapping[str, Any], answer: str | None, response: str) -> float:
         try:
-            return float(
-                dataset.score_answer(extract_answer(response) or response.strip(), dict(record))
-            )
+            answered = extract_answer(response) or response.strip()
+            return float(dataset.score_answer(answered, dict(record)))
         except Exception as error:  # 判分的代码读不懂的回答不是对的回答
+            why = f"{type(error).__name__}: {error}"
             logger.warning(
-                "%s: %s cannot score a response (%s: %s); it counts as wrong",
-                where, config.name, type(error).__name__, error,
-            )  # fmt: skip
+                f"{where}: {config.name} cannot score a response ({why}); it counts as wrong"
+            )
             return 0.0
 
     conversations = [

@@ -43,14 +43,12 @@ class Sequences:
     ) -> None:
         self.name, self.vocabulary = name, vocabulary
         kept = [_within(example, vocabulary) for example in examples]
-        before, after = (
-            sum(len(one.student.response) for one in part) for part in (examples, kept)
-        )
+        before, after = (sum(len(e.student.response) for e in part) for part in (examples, kept))
         if after < before:
             logger.warning(
-                "%s: %s of %s response tokens are not measured: student and teacher do not share "
-                "them", name, f"{before - after:,}", f"{before:,}",
-            )  # fmt: skip
+                f"{name}: {before - after:,} of {before:,} response tokens are not measured: "
+                f"student and teacher do not share them"
+            )
         self.examples = [example for example in kept if example.student.response]
         if not self.examples:
             raise DistillabError(f"{name}: no response token to evaluate on")

@@ -207,8 +207,8 @@ def _from_gguf(path: Path) -> Planned:
     with foreign(f"cannot plan {str(path)!r}: expected a Llama- or Qwen-like decoder"):
         reader = GGUFReader(path)
         names = {tensor.name: tensor.shape for tensor in reader.tensors}
-        values = {name: field.contents() for name, field in reader.fields.items()
-                  if not name.startswith("tokenizer.")}  # fmt: skip
+        own = [name for name in reader.fields if not name.startswith("tokenizer.")]
+        values = {name: reader.fields[name].contents() for name in own}
         kind = values["general.architecture"]
         heads = values[f"{kind}.attention.head_count"]
         hidden = values[f"{kind}.embedding_length"]

@@ -24,9 +24,10 @@ def memory_table(plan: Plan) -> Table:
     """一行一个部分：峰值那一刻占多少，自己最多时占多少，是什么。"""
     parts, largest = plan.parts, plan.largest
     table = Table(title=_title(plan), title_justify="left")
-    for name, justify in (("component", "left"), ("at the peak", "right"),
-                          ("at most", "right"), ("what", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name != "what")  # type: ignore[arg-type]
+    table.add_column("component", no_wrap=True)
+    for name in ("at the peak", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what")
     for name, what in _rows(plan):
         if largest.get(name):
             table.add_row(name, _gib(parts.get(name, 0)), _gib(largest[name]), what)
@@ -95,9 +96,9 @@ def change_table(changes: Iterable[tuple[str, Plan]]) -> Table | None:
 
 def _title(plan: Plan) -> str:
     step, device = plan.step, plan.device
-    where = f"{device.name}" if step.processes == 1 else (
-        f"each of {step.processes} {device.name} processes, {step.engine}"
-    )  # fmt: skip
+    where = device.name
+    if step.processes > 1:
+        where = f"each of {step.processes} {where} processes, {step.engine}"
     return f"{plan.recipe.name} on {where}: a step of {step.batch_size} x {step.seq_len} tokens"
 
 

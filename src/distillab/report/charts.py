@@ -257,8 +257,8 @@ def _validation(
         data.append(_line(f"{index}/validation", values, name, color(index), markers=True))
         teacher = run.models.get(TEACHER, {}).get(column)
         if teacher is not None and column == "perplexity":
-            longest[teacher] = max(longest.get(teacher, (0, "")),
-                                   (rows[-1]["tokens"], f"{index}/validation"))  # fmt: skip
+            drawn = rows[-1]["tokens"], f"{index}/validation"
+            longest[teacher] = max(longest.get(teacher, (0, "")), drawn)
     for value, (_, axis) in longest.items():
         count = len(validation_rows(runs[int(axis.split("/")[0])]))
         data.append(_line(axis, [value] * count, "teacher", TEACHER_COLOR, "dash"))

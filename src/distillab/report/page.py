@@ -38,6 +38,7 @@ from .tables import answers, costs, flat, method, model_name, results, samples, 
 logger = logging.getLogger("distillab")
 
 FILE_NAME = "report.html"
+MOMENT = "%Y-%m-%d %H:%M UTC"
 
 
 def write_report(
@@ -97,8 +98,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         loader=PackageLoader("distillab.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = {"number": number, "duration": duration, "memory": memory, "shown": shown}
-    environment.filters |= filters
+    environment.filters |= {one.__name__: one for one in (number, duration, memory, shown)}
     sections = {
         "curves": curve_charts(runs),
         "agreement": agreement_charts(runs),
@@ -107,19 +107,16 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         "optimisation": optimisation_charts(runs),
     }
     charts = [chart for found in sections.values() for chart in found]
+    drawn = {one["key"]: {k: one[k] for k in ("data", "layout", "training")} for one in charts}
     return environment.get_template("report.html").render(
         title=" · ".join(run.label for run in runs),
         version=__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(timezone.utc).strftime(MOMENT),
         reload_milliseconds=None if reload_seconds is None else 1000 * reload_seconds,
         runs=[_card(run, index, headline(runs), runs[0]) for index, run in enumerate(runs)],
         results=results(runs),
         sections=sections,
-        figures={
-            "axes": axes(runs),
-            "charts": {chart["key"]: {key: chart[key] for key in ("data", "layout", "training")}
-                       for chart in charts},
-        },
+        figures={"axes": axes(runs), "charts": drawn},
         samples=samples(runs),
         answers=answers(runs),
         differences=_differences(runs),
@@ -127,7 +124,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         recipe_differences=_configured(runs),
         environment_differences=differing([run.environment for run in runs]),
         library=_library() if charts else "",
-    )  # fmt: skip
+    )
 
 
 def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str, Any]:
@@ -136,7 +133,12 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
     if index and key and measure:
         reference = measures(first)[key].value(AFTER)
         against = difference(measure.value(AFTER), reference, measure.kind)
-    evaluation = run.evaluation
+    evaluated, evaluation = None, run.evaluation
+    if checkpoint := evaluation.get("checkpoint"):
+        evaluated = (
+            f"{run.label}: {checkpoint}, evaluated {str(evaluation.get('created', ''))[:10]}, "
+            f"95 % intervals from {evaluation.get('bootstrap_samples', '?')} bootstrap samples"
+        )
     return {
         "label": run.label,
         "color": color(index),
@@ -147,15 +149,11 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
         "against": against,
         "costs": costs(run),
         "method": method(run),
-        "evaluated": evaluation.get("checkpoint") and (
-            f"{run.label}: {evaluation['checkpoint']}, evaluated "
-            f"{str(evaluation.get('created', ''))[:10]}, 95 % intervals from "
-            f"{evaluation.get('bootstrap_samples', '?')} bootstrap samples"
-        ),
+        "evaluated": evaluated,
         "recipe_text": run.recipe_text,
         "environment": flat(run.environment),
-        "changed": datetime.fromtimestamp(run.changed, timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }  # fmt: skip
+        "changed": datetime.fromtimestamp(run.changed, timezone.utc).strftime(MOMENT),
+    }
 
 
 def _configured(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:

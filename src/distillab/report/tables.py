@@ -93,10 +93,8 @@ def method(run: RunData) -> list[tuple[str, str]]:
         objective = f"{alpha:g} {divergence} + {1 - alpha:g} cross-entropy"
     teacher = run.get("teacher.path")
     view = "reads experience that the student never sees" if privileged else "same prompt"
-    student = run.get("student.path") or (
-        f"{run.get('student.init.layers', 'some')} layers of the teacher"
-        if run.get("student.init") else "from scratch"
-    )  # fmt: skip
+    layers = f"{run.get('student.init.layers', 'some')} layers of the teacher"
+    student = run.get("student.path") or (layers if run.get("student.init") else "from scratch")
     return [
         ("responses", said),
         ("teacher view", view if teacher and alpha else "not used in training"),
