@@ -48,6 +48,15 @@ PRELOADED = (
 )  # fmt: skip
 """各段都要的，fork 之前导入一次；没有的由用到它的一段去说。"""
 
+SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "0",  # 有几块也只用一块：transformers 的 Trainer 会都用上
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # 否则问一声有没有 GPU 就碰了 CUDA
+    "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # 几个进程同时编译
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_distillab",  # 再走时还在
+}
+"""没有设的环境变量设成这样。"""
+
 WITHOUT = "DISTILLAB_GPU_WITHOUT_PRELOADING"
 """设了就不预先导入：哪个库一导入就碰 CUDA 的机器上，fork 之后不能再用它。"""
 
@@ -110,20 +119,22 @@ def preload() -> str:
     return found
 
 
-def sections(names: list[str] | None) -> list[Section]:
-    """要走的各段，按先后。"""
+def sections(options: argparse.Namespace) -> list[Section]:
+    """要走的各段，按先后；缺东西的马上就略过，不给它留时间。"""
     import gpu_runs
     import gpu_sections
-    from gpu_work import NEEDS, NEEDS_OF, Section
+    from gpu_work import NEEDS, NEEDS_OF, Section, missing
 
-    return [
-        Section(
-            name, getattr(gpu_runs if name in ("recipes", "engines") else gpu_sections, name),
-            weight, NEEDS_OF.get(name, NEEDS),
-        )
-        for name, (weight, _) in SECTIONS.items()
-        if names is None or name in names or name == "machine"
-    ]  # fmt: skip
+    found = []
+    for name, (weight, _) in SECTIONS.items():
+        if options.section and name not in (*options.section, "machine"):
+            continue
+        absent = missing(NEEDS_OF.get(name, NEEDS))
+        if name == "recipes":
+            absent += [f"--{flag}" for flag in ("smollm2", "text") if not getattr(options, flag)]
+        where = gpu_runs if name in ("recipes", "engines") else gpu_sections
+        found.append(Section(name, getattr(where, name), 0.0 if absent else weight, absent))
+    return found
 
 
 def show(record: Record) -> None:
@@ -170,8 +181,8 @@ def main(arguments: list[str]) -> int:
     """依次走各段；返回退出码。"""
     started = time.monotonic()
     options = parse(arguments)
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # 否则问一声有没有就碰了 CUDA
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "gpu"), str(HERE.parent / "src")]
     device = preload()
     if device == "cpu" and not options.tiny:
@@ -181,7 +192,7 @@ def main(arguments: list[str]) -> int:
 
     records: list[Record] = []
     machine: Record = {}
-    left = sections(options.section)
+    left = sections(options)
     end = started + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="distillab-gpu-") as name:
         directory = Path(name)
@@ -191,7 +202,7 @@ def main(arguments: list[str]) -> int:
             "smollm2": options.smollm2, "text": options.text,
         }  # fmt: skip
         while left:
-            now, share = time.monotonic(), sum(section.weight for section in left)
+            now, share = time.monotonic(), sum(section.weight for section in left) or 1.0
             section = left.pop(0)
             seconds = (end - now) * section.weight / share
             work = Work(

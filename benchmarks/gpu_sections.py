@@ -38,6 +38,7 @@ def machine(work: Work) -> None:
     copy = torch.empty_like(source)
     bandwidth = 2 * count / seconds_of(lambda: copy.copy_(source), work.device)
     found = environment(work.device) | {
+        "half": "fp16" if dtype == torch.float16 else "bf16",
         "driver": driver() if cuda else None,
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "versions": {name: v for name in LIBRARIES if (v := version_of(name)) is not None},
@@ -73,7 +74,8 @@ def driver() -> str | None:
 
 def tests(work: Work) -> None:
     """``tests/gpu/checks.py`` 的每一项，各有自己的进程，几个一起走。"""
-    from checks import CHECKS, Skip
+    from check_parts import Skip
+    from checks import CHECKS
 
     def check(name: str) -> None:
         channel, started = open_channel(), time.perf_counter()
@@ -108,7 +110,7 @@ def make_cell(work: Work, precision: str | None = None) -> Any:
     from train_step_models import SHAPES, Cell
 
     batch_size, seq_len = SHAPES["b", work.scale]["size"][work.device]
-    usual = "fp32" if work.device == "cpu" else "bf16"
+    usual = "fp32" if work.device == "cpu" else work.machine.get("half", "bf16")
     kind: Any = precision or usual
     return Cell("b", work.scale, batch_size, seq_len, kind, 0.5, work.device, 0)
 
@@ -165,7 +167,8 @@ def loss_head(work: Work) -> None:
     if work.tiny:
         sizes = {"rows": 32, "vocab": 500, "student_width": 16, "teacher_width": 24,
                  "liger_chunk": 16}  # fmt: skip
-    dtype = "bfloat16" if work.device == "cuda" else "float32"
+    halves = {"bf16": "bfloat16", "fp16": "float16"}
+    dtype = halves[work.machine.get("half", "bf16")] if work.device == "cuda" else "float32"
     cells = [
         Cell(dtype=dtype, objective=objective, near=False, device=work.device, seed=0, **sizes)
         for objective in ("forward_kl", "jsd")
@@ -255,16 +258,19 @@ def sampling(work: Work) -> None:
 
 
 def sample(work: Work, implementation: str, kind: str, size: tuple[int, int, int]) -> None:
-    """一个实现的进程。"""
+    """一个实现的进程；两家的权重都是半精度。"""
+    channel = open_channel()
     from plan import FakeTokenizer
     from sampling import make_model, sampler
     from train_step_models import SHAPES, make_teacher
 
+    from distillab.distributed.engine import DTYPES
     from distillab.generate.generator import padded
 
-    channel, cell = open_channel(), make_cell(work)
-    half = torch.bfloat16 if work.device == "cuda" else torch.float32
-    models = make_model(kind, make_teacher(cell).to(work.device, half))
+    cell = make_cell(work)
+    half = DTYPES[cell.precision]
+    model, hf_model = make_model(kind, make_teacher(cell).to(work.device, half))
+    models = model.to(half), hf_model
     vocab = SHAPES[cell.case, cell.scale]["teacher"][-1]
     batch, width, new = size
     call = sampler(implementation, models, FakeTokenizer(vocab), new)

@@ -92,12 +92,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Section:
-    """一段：名字、做什么、占多少时间、要哪些库。"""
+    """一段：名字、做什么、占多少时间、缺什么。"""
 
     name: str
     call: Callable[[Work], None]
     weight: float
-    needs: tuple[str, ...]
+    absent: list[str]
 
 
 def missing(modules: Iterable[str]) -> list[str]:
@@ -115,12 +115,11 @@ def read(path: Path) -> list[Record]:
 def run(section: Section, work: Work, show: Callable[[Record], None], least: float) -> list[Record]:
     """在自己的进程里走完一段，到时就杀掉；记录来一条 ``show`` 一条。
 
-    缺库的、不到 ``least`` 秒的、崩溃的、超时的，另有一条说明；已经写下的都在。
+    缺东西的、不到 ``least`` 秒的、崩溃的、超时的，另有一条说明；已经写下的都在。
     """
-    absent, seconds = missing(section.needs), work.deadline - time.monotonic()
-    if absent:
-        work.record(section.name, "", f"needs {', '.join(absent)}: not installed", "skipped")
-    elif seconds < least:
+    if section.absent:
+        work.record(section.name, "", f"needs {', '.join(section.absent)}", "skipped")
+    elif work.deadline - time.monotonic() < least:
         work.record(section.name, "", "no time is left: raise --minutes", "skipped")
     else:
         _supervise(section, work, show)

@@ -93,6 +93,12 @@ def compiled_loop(cell: Cell, clock: Clock) -> None:
     distillab_loop(cell, clock, compile=True)
 
 
+def autocast(cell: Cell) -> torch.autocast:
+    """``cell.precision`` 的 autocast；``fp32`` 时不起作用。"""
+    half = torch.float16 if cell.precision == "fp16" else torch.bfloat16
+    return torch.autocast(cell.device, half, enabled=cell.precision != "fp32")
+
+
 def time_steps(trainer: Any, clock: Clock) -> None:
     """让 ``transformers.Trainer`` 的每一步经过 ``clock``：从 ``on_step_begin`` 到 ``on_step_end``，
     取数据不计，计数、nan 检查、回调都计。它的日志在 ``on_step_end`` 之后，来不及，所以自己记损失。
@@ -125,6 +131,7 @@ def trainer_settings(cell: Cell, directory: str) -> dict[str, Any]:
         "learning_rate": LEARNING_RATE,
         "max_grad_norm": GRADIENT_CLIP,
         "bf16": cell.precision == "bf16",  # GKDConfig 缺省是 True，CPU 上也是
+        "fp16": cell.precision == "fp16",
         "use_cpu": cell.device == "cpu",
         "max_steps": 10**6,
         "save_strategy": "no",
@@ -204,7 +211,7 @@ def liger_loop(cell: Cell, clock: Clock) -> None:
     class Distilling(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             ids = inputs["input_ids"]
-            with torch.autocast(cell.device, torch.bfloat16, enabled=cell.precision == "bf16"):
+            with autocast(cell):
                 with torch.no_grad():
                     wanted = teacher.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
                 hidden = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
@@ -233,10 +240,9 @@ def plain_loop(cell: Cell, clock: Clock) -> None:
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     alpha, temperature = cell.alpha, 1.0
-    bf16 = cell.precision == "bf16"
 
     def train_step() -> tuple[Tensor, Tensor]:
-        with torch.autocast(cell.device, dtype=torch.bfloat16, enabled=bf16):
+        with autocast(cell):
             with torch.no_grad():
                 teacher_logits = teacher(**batch).logits
             outputs = student(**batch, labels=input_ids)  # 交叉熵由它算，labels 在里面移一位

@@ -80,7 +80,7 @@ def test_what_cannot_run_is_skipped_and_says_why(done):
     _, records, _ = done
     skipped = {r["section"]: r["result"] for r in records if r["status"] == "skipped"}
     assert skipped["late"] == "no time is left: raise --minutes"
-    assert skipped["needing"] == "needs a_library_nobody_has: not installed"
+    assert skipped["needing"] == "needs a_library_nobody_has"
     assert skipped["loss_head"] == "needs trl, which is not installed"
     assert skipped["train_step"] == "needs liger-kernel, which is not installed"
     assert skipped["engines"] == "needs deepspeed, which is not installed"

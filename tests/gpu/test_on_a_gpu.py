@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from checks import CHECKS, Skip
+from check_parts import Skip
+from checks import CHECKS
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", CHECKS)
 def test_it_holds(name):

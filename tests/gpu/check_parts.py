@@ -1,0 +1,43 @@
+"""``checks.py`` 各项共用的：小模型与相对误差。"""
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from distillab.config.schema import ModelConfig
+from distillab.models.student import StudentModel
+
+VOCAB = 1000
+
+
+class Skip(Exception):
+    """这台机器上做不了。"""
+
+
+def relative(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def student():
+    torch.manual_seed(0)
+    return StudentModel(
+        ModelConfig(
+            hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96,
+            vocab_size=VOCAB, max_seq_len=128,
+        )
+    )  # fmt: skip
+
+
+def pretrained(std=0.1):
+    """transformers 的 Qwen2，随机权重，分布不平。"""
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=96, vocab_size=VOCAB, max_position_embeddings=128,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn_like(parameter)
+    return model
