@@ -8,16 +8,19 @@ from distillab.distributed.sharding import WholeCopy
 from distillab.export.convert import from_hf
 from distillab.models.interface import PretrainedLM
 from distillab.models.lora import add_lora
+from distillab.models.own_blocks import through_own_blocks
 
 IDS = torch.arange(24).view(4, 6) * 7 % 400
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["own", "pretrained", "lora"])
+@pytest.fixture(params=["own", "pretrained", "lora", "own blocks"])
 def model(request, tiny_qwen2):
     if request.param == "own":
         return from_hf(tiny_qwen2).eval()
     model = PretrainedLM(tiny_qwen2).eval()
+    if request.param == "own blocks":
+        return through_own_blocks(model)
     return add_lora(model, LoraConfig(rank=4)) if request.param == "lora" else model
 
 

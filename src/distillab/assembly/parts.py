@@ -24,8 +24,9 @@ from ..data.left_out import check_left_out
 from ..distributed.engine import DTYPES, resolve_precision
 from ..export.convert import student_from_teacher
 from ..generate.stops import stop_ids
-from ..models.interface import PretrainedLM
+from ..models.interface import LanguageModel, PretrainedLM
 from ..models.lora import adapter_parameters, adapters_off, add_lora, base_parameters
+from ..models.own_blocks import through_own_blocks
 from ..models.pretrained import load_pretrained, resolve_model
 from ..models.student import StudentModel
 from ..models.tokenizer import (
@@ -49,7 +50,7 @@ class Parts:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    teacher: PretrainedLM | None
+    teacher: LanguageModel | None
     student: StudentModel | PretrainedLM
     vocabulary: Vocabulary
     shard_teacher: bool = False
@@ -71,7 +72,7 @@ class Parts:
         return (ShardedTeacher if self.shard_teacher else LocalTeacher)(self.teacher)
 
     @contextmanager
-    def as_teacher(self) -> Iterator[PretrainedLM]:
+    def as_teacher(self) -> Iterator[LanguageModel]:
         """教师模型本身，供它生成；它就是学生时，其间关掉 adapter。要有教师。"""
         assert self.teacher is not None
         with adapters_off(self.teacher) if self.teacher is self.student else nullcontext():
@@ -94,18 +95,18 @@ def build_models(
         vocabulary = own_vocabulary(tokenizer)
     else:
         vocabulary = shared_vocabulary(tokenizer, theirs)
-    if _is_frozen_base(teacher, student, precision):
-        frozen = None
-    else:
+    loaded = None
+    if not _is_frozen_base(teacher, student, precision):
         dtype = torch.float32 if student.init else frozen_dtype(teacher, precision)
-        frozen = _load(teacher, dtype)
-        check_tokenizer_fits(theirs, frozen.vocab_size, "teacher")
-    model = _student(student, frozen, precision)
+        loaded = _load(teacher, dtype)
+        check_tokenizer_fits(theirs, loaded.vocab_size, "teacher")
+    model = _student(student, loaded, precision)
     check_tokenizer_fits(tokenizer, model.vocab_size, "student")
-    if frozen is not None:
+    frozen: LanguageModel
+    if loaded is not None:
+        frozen = _frozen(loaded).to(frozen_dtype(teacher, precision))
         if isinstance(model, StudentModel):  # 它没有自己的配置：停在哪里也跟教师学
             model.eos_token_ids = frozenset(i for i in frozen.eos_token_ids if i in vocabulary)
-        frozen.to(frozen_dtype(teacher, precision))
     else:
         assert isinstance(model, PretrainedLM)  # 有 LoRA 就是预训练的
         frozen = model
@@ -122,10 +123,11 @@ def build_models(
 
 def build_teacher(
     teacher: ModelSource, precision: Precision
-) -> tuple[PreTrainedTokenizerBase, PretrainedLM]:
+) -> tuple[PreTrainedTokenizerBase, LanguageModel]:
     """只要教师与它的 tokenizer，供 ``distillab synthesize``。"""
-    tokenizer, model = _tokenizer(teacher), _load(teacher, frozen_dtype(teacher, precision))
-    check_tokenizer_fits(tokenizer, model.vocab_size, "teacher")
+    tokenizer, loaded = _tokenizer(teacher), _load(teacher, frozen_dtype(teacher, precision))
+    check_tokenizer_fits(tokenizer, loaded.vocab_size, "teacher")
+    model = _frozen(loaded)
     if torch.cuda.is_available():
         model.to("cuda")
     return tokenizer, model
@@ -176,6 +178,11 @@ def _load(section: ModelSource | StudentSection, dtype: torch.dtype) -> Pretrain
             trust_remote_code=section.trust_remote_code,
         )
     )
+
+
+def _frozen(model: PretrainedLM) -> LanguageModel:
+    """GPU 上尽可能经本项目的层来算；CPU 上发内核不费时间，仍由 transformers 来算。"""
+    return through_own_blocks(model) if torch.cuda.is_available() else model
 
 
 def _student(

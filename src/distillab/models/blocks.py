@@ -79,7 +79,8 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
         theta: 旋转基数。
 
     Returns:
-        ``(cos, sin)``，各 ``[B, 1, T, hd]``，float32，中间一维对所有头广播。
+        ``(cos, sin)``，各 ``[B, 1, T, hd]``，float32，中间一维对所有头广播；sin 的前半取负，见
+        ``apply_rotary``。
     """
     # 每次现算而不存成 buffer：buffer 会随 model.to(bfloat16) 一起降精度，位置就乱了。
     exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -89,7 +90,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """``rotary_tables``，每对分量一步转几弧度由 ``frequencies: [hd / 2]`` 给出，float32。"""
     angles = positions[..., None].float() * frequencies  # (B, T, hd/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, hd)
+    angles = torch.cat((-angles, angles), dim=-1)[:, None]  # (B, 1, T, hd)
     return angles.cos(), angles.sin()
 
 
@@ -99,10 +100,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     论文配对的是相邻分量 ``(x0, x1), (x2, x3), ...``；这里第 i 个与第 i + hd/2 个配对。两者只差
     一次分量重排，但权重是按后者训练的，混用不报错而结果全错。以 hd = 8 为例::
 
-        x        = [ a0 a1 a2 a3 | b0 b1 b2 b3 ]     (a_i, b_i) 是一对，转同一个角度 m·θ_i
-        rotated  = [-b0 -b1 -b2 -b3 | a0 a1 a2 a3 ]
-        x·cos + rotated·sin:  a_i' = a_i cos - b_i sin
-                              b_i' = b_i cos + a_i sin
+        x        = [ a0 a1 a2 a3 | b0 b1 b2 b3 ]     (a_i, b_i) 是一对，转同一个角度 φ = m·θ_i
+        swapped  = [ b0 b1 b2 b3 | a0 a1 a2 a3 ]
+        sin      = [ sin(-φ) ... | sin φ ... ]       负号放在表里，不必每层每头取一遍
+        x·cos + swapped·sin:  a_i' = a_i cos φ - b_i sin φ
+                              b_i' = b_i cos φ + a_i sin φ
 
     Args:
         x: ``[B, n, T, hd]``。
@@ -112,9 +114,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         与 ``x`` 同形状、同 dtype。
     """
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class GQAAttention(nn.Module):
@@ -179,14 +180,7 @@ class GQAAttention(nn.Module):
             ``[B, T, H]``。
         """
         batch, length, _ = hidden.shape
-        shape = (batch, length, -1, self.head_dim)
-        query, key = self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, nh 或 nkv, T, hd)
-        value = self.v_proj(hidden).view(shape).transpose(1, 2)  # (B, nkv, T, hd)
-        # 先旋转再缓存：RoPE 用绝对位置旋转，内积只剩相对位置，所以旧键不必重转。
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key, value = self.heads(hidden, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value)
         if length == 1:
@@ -210,6 +204,17 @@ class GQAAttention(nn.Module):
         output = output.transpose(1, 2).reshape(batch, length, -1)  # (B, T, nh * hd)
         projected: Tensor = self.o_proj(output)
         return projected
+
+    def heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """旋转过的 q 与 k，和 v：``[B, nh 或 nkv, T, hd]``。"""
+        shape = (*hidden.shape[:2], -1, self.head_dim)
+        query, key = self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)
+        # 先旋转再缓存：RoPE 用绝对位置旋转，内积只剩相对位置，所以旧键不必重转。
+        query = apply_rotary(query.transpose(1, 2), cos, sin)
+        return query, apply_rotary(key.transpose(1, 2), cos, sin), value
 
 
 class SwiGLUFFN(nn.Module):

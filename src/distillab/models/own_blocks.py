@@ -1,0 +1,210 @@
+"""Qwen2、Qwen3、Llama 结构的冻结教师经本项目的层来算：内核少，建 mask 时也不等设备。
+
+权重是同一块内存，不复制。结构合不合适由配置里的设置与权重的名字决定，装入时再与 transformers 的隐
+状态核对一次；不合适的仍由 transformers 来算，什么都不少。
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.schema import ModelConfig
+from ..errors import reason
+from .blocks import (
+    GQAAttention,
+    Layout,
+    SwiGLUFFN,
+    TransformerBlock,
+    apply_rotary,
+    rotation,
+)
+from .decoder import Decoder
+from .head_fit import relative_error, tolerance
+from .hf_names import CONFIG_NAMES, hf_name
+from .interface import PROBE_TOKENS, LanguageModel, PretrainedLM, evaluating
+
+logger = logging.getLogger("distillab")
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+"""transformers 里与 ``TransformerBlock`` 同样算法的几家。"""
+
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+"""频率不随长度而变的 RoPE；``dynamic`` 与 ``longrope`` 的会变。"""
+
+
+class JoinedAttention(GQAAttention):
+    """q、k、v 一次乘出、q 与 k 一起旋转的 ``plain``；它没有 q_norm 与 k_norm。"""
+
+    def __init__(self, plain: GQAAttention) -> None:
+        nn.Module.__init__(self)
+        self.head_dim, self.group_size = plain.head_dim, plain.group_size
+        self.dropout = plain.dropout
+        self.qkv_proj = _joined(plain.q_proj, plain.k_proj, plain.v_proj)
+        self.o_proj = plain.o_proj
+        self._kv_heads = plain.k_proj.out_features // plain.head_dim
+
+    def heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """见 ``GQAAttention``。"""
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turned, value = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
+        turned = apply_rotary(turned, cos, sin)  # (B, nh + nkv, T, hd)
+        return turned[:, : -self._kv_heads], turned[:, -self._kv_heads :], value
+
+
+class JoinedFFN(SwiGLUFFN):
+    """gate 与 up 一次乘出的 ``plain``。"""
+
+    def __init__(self, plain: SwiGLUFFN) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj = _joined(plain.gate_proj, plain.up_proj)
+        self.down_proj = plain.down_proj
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """见 ``SwiGLUFFN``。"""
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        output: Tensor = self.down_proj(F.silu(gate) * up)
+        return output
+
+
+def _joined(*parts: nn.Linear) -> nn.Linear:
+    """首尾相接的一个线性层；``parts`` 的参数随即放掉，内存仍只有一份。"""
+    whole = nn.Linear(
+        parts[0].in_features,
+        sum(part.out_features for part in parts),
+        bias=parts[0].bias is not None,
+        device="meta",
+    )
+    for name, _ in list(whole.named_parameters()):
+        own = [getattr(part, name) for part in parts]
+        data = torch.cat([parameter.data for parameter in own])
+        setattr(whole, name, nn.Parameter(data, requires_grad=False))
+        for parameter in own:
+            parameter.data = parameter.data.new_empty(0)
+    return whole
+
+
+class SharedDecoder(Decoder):
+    """一个 transformers 模型的权重，经本项目的层来算；只做前向，不训练也不存盘。
+
+    ``frequencies: [hd / 2]`` 与 ``factor`` 是它的 RoPE：每步转几弧度，cos 与 sin 再乘几倍。
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: Layout, tied: bool, frequencies: Tensor, factor: float
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(config, layout, tied)
+        # 存成整数：float 的 buffer 会随 model.to(bfloat16) 一起降精度，位置就乱了。
+        self.register_buffer("_bits", frequencies.float().view(torch.int32), persistent=False)
+        self._factor = factor
+
+    def join(self) -> SharedDecoder:
+        """并起各层里读同样输入的线性层；有 q_norm 与 k_norm 的，q、k、v 并了也要拆开抄出来。"""
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            block.ffn = JoinedFFN(block.ffn)
+            if block.attention.q_norm is None:
+                block.attention = JoinedAttention(block.attention)
+        return self
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)``，权重的 dtype：与 transformers 的舍入次序一致。"""
+        bits: Tensor = self._bits  # type: ignore[assignment]
+        dtype = self.embedding.weight.dtype
+        cos, sin = rotation(positions, bits.view(torch.float32))
+        return (cos * self._factor).to(dtype), (sin * self._factor).to(dtype)
+
+
+def through_own_blocks(model: PretrainedLM) -> LanguageModel:
+    """合适就返回接过 ``model`` 的权重的 ``SharedDecoder``，``model`` 不能再用；不然原样返回。"""
+    why = _unsuitable(model)
+    if not why:
+        try:
+            shared = _shared(model)
+            why = _difference(shared, model)
+        except (ValueError, RuntimeError) as error:  # 配置越界，或权重的名字、形状对不上
+            why = reason(error)
+        if not why:
+            return shared.join()
+    logger.debug("%s runs through transformers: %s", type(model.model).__name__, why)
+    return model
+
+
+def _unsuitable(model: PretrainedLM) -> str:
+    """配置里与 ``TransformerBlock`` 不同的一项；没有就是空串。"""
+    hf, head = model.model, model.head
+    config = hf.config
+    if config.model_type not in FAMILIES or not type(hf).__module__.startswith("transformers."):
+        return f"model_type={config.model_type}"
+    rotary = getattr(hf.base_model, "rotary_emb", None)
+    frequencies = getattr(rotary, "inv_freq", None)
+    if frequencies is None or frequencies.dtype != torch.float32:
+        return "no float32 inv_freq"
+    settings: dict[str, tuple[Any, Any]] = {
+        "hidden_act": (config.hidden_act, "silu"),
+        "sliding_window": (getattr(config, "sliding_window", None), None),
+        "layer_types": (
+            set(getattr(config, "layer_types", None) or ()) - {"full_attention"},
+            set(),
+        ),
+        "is_causal": (getattr(config, "is_causal", True), True),
+        "rope_type": (getattr(rotary, "rope_type", None) in FIXED_ROPE, True),
+        "rotary width": (2 * len(frequencies), _head_dim(config)),
+        "quantizer": (getattr(hf, "hf_quantizer", None), None),
+        "head": ((head.bias, head.scale, head.softcap), (None, 1.0, None)),
+    }
+    return next(
+        (
+            f"{name} is {found}, not {own}"
+            for name, (found, own) in settings.items()
+            if found != own
+        ),
+        "",
+    )
+
+
+def _head_dim(config: Any) -> int:
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def _shared(model: PretrainedLM) -> SharedDecoder:
+    """权重就是 ``model`` 的；多一个、少一个、形状不同都是 ``RuntimeError``。"""
+    hf = model.model
+    state: dict[str, Tensor] = hf.state_dict(keep_vars=True)  # 参数本身：换类型、搬走都只有一份
+    values = {ours: getattr(hf.config, theirs) for ours, theirs in CONFIG_NAMES.items()}
+    config = ModelConfig(**{**values, "max_seq_len": model.max_seq_len})
+    first = "model.layers.0."
+    layout = Layout(
+        head_dim=_head_dim(hf.config),
+        qk_norm=f"{first}self_attn.q_norm.weight" in state,
+        qkv_bias=f"{first}self_attn.q_proj.bias" in state,
+        o_bias=f"{first}self_attn.o_proj.bias" in state,
+        ffn_bias=f"{first}mlp.gate_proj.bias" in state,
+    )
+    rotary = hf.base_model.rotary_emb
+    tied = hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
+    decoder = SharedDecoder(config, layout, tied, rotary.inv_freq, float(rotary.attention_scaling))
+    names = {name: hf_name(name, range(config.num_layers)) for name in decoder.state_dict()}
+    unknown = state.keys() - set(names.values())
+    if unknown:
+        raise RuntimeError(f"unexpected {min(unknown)}")
+    decoder.load_state_dict({name: state[theirs] for name, theirs in names.items()}, assign=True)
+    decoder.eos_token_ids = model.eos_token_ids
+    return decoder.eval()
+
+
+@torch.no_grad()
+def _difference(shared: SharedDecoder, model: PretrainedLM) -> str:
+    """十几个 token 的隐状态与 transformers 的不同在哪里；相同是空串。"""
+    weight = model.head.weight
+    ids = torch.arange(1, min(PROBE_TOKENS, model.max_seq_len) + 1, device=weight.device)
+    ids = ids[None] % model.vocab_size
+    with evaluating(model), torch.autocast(weight.device.type, enabled=False):
+        error = float(relative_error(shared(ids), model(ids)))
+    return "" if error <= tolerance(weight.dtype) else f"hidden states differ by {error:.1e}"
