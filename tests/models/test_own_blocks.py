@@ -7,11 +7,14 @@ import torch
 from dispatched import dispatched
 from model_types import VOCAB, model_of
 
+from distillab.assembly.parts import build_models
 from distillab.batch import Example, Tokens, View, collate_examples, collate_packed
+from distillab.config.schema import Recipe
 from distillab.data.packing import keeps_documents_apart
 from distillab.generate.generator import TextGenerator, padded
 from distillab.models.interface import PretrainedLM
 from distillab.models.own_blocks import SharedDecoder, through_own_blocks
+from distillab.vocabulary import Vocabulary
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -164,3 +167,32 @@ def test_a_forward_of_24_layers_dispatches_fewer_operators():
     after = dispatched(through_own_blocks(theirs), ids).total()
     in_norms = 49 * 5  # GPU 上一个 RMSNorm 是一个内核，这里是六个
     assert after - in_norms <= 0.45 * before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("student", [{"init": {"from": "teacher", "layers": 2}}, {"path": "other"}])
+def test_a_gpu_has_its_teacher_read_through_own_blocks(student, tiny_teacher_dir, monkeypatch):
+    if "path" in student:
+        student = {"path": str(tiny_teacher_dir)}
+    recipe = Recipe.model_validate(
+        {
+            "name": "own",
+            "teacher": {"path": str(tiny_teacher_dir)},
+            "student": student,
+            "data": {"source": "none.jsonl"},
+            "train": {"precision": "fp32"},
+        }
+    )
+    theirs = build_models(recipe.student, recipe.teacher, recipe.train)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        ours = build_models(recipe.student, recipe.teacher, recipe.train)
+    assert isinstance(ours.teacher, SharedDecoder)
+    assert isinstance(theirs.teacher, PretrainedLM)
+    assert ours.parameters == theirs.parameters
+    view = collate_examples(examples(), pad_id=0).student
+    found, expected = (
+        [parts.student.read(view), parts.local_teacher().targets(view, Vocabulary(VOCAB)).hidden]
+        for parts in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -140,16 +140,19 @@ class LanguageModel(nn.Module, ABC):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """暂时切到 eval，退出时逐个模块还原：有的子模块（如冻结的）可能本来就在 eval。"""
-    training = [module for module in model.modules() if module.training]
-    for module in training:  # 就是 eval()，不必再走一遍
-        module.training = False
+def evaluating(model: nn.Module, parts: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """暂时切到 eval，退出时逐个模块还原：有的子模块（如冻结的）可能本来就在 eval。
+
+    ``parts`` 是 ``model.modules()``，每步都要切换的先存下来：几千个模块走一遍要十几毫秒。
+    """
+    training = [module for module in parts or model.modules() if module.training]
+    for module in training:
+        vars(module)["training"] = False  # nn.Module 的赋值要查好几个字典
     try:
         yield
     finally:
         for module in training:
-            module.training = True
+            vars(module)["training"] = True
 
 
 def declared_eos(*configs: Any) -> frozenset[int]:

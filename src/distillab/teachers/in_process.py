@@ -123,11 +123,14 @@ class AdapterOffTeacher(LocalTeacher):
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+        self._parts: list[nn.Module] = []
 
     def place(self, device: torch.device) -> None:
         """学生由引擎来放。"""
 
     def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
         """基座在 ``view`` 上的目标；见 ``LocalTeacher.targets``。"""
-        with evaluating(self.model), adapters_off(self.model):
+        if not self._parts:  # 到第一步，引擎该包装的都包装了
+            self._parts = list(self.model.modules())
+        with evaluating(self.model, self._parts), adapters_off(self.model):
             return super().targets(view, vocabulary)
