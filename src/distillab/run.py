@@ -232,19 +232,13 @@ def _recorded(run: RunDirectory) -> tuple[dict[str, Metrics], dict[int, Metrics]
     """``metrics.jsonl`` 里的成绩：训练前的各个模型，与各步的学生。"""
     reference: dict[str, Metrics] = {}
     validation: dict[int, Metrics] = {}
+    null = {"perplexity": math.nan, "cross_entropy": math.nan}  # 不是有限值的写成了 null
     for row in read_metrics(run.metrics_file):
         if not row.keys() >= Metrics.__annotations__.keys():
             continue
-        perplexity, cross_entropy = (
-            math.nan if row[key] is None else row[key]  # 不是有限值的写成了 null
-            for key in ("perplexity", "cross_entropy")
-        )
-        metrics = Metrics(
-            perplexity=perplexity,
-            cross_entropy=cross_entropy,
-            kl=row["kl"],
-            top1_agreement=row["top1_agreement"],
-        )
+        metrics: Any = {
+            key: null.get(key) if row[key] is None else row[key] for key in Metrics.__annotations__
+        }
         if row["kind"] == "reference":
             reference[row["model"]] = metrics
         elif row["kind"] == "validation":

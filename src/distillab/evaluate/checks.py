@@ -88,10 +88,13 @@ class Checks:
 
     def _text(self, name: str, when: When) -> dict[str, float]:
         path = self.directory / f"{name}.{when}.json"
-        if (saved := _saved(path, when)) is not None:
-            if TEACHER in saved:
-                self.teacher[name] = saved[TEACHER]
-            return saved
+        if path.exists():
+            with suppress(DistillabError):
+                saved: dict[str, float] = parse_json(path.read_bytes(), str(path))
+                check(saved, {f"{when}!": NUMBER, "*": NUMBER}, str(path))
+                self.teacher |= {name: saved[TEACHER]} if TEACHER in saved else {}
+                return saved
+            logger.warning("%s cannot be read: measured again", path)
         known = name in self.teacher
         student, teacher = self.trainer.evaluate(loader=self.texts[name], teacher=not known)
         if teacher is not None:
@@ -123,18 +126,6 @@ def _subjects(parts: Parts, student: str) -> list[Subject]:
         adapters = teacher is not parts.student
         found.insert(0, Subject(TEACHER, teacher, parts.tokenizer, "teacher", adapters=adapters))
     return found
-
-
-def _saved(path: Path, when: When) -> dict[str, float] | None:
-    """上次写下的困惑度；没有，或读不懂（说一声，再量一遍），就是 ``None``。"""
-    if not path.exists():
-        return None
-    with suppress(DistillabError):
-        saved: dict[str, float] = parse_json(path.read_bytes(), str(path))
-        check(saved, {f"{when}!": NUMBER, "*": NUMBER}, str(path))
-        return saved
-    logger.warning("%s cannot be read: measured again", path)
-    return None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -89,7 +90,11 @@ class TaskSet(ABC):
             compares = "match" if needs_answer(match) else None
             check_tasks([pair.task("student") for pair in pairs], compares)
         if match is not None and match.choice is not None:
-            choices = [read_choices(_record(p), f"{where}: {p.student.where}") for p in pairs]
+            choices = []
+            for pair in pairs:  # 选项写在哪个文件里都行，都写了以学生的为准
+                own = {k: v for k, v in pair.student.record.items() if v is not None}
+                record = pair.teacher.record | own
+                choices.append(read_choices(record, f"{where}: {pair.student.where}"))
             return ChoiceTask(name, pairs, style, choices, match.choice)
         return ResponseTask(name, pairs, style, judge, config.max_new_tokens)
 
@@ -112,15 +117,19 @@ class TaskSet(ABC):
         ``DistillabError``。结果写进 ``save_to``；已经有了就读回来，不再问，中断过的运行因而接得上。
         """
         if save_to is not None and save_to.exists():
-            if (saved := _saved(save_to)) is not None and len(saved) == len(self.pairs):
-                return saved
+            with suppress(DistillabError):
+                lines = save_to.read_bytes().splitlines()
+                saved: list[TaskRow] = [parse_json(line, str(save_to)) for line in lines]
+                check(saved, [ANSWERS_ROW], str(save_to))
+                if len(saved) == len(self.pairs):
+                    return saved
             logger.warning("%s cannot be read: measured again", save_to)
         with subject.active() as model:
             rows = self._rows(model, subject)
         if save_to is not None:
             save_to.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            replace_file(save_to, "".join(lines))
+            written = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_file(save_to, "".join(written))
         return rows
 
     @abstractmethod
@@ -244,22 +253,6 @@ class ChoiceTask(TaskSet):
                 )
             )
         return rows
-
-
-def _saved(path: Path) -> list[TaskRow] | None:
-    """上次写下的结果；读不懂是 ``None``。"""
-    try:
-        found = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
-        check(found, [ANSWERS_ROW], str(path))
-    except DistillabError:
-        return None
-    return found
-
-
-def _record(pair: Pair) -> dict[str, Any]:
-    """两边的记录合起来：选项写在哪个文件里都行，都写了以学生的为准。"""
-    own = {key: value for key, value in pair.student.record.items() if value is not None}
-    return pair.teacher.record | own
 
 
 def accuracy(rows: Sequence[TaskRow]) -> float:
