@@ -49,19 +49,14 @@ class LiveCurves:
         """按 ``metrics.jsonl`` 现在的内容重画；恢复的训练因此画出中断以前的部分。"""
         from IPython.display import Image, display
 
-        image = Image(data=_live_png(read_metrics(metrics_file)), format="png")
+        rows, figure = read_metrics(metrics_file), _figure(11)
+        for axes, draw in zip(figure.subplots(1, 2), (_draw_loss, _draw_perplexity), strict=True):
+            draw(axes, rows)
+        image = Image(data=_png(figure, 90), format="png")
         if self._handle is None:
             self._handle = display(image, display_id=True)
         else:
             self._handle.update(image)
-
-
-def _live_png(rows: Rows) -> bytes:
-    figure = _figure(11)
-    left, right = figure.subplots(1, 2)
-    _draw_loss(left, rows)
-    _draw_perplexity(right, rows)
-    return _png(figure, 90)
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
@@ -116,9 +111,8 @@ def _draw_perplexity(axes: Axes, rows: Rows) -> None:
     if TEACHER in reference:
         value = reference[TEACHER]["perplexity"]
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(f"teacher {value:.1f}", (0, value), xytext=(4, 4),
-                      xycoords=("axes fraction", "data"), textcoords="offset points",
-                      color="gray")  # fmt: skip
+        place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(f"teacher {value:.1f}", (0, value), xytext=(4, 4), color="gray", **place)
     axes.yaxis.set_minor_formatter(lambda *_: "")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _style(axes, "perplexity (log scale)")

@@ -39,6 +39,8 @@ logger = logging.getLogger("distillab")
 
 FILE_NAME = "report.html"
 MOMENT = "%Y-%m-%d %H:%M UTC"
+UNCOUNTED = ("name", "description", "data.today")
+"""各次运行总不相同的配方键。"""
 
 
 def write_report(
@@ -107,6 +109,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         "optimisation": optimisation_charts(runs),
     }
     charts = [chart for found in sections.values() for chart in found]
+    changed = differing([run.recipe for run in runs])
     drawn = {one["key"]: {k: one[k] for k in ("data", "layout", "training")} for one in charts}
     return environment.get_template("report.html").render(
         title=" · ".join(run.label for run in runs),
@@ -121,7 +124,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         answers=answers(runs),
         differences=_differences(runs),
         skipped=any(costs(run)["skipped_steps"] for run in runs),
-        recipe_differences=_configured(runs),
+        recipe_differences=[row for row in changed if row[0] not in UNCOUNTED],
         environment_differences=differing([run.environment for run in runs]),
         library=_library() if charts else "",
     )
@@ -154,12 +157,6 @@ def _card(run: RunData, index: int, key: Key | None, first: RunData) -> dict[str
         "environment": flat(run.environment),
         "changed": datetime.fromtimestamp(run.changed, timezone.utc).strftime(MOMENT),
     }
-
-
-def _configured(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
-    """取值不同的配方键；名字、说明与开始的日子不算。"""
-    own = ("name", "description", "data.today")
-    return [row for row in differing([run.recipe for run in runs]) if row[0] not in own]
 
 
 def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
