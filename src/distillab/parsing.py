@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -107,6 +107,16 @@ def leaves(value: Any, prefix: str = "", *, empty: bool = False) -> Iterator[tup
             yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key), empty=empty)
     else:
         yield prefix, value
+
+
+def differing(values: Sequence[Any], *, empty: bool = False) -> list[tuple[str, list[Any]]]:
+    """几份逐级的字典里取值不同的键，各给出每一份的值（没有的为 ``None``）；``empty`` 见
+    ``leaves``。
+    """
+    flat = [dict(leaves(value, empty=empty)) for value in values]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [(key, [one.get(key) for one in flat]) for key in keys]
+    return [(key, row) for key, row in rows if any(value != row[0] for value in row)]
 
 
 def _unshared(value: Any) -> Any:

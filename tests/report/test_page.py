@@ -10,6 +10,7 @@ from report_runs import INJECTION, write_run
 from rich.console import Console
 
 from distillab.errors import DistillabError
+from distillab.parsing import differing
 from distillab.report.charts import (
     MAX_POINTS,
     agreement_charts,
@@ -22,7 +23,7 @@ from distillab.report.charts import (
 )
 from distillab.report.measures import headline, measures
 from distillab.report.page import page, watch_report, write_report
-from distillab.report.run_data import differing, read_run, read_runs
+from distillab.report.run_data import read_run, read_runs
 from distillab.report.tables import answers, costs, method, results, samples
 from distillab.report.terminal_tables import runs_table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -67,14 +67,6 @@ def dump_recipe(recipe: Recipe, *, public: bool = False) -> str:
     if public:
         del values["synthesize"]["server"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def differences(left: Recipe, right: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """逐个给出两份配方取值不同的键：``(键, 左值, 右值)``。"""
-    first, second = (dict(leaves(recipe.model_dump(mode="json"))) for recipe in (left, right))
-    for key in sorted(first.keys() | second.keys()):
-        if first.get(key) != second.get(key):
-            yield key, first.get(key), second.get(key)
 
 
 def recipe_schema() -> dict[str, Any]:

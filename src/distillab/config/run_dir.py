@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..errors import DistillabError, shown
 from ..files import idle, leftovers, replace_file, sweep
-from ..parsing import parse_json
+from ..parsing import differing, parse_json
 from ..run_file_shapes import FINISHED, check
-from .recipes import differences, dump_recipe, load_recipe
+from .recipes import dump_recipe, load_recipe
 from .schema import Recipe
 from .trust import check_trusted, remember
 
@@ -182,7 +182,8 @@ class RunDirectory:
         )
 
     def _check_same(self, recipe: Recipe) -> None:
-        for key, before, now in differences(self.recipe, recipe):
+        both = [one.model_dump(mode="json") for one in (self.recipe, recipe)]
+        for key, (before, now) in sorted(differing(both)):
             undated = key == "data.today" and before is None  # 从前的运行没有记下日期
             if not key.startswith(CHANGEABLE) and not undated:
                 raise DistillabError(

@@ -22,6 +22,7 @@ from .. import __version__
 from ..errors import Terminated
 from ..figures import AFTER
 from ..files import replace_file
+from ..parsing import differing
 from .charts import (
     agreement_charts,
     axes,
@@ -32,7 +33,7 @@ from .charts import (
     task_charts,
 )
 from .measures import Key, difference, duration, headline, measures, memory, number
-from .run_data import RunData, differing, finite, read_runs, signature
+from .run_data import RunData, finite, read_runs, signature
 from .tables import answers, costs, flat, method, model_name, results, samples, shown
 
 logger = logging.getLogger("distillab")
@@ -109,7 +110,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         "optimisation": optimisation_charts(runs),
     }
     charts = [chart for found in sections.values() for chart in found]
-    changed = differing([run.recipe for run in runs])
+    changed = differing([run.recipe for run in runs], empty=True)
     drawn = {one["key"]: {k: one[k] for k in ("data", "layout", "training")} for one in charts}
     return environment.get_template("report.html").render(
         title=" · ".join(run.label for run in runs),
@@ -125,7 +126,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         differences=_differences(runs),
         skipped=any(costs(run)["skipped_steps"] for run in runs),
         recipe_differences=[row for row in changed if row[0] not in UNCOUNTED],
-        environment_differences=differing([run.environment for run in runs]),
+        environment_differences=differing([run.environment for run in runs], empty=True),
         library=_library() if charts else "",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .. import run_file_shapes as shapes
 from ..credentials import without_secrets
 from ..errors import DistillabError, foreign
 from ..figures import AFTER, RUN_MODELS
-from ..parsing import leaves, parse_json, parse_yaml
+from ..parsing import parse_json, parse_yaml
 from ..run_file_shapes import check, read_metrics
 
 FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
@@ -152,14 +152,6 @@ def signature(path: Path) -> list[tuple[str, int, int]]:
             stat = file.stat()
             found.append((str(file), stat.st_mtime_ns, stat.st_size))
     return found
-
-
-def differing(values: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """几份逐级字典里取值不同的键，各给出每一份的值（没有的为 ``None``）。"""
-    flat = [dict(leaves(value, empty=True)) for value in values]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [one.get(key) for one in flat]) for key in keys]
-    return [(key, row) for key, row in rows if any(value != row[0] for value in row)]
 
 
 def finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from ..credentials import without_secrets
 from ..data.responses import Row, whole_rows
 from ..errors import DistillabError
 from ..files import append, leftovers, open_to_append, refuse_link, replace_file, sweep
-from ..parsing import leaves, parse_json
+from ..parsing import differing, parse_json
 
 _RECORDED_ONLY = ("created", "versions", "recipe", "backend.base_url", "filter")
 """只作记录、不必对得上的键：同一个模型可以换台机器接着服务；``filter`` 变了会重新过滤。"""
@@ -111,16 +111,14 @@ class ResponseFile:
         replace_file(self.sidecar, json.dumps(content, indent=1, ensure_ascii=False))
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
-        old, new = dict(leaves(before)), dict(leaves(self._provenance))
-        differing = [
-            f"{key} (was {_short(old.get(key))}, is now {_short(new.get(key))})"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in _RECORDED_ONLY)
+        changed = [
+            f"{key} (was {_short(old)}, is now {_short(new)})"
+            for key, (old, new) in sorted(differing([before, self._provenance]))
+            if not any(key == free or key.startswith(f"{free}.") for free in _RECORDED_ONLY)
         ]
-        if differing:
+        if changed:
             raise DistillabError(
-                f"{self.path} was begun with other settings: {', '.join(differing)}; "
+                f"{self.path} was begun with other settings: {', '.join(changed)}; "
                 f"restore them, or name another file with synthesize.output"
             )
 
