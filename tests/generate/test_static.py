@@ -5,16 +5,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from model_types import model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillab.config.schema import LoraConfig
 from distillab.export.convert import from_hf
 from distillab.generate import cuda_graph, decoding, generator
 from distillab.generate.generator import TextGenerator, padded
+from distillab.generate.own_form import own_form
 from distillab.generate.stops import StopTexts
 from distillab.models.head_fit import relative_error, tolerance
 from distillab.models.interface import PretrainedLM
 from distillab.models.lora import adapter_parameters, add_lora
+from distillab.models.own_blocks import SharedDecoder
 
 CPU = torch.device("cpu")
 
@@ -28,12 +31,12 @@ def with_adapters(hf):
     return model
 
 
-@pytest.fixture(params=["student", "qwen2", "llama", "lora"])
+@pytest.fixture(params=["student", "qwen2", "olmo2", "lora"])
 def model(request, tiny_qwen2, tiny_llama):
     return {
         "student": lambda: from_hf(tiny_qwen2),
         "qwen2": lambda: PretrainedLM(tiny_qwen2),
-        "llama": lambda: PretrainedLM(tiny_llama),
+        "olmo2": lambda: PretrainedLM(model_of("olmo2")),
         "lora": lambda: with_adapters(tiny_llama),
     }[request.param]()
 
@@ -249,9 +252,22 @@ def test_a_half_precision_step_is_the_same_to_rounding_and_its_keys_are_half(stu
     assert relative_error(hidden[1], hidden[0]) < tolerance(torch.bfloat16)
 
 
-def test_a_model_with_windows_keeps_its_growing_cache():
-    from model_types import model_of
+def test_a_pretrained_model_of_our_layout_runs_through_our_blocks(tiny_qwen2, tiny_llama):
+    model = PretrainedLM(tiny_qwen2)
+    model.model.model.embed_tokens.weight.requires_grad_(False)
+    before = [(id(p), p.requires_grad) for p in model.parameters()]
+    form = own_form(model)
+    assert isinstance(form, SharedDecoder)
+    assert own_form(model) is form
+    assert [(id(p), p.requires_grad) for p in model.parameters()] == before
+    assert {id(p) for p in form.parameters()} == {name for name, _ in before}
+    model.model.model.norm.weight = torch.nn.Parameter(torch.ones(32))
+    assert own_form(model) is not form
+    adapted = with_adapters(tiny_llama)
+    assert own_form(adapted) is adapted
 
+
+def test_a_model_with_windows_keeps_its_growing_cache():
     assert PretrainedLM(model_of("mistral")).static_cache(128) is None
     assert PretrainedLM(model_of("bloom")).static_cache(128) is None  # ALiBi 要二维的 mask
     assert PretrainedLM(model_of("llama")).static_cache(128) is not None

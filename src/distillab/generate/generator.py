@@ -14,6 +14,7 @@ from ..models.interface import LanguageModel, evaluating
 from ..models.tokenizer import continuation_text, own_vocabulary
 from ..vocabulary import Vocabulary
 from .decoding import CHECK_EVERY, decoding
+from .own_form import own_form
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .stops import pad_id, stop_ids, until_stop
 from .weights import sampling_logits, sampling_weights
@@ -231,10 +232,11 @@ class TextGenerator:
         if seeds is not None:
             uniform = uniform_draws(seeds, max_new_tokens).to(device)
         limit = min(max_new_tokens, room)
+        model = own_form(self.model) if on_gpu else self.model
         with evaluating(self.model), sampling_weights(self.model, batch, limit):
             run = decoding(
                 static=on_gpu,
-                model=self.model,
+                model=model,
                 # 填充行与空洞没有对应的文字，不能采到。
                 logits=sampling_logits(self.model.head.cut(self.vocabulary)),
                 choose=choose,

@@ -122,6 +122,12 @@ class SharedDecoder(Decoder):
 
 def through_own_blocks(model: PretrainedLM) -> LanguageModel:
     """合适就返回接过 ``model`` 的权重的 ``SharedDecoder``，``model`` 不能再用；不然原样返回。"""
+    shared = beside(model)
+    return model if shared is None else shared.join()
+
+
+def beside(model: PretrainedLM) -> SharedDecoder | None:
+    """与 ``model`` 共用参数的 ``SharedDecoder``，``model`` 照常用、照常训练；不合适是 ``None``。"""
     why = _unsuitable(model)
     if not why:
         try:
@@ -130,9 +136,9 @@ def through_own_blocks(model: PretrainedLM) -> LanguageModel:
         except (ValueError, RuntimeError) as error:  # 配置越界，或权重的名字、形状对不上
             why = reason(error)
         if not why:
-            return shared.join()
+            return shared
     logger.debug("%s runs through transformers: %s", type(model.model).__name__, why)
-    return model
+    return None
 
 
 def _unsuitable(model: PretrainedLM) -> str:
@@ -194,7 +200,12 @@ def _shared(model: PretrainedLM) -> SharedDecoder:
     unknown = state.keys() - set(names.values())
     if unknown:
         raise RuntimeError(f"unexpected {min(unknown)}")
-    decoder.load_state_dict({name: state[theirs] for name, theirs in names.items()}, assign=True)
+    frozen = [each for each in model.parameters() if not each.requires_grad]
+    try:
+        decoder.load_state_dict({name: state[own] for name, own in names.items()}, assign=True)
+    finally:  # assign 把它们都改成要梯度的
+        for each in frozen:
+            each.requires_grad_(False)
     decoder.eos_token_ids = model.eos_token_ids
     return decoder.eval()
 
