@@ -39,6 +39,7 @@ def make_trainer(
     """``DistillationTrainer`` 与它的数据；``settings`` 是 ``TrainingConfig`` 别的键。"""
     from distillab.config.schema import LossConfig, TrainingConfig
     from distillab.models.interface import PretrainedLM
+    from distillab.models.own_blocks import through_own_blocks
     from distillab.teachers.in_process import LocalTeacher
     from distillab.train.trainer import DistillationTrainer
 
@@ -58,7 +59,10 @@ def make_trainer(
         **settings,
     )
     loss = LossConfig(divergence="forward_kl", alpha=cell.alpha, temperature=1.0)
-    local = LocalTeacher(PretrainedLM(teacher))
+    frozen: Any = PretrainedLM(teacher)
+    if cell.device == "cuda":  # 与 distillab train 相同
+        frozen = through_own_blocks(frozen)
+    local = LocalTeacher(frozen)
     return DistillationTrainer(student, local, data, data, config, directory, loss=loss), data
 
 

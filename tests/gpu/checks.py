@@ -20,6 +20,7 @@ from check_loss import (
     loss_in_chunks,
     loss_matches_float64,
 )
+from check_teachers import own_blocks_equal_transformers, step_with_own_blocks_equals_cpu
 from check_training import (
     fp16_skips_and_goes_on,
     half_is_close,
@@ -53,6 +54,15 @@ CHECKS = {
     "step = CPU, LoRA": lora_equals_cpu,
     "step = CPU, graphs": partial(step_equals_cpu, compile="auto", max_steps=8),
     "step = CPU, compiled": partial(step_equals_cpu, compile=True, max_steps=8),
+    "step = CPU, own blocks": partial(step_with_own_blocks_equals_cpu, kind="pairs"),
+    "step = CPU, own blocks, graphs": partial(
+        step_with_own_blocks_equals_cpu, compile="auto", max_steps=8
+    ),
+    "own blocks = transformers": own_blocks_equal_transformers,
+    **{
+        f"own blocks = transformers, {dtype}": partial(own_blocks_equal_transformers, dtype=dtype)
+        for dtype in ("bfloat16", "float16")
+    },
     "bf16 near float32": partial(half_is_close, precision="bf16"),
     "fp16 near float32": partial(half_is_close, precision="fp16"),
     "fp16 loss scale": fp16_skips_and_goes_on,

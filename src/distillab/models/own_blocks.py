@@ -149,8 +149,8 @@ def _unsuitable(model: PretrainedLM) -> str:
         return f"model_type={config.model_type}"
     rotary = getattr(hf.base_model, "rotary_emb", None)
     frequencies = getattr(rotary, "inv_freq", None)
-    if frequencies is None or frequencies.dtype != torch.float32:
-        return "no float32 inv_freq"
+    if frequencies is None:
+        return "no inv_freq"
     settings: dict[str, tuple[Any, Any]] = {
         "hidden_act": (config.hidden_act, "silu"),
         "sliding_window": (getattr(config, "sliding_window", None), None),
