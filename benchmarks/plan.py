@@ -121,9 +121,10 @@ def make_plan(case: str, device: str, more: Sequence[str] = ()) -> Any:
     return plan(found, find_device("cpu" if device == "cpu" else None))
 
 
-def make_models(found: Any) -> tuple[Any, Any]:
+def make_models(found: Any, device: str) -> tuple[Any, Any]:
     """学生与给出目标的教师，随机权重；教师可以没有。"""
     from distillab.models.lora import add_lora
+    from distillab.models.own_blocks import through_own_blocks
     from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher
 
     step, section = found.step, found.recipe.student
@@ -137,7 +138,8 @@ def make_models(found: Any) -> tuple[Any, Any]:
         return student, None
     if step.self_teacher:
         return student, AdapterOffTeacher(student)
-    return student, LocalTeacher(pretrained(step.teacher, step.teacher_precision))
+    teacher = pretrained(step.teacher, step.teacher_precision)
+    return student, LocalTeacher(through_own_blocks(teacher) if device == "cuda" else teacher)
 
 
 def pretrained(shape: Any, precision: str) -> Any:
@@ -258,7 +260,7 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
     from distillab.train.trainer import DistillationTrainer
 
     torch.manual_seed(0)
-    student, teacher = make_models(found)
+    student, teacher = make_models(found, device)
     data, collate = make_data(found)
     recipe, step = found.recipe, found.step
     on_policy = None

@@ -70,6 +70,10 @@ ENGINES: list[Column] = [
 ]
 
 
+GPU: list[Column] = [
+    ("", lambda record: record["implementation"]),
+    ("measured", lambda record: record["result"]),
+]
 PLAN: list[Column] = [
     ("case", lambda record: record["planned"]),
     ("recipe", lambda record: f"`{record['recipe']}`"),
@@ -98,6 +102,9 @@ PACKING: list[Column] = [
 
 def title(record: Record) -> str:
     """一格的标题。"""
+    if "section" in record:
+        about = f"{record['section']}, {record['device_name']}, torch {record['versions']['torch']}"
+        return f"{about}: {record['case']}" if record["case"] else about
     if "engine" in record:
         return f"{record['processes']} processes against one"
     if "planned" in record:
@@ -142,6 +149,7 @@ def main(paths: list[str]) -> None:
             columns = PLAN if "planned" in cell[0] else columns
             columns = SCALING if "axis" in cell[0] else columns
             columns = PACKING if "student_padding" in cell[0] else columns
+            columns = GPU if "section" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

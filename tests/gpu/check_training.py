@@ -15,6 +15,7 @@ from distillab.batch import Example, Tokens, collate_examples, collate_text
 from distillab.config.schema import LoraConfig, LossConfig, TrainingConfig
 from distillab.models.interface import PretrainedLM
 from distillab.models.lora import add_lora
+from distillab.models.own_blocks import through_own_blocks
 from distillab.run_file_shapes import read_metrics
 from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher
 from distillab.train.trainer import DistillationTrainer
@@ -203,7 +204,7 @@ def no_wait_before_the_optimizer(device, kind="text", precision="bf16", lora=Fal
         raise Skip("only a GPU is waited for")
     if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         precision = "fp16"
-    own = teacher = None
+    own, teacher = None, LocalTeacher(through_own_blocks(PretrainedLM(pretrained().eval())))
     if lora:
         own = add_lora(PretrainedLM(pretrained()), LoraConfig(rank=4))
         teacher = AdapterOffTeacher(own)
