@@ -31,6 +31,7 @@ from measuring import (
     reset_peak,
     save,
     send,
+    synchronize,
 )
 from rich.console import Console
 from rich.table import Table
@@ -281,6 +282,7 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
                 current = reset_peak(device) or 0
                 start = time.perf_counter()
             trainer._step(next(trainer._prepared(window)))
+        synchronize(device)
         seconds = time.perf_counter() - start
         peak = read_peak(device)
     return {

@@ -82,12 +82,12 @@ def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
         clock.watch(trainer.module, "forward", "loss: heads, values, gradients")
         clock.watch(trainer.accelerator, "backward", "student body backward")
         clock.watch(trainer.accelerator, "clip_grad_norm_", "gradient clip")
-        clock.watch(trainer.optimizer, "step", "optimizer step")
+        clock.watch(trainer.optimizer.optimizer, "step", "optimizer step")
         window = Prepared([collate_text(data).to(cell.device)])
         more = True
         while more:
             clock.start()
-            sums = trainer._step(window)
+            sums = trainer._step(window).read().sums(sampled=False)
             mean = {name: sums[name] / sums["tokens"] for name in ("loss", "divergence")}
             more = clock.stop(**mean)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from distillab.batch import (
     IGNORE_INDEX,
@@ -31,6 +32,19 @@ def test_only_positions_with_a_target_are_kept():
     assert batch.teacher is batch.student
     hidden = torch.arange(6.0).view(2, 3, 1)
     assert batch.student.rows(hidden).squeeze(1).tolist() == [0, 1, 4]
+
+
+def test_a_batch_bound_for_a_gpu_is_pinned_and_nobody_waits(monkeypatch):
+    batch, calls = collate_text([item([5, 6, 7], [6, 7, IGNORE_INDEX])]), []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(
+        Tensor, "to", lambda self, *device, **options: calls.append((*device, options)) or self
+    )
+    batch.to("cuda")
+    assert calls == ["pinned", ("cuda", {"non_blocking": True})] * 3  # ids、index 与 labels
+    calls.clear()
+    batch.to("cpu")
+    assert calls == [("cpu", {"non_blocking": False})] * 3
 
 
 def test_targets_outside_the_shared_vocabulary_are_not_trained():

@@ -155,7 +155,9 @@ class Batch:
         return Batch(student, teacher, function(self.labels), self.examples, self.failed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """搬到 ``device``；Accelerate 的 DataLoader 会调用它。"""
+        """搬到 ``device``；Accelerate 的 DataLoader 会调用它。去 GPU 的先锁页，主机总是不等。"""
+        if torch.device(device).type == "cuda" and not self.labels.is_cuda:
+            return self.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

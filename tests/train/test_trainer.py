@@ -571,19 +571,28 @@ def test_ten_such_steps_in_a_row_stop_the_run_with_advice(make, teacher):
         trainer.train()
 
 
-def test_fp16_lowers_an_overflowing_loss_scale_until_training_goes_on(make, monkeypatch):
-    scaler = torch.amp.GradScaler(
-        "cpu", init_scale=2.0**40, backoff_factor=2.0**-8
-    )  # 头几步必然溢出
+@pytest.fixture
+def scaled(monkeypatch):
+    """训练循环走 fp16 的路，只是在 CPU 上；返回造 GradScaler 的函数。"""
 
-    def scaled_accelerator(*arguments):
-        accelerator = make_accelerator(*arguments)
-        # Accelerate 只肯在 GPU 上用 fp16；补上它在那里会设的三样，CPU 便照样走 fp16 的路
-        accelerator.scaler, accelerator.native_amp = scaler, True
-        accelerator.state._mixed_precision = "fp16"
-        return accelerator
+    def scaled(init_scale, backoff_factor=0.5):
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff_factor)
 
-    monkeypatch.setattr("distillab.train.trainer.make_accelerator", scaled_accelerator)
+        def scaled_accelerator(*arguments):
+            accelerator = make_accelerator(*arguments)
+            # Accelerate 只肯在 GPU 上用 fp16；补上它在那里会设的三样，CPU 便照样走 fp16 的路
+            accelerator.scaler, accelerator.native_amp = scaler, True
+            accelerator.state._mixed_precision = "fp16"
+            return accelerator
+
+        monkeypatch.setattr("distillab.train.trainer.make_accelerator", scaled_accelerator)
+        return scaler
+
+    return scaled
+
+
+def test_fp16_lowers_an_overflowing_loss_scale_until_training_goes_on(make, scaled):
+    scaler = scaled(2.0**40, backoff_factor=2.0**-8)  # 头几步必然溢出
     trainer = make(max_steps=8)
     before = weights(trainer).clone()
     state = trainer.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.schema import Precision, TrainingConfig
 from ..errors import DistillabError
@@ -173,12 +174,37 @@ def _configure_fsdp(accelerator: Accelerator, compute: torch.dtype) -> None:
         )
 
 
-def global_sum(accelerator: Accelerator, value: float) -> float:
-    """各进程的 ``value`` 之和；只有一个进程时不必为此等 GPU。"""
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """主机上的几个数，搬到 ``device``，float64；去 GPU 的经锁页内存，主机不等。"""
+    pinned = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def loss_scale(accelerator: Accelerator, tokens: int) -> float | Tensor:
+    """损失的总和乘上它再反向：进程数 / 全局 token 数，因为引擎对各进程的梯度取平均。
+
+    ``tokens`` 是本进程的。几个进程的和在设备上求，是设备上的 float32 标量，主机不等。
+    """
     if accelerator.num_processes == 1:
-        return value
-    total = torch.tensor(float(value), dtype=torch.float64, device=accelerator.device)
-    return float(accelerator.reduce(total, reduction="sum"))
+        return 1 / max(tokens, 1)
+    own = on_device([tokens], accelerator.device)
+    total: Tensor = accelerator.reduce(own, reduction="sum")
+    scale: Tensor = accelerator.num_processes / total.clamp(min=1)
+    return scale.float().squeeze()
+
+
+def update(accelerator: Accelerator, optimizer: Any, found_inf: Tensor) -> None:
+    """更新参数；``found_inf``（float32 标量）为 1 时内核自己跳过：参数、动量、步数都不变。
+
+    不经 ``GradScaler.step``：它换上自己的 ``found_inf``，不看损失；梯度在裁剪时已除去 loss scale。
+    """
+    inner = optimizer.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        return  # DeepSpeed 在反向里已经更新过了
+    inner.found_inf = found_inf  # type: ignore[attr-defined]
+    inner.step()
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -8,17 +8,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from ..batch import Batch, Example
 from ..config.sections import ResponsesConfig
 from ..models.interface import LanguageModel
 from .rollout import Rollout, RolloutSums, student_fraction
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger("distillab")
 
@@ -42,34 +37,12 @@ class Prepared:
     Attributes:
         batches: 一个累积窗口。
         sampled: response 是不是从学生采样的；一个窗口要么全是，要么全不是。
-        sums: 采样的总和。
-        seconds: 采样用的时间。
+        sums: 本进程采样的总和。
     """
 
     batches: list[Batch]
     sampled: bool = False
     sums: RolloutSums = field(default_factory=RolloutSums)
-    seconds: float = 0.0
-
-    def totals(
-        self, accelerator: Accelerator, losses: Mapping[str, float], scored: float
-    ) -> dict[str, float]:
-        """采样的窗口在所有进程上的总和，键以 ``rollout.`` 开头；所有进程都要调用。
-
-        Args:
-            accelerator: 引擎。
-            losses: 所有进程上的 ``LossSums``；两个交叉熵就是学生与教师的 Σ -log 概率。
-            scored: 算过损失的 token 数，所有进程合计。
-        """
-        counts = torch.tensor(self.sums, dtype=torch.float64, device=accelerator.device)
-        counts = accelerator.reduce(counts, reduction="sum")
-        sums = dict(zip(RolloutSums._fields, counts.tolist(), strict=True)) | {
-            "scored": scored,
-            "student_nll": losses["cross_entropy"],
-            "teacher_nll": losses["teacher_cross_entropy"],
-            "seconds": self.seconds,
-        }
-        return {f"{PREFIX}{name}": value for name, value in sums.items()}
 
 
 class OnPolicy:
@@ -161,7 +134,7 @@ class RolloutGuard:
         """一个记录间隔的指标，并检查它们。
 
         Args:
-            sums: 间隔里 ``Prepared.totals`` 各项的总和，键不带 ``PREFIX``。
+            sums: 间隔里 ``StepTotals.sums`` 的采样各项之和，键不带 ``PREFIX``。
             step: 当前步数，用于日志。
 
         Returns:

@@ -34,6 +34,20 @@ class _Row(NamedTuple):
     reason: str | None = None
 
 
+class Used(NamedTuple):
+    """一步用了哪一轮的哪些批，都从 0 数起；为了能在日志里说出来。"""
+
+    epoch: int
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, state: TrainerState, count: int, loader: Any) -> Used:
+        """刚从 ``loader`` 取出的 ``count`` 批；一轮的最后一批之后，``state`` 已经翻到下一轮。"""
+        end = state.batches_in_epoch or len(loader)
+        return cls(state.current_epoch - (state.batches_in_epoch == 0), end - count, end - 1)
+
+
 class GuardedRows(Dataset[Any]):
     """map-style 的数据集，读不出的行变成一个记号，而不是异常；与 ``GuardedCollate`` 配合。"""
 
@@ -114,12 +128,11 @@ def check_failed_rows(state: TrainerState) -> None:
 
 
 def skipped_step(
-    state: TrainerState, loss: float, batches: range, learning_rate: float, scaler: Any
+    state: TrainerState, loss: float, used: Used, learning_rate: float, scaler: Any
 ) -> None:
     """记下跳过的一步；连续 ``MAX_SKIPPED_IN_A_ROW`` 步都不是有限值就停下。
 
-    ``loss`` 是全局的，它有限时不有限的就是梯度；``batches`` 是这一步用了本轮的哪些批；``scaler`` 是
-    fp16 的 GradScaler 或 ``None``。
+    ``loss`` 是全局的，它有限时不有限的就是梯度；``scaler`` 是 fp16 的 GradScaler 或 ``None``。
     """
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
@@ -127,9 +140,9 @@ def skipped_step(
         "step %d skipped: %s is not finite (epoch %d, batches %d to %d)%s",
         state.current_step,
         "gradient norm" if math.isfinite(loss) else "loss",
-        state.current_epoch - (state.batches_in_epoch == 0),
-        batches[0],
-        batches[-1],
+        used.epoch,
+        used.first,
+        used.last,
         "" if scaler is None else f"; loss scale is now {scaler.get_scale():g}",
     )
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -1,17 +1,16 @@
 """``DistillationTrainer``：唯一的训练循环。
 
 一步：取一个累积窗口的 micro-batch -> 数清所有进程的 response token -> 教师目标
--> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 更新。
+-> 学生前向，损失在里面 -> 总和 / 全局 token 数 -> 反向 -> 裁剪 -> 更新。主机只管发，不等设备：上
+一步的总和在这一步更新之前才读。
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from ..config.schema import EvaluateConfig, LossConfig, TrainingConfig
 from ..distributed.engine import (
     DTYPES,
     engine_name,
-    global_sum,
+    loss_scale,
     make_accelerator,
     prepare,
     resolve_precision,
+    update,
 )
-from ..distributed.sharding import WholeCopy, whole
+from ..distributed.sharding import WholeCopy
 from ..distributed.watch import Watch
 from ..errors import DistillabError
 from ..loss.losses import LossSums
@@ -49,9 +49,10 @@ from .module import DistillationModule
 from .on_policy import OnPolicy, Prepared
 from .profiling import phase, profiled_step
 from .progress import TrainingProgress
-from .skips import check_failed_rows, report_failed_rows, skipped_step
+from .skips import Used, check_failed_rows, report_failed_rows
 from .state import TrainerState
-from .validation import Metrics, validated
+from .step_totals import Launched, settle
+from .validation import Metrics, validated, validation_sums
 
 logger = logging.getLogger("distillab")
 
@@ -110,6 +111,9 @@ class DistillationTrainer:
         self.watch = Watch(self.accelerator, config.timeout_minutes)
         self.stop = StopRequest()
         self._failed_rows = 0  # 本进程跳过、还没有归约的行
+        self._launched: Launched | None = None
+        self._progress: TrainingProgress | None = None
+        self._since = time.perf_counter()  # 训练用时记到了这一刻
         self.teacher = teacher
         if teacher is not None:
             teacher.place(device)
@@ -189,19 +193,21 @@ class DistillationTrainer:
         log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
         log.recover(step, self.state.metrics)
         progress = TrainingProgress(self.total_steps, step, accelerator.is_main_process)
+        self._progress, self._since = progress, time.perf_counter()
         with self.stop as stop, log, progress, self.watch:
             for window in coming:
                 self._failed_rows += report_failed_rows(window)
                 for prepared in self._prepared(window):
                     started = time.perf_counter()
-                    sums = self._step(prepared)
-                    sums["seconds"] = time.perf_counter() - started + prepared.seconds
-                    self.state.seconds += sums["seconds"]
-                    self._record(sums, log, progress)
-                    stopping = stop.decision(accelerator.num_processes) is not None
-                    self._validate_and_save(log, progress, stopping)
-                    if stopping:
-                        raise stop.stopped(f"stopped at step {self.state.current_step}")
+                    self._step(prepared)
+                    if self._due():
+                        self._settle()
+                        stopping = stop.decision(accelerator.num_processes) is not None
+                        self._record(log, progress)
+                        self._validate_and_save(log, progress, stopping)
+                        if stopping:
+                            raise stop.stopped(f"stopped at step {self.state.current_step}")
+                        self._since = time.perf_counter()
                     stop.check_grace(time.perf_counter() - started)
                     check_failed_rows(self.state)
         return self.state
@@ -214,6 +220,7 @@ class DistillationTrainer:
             found = resume_newest(accelerator, directory, state.data, self.config, run)
             if found:
                 self.state, path = found
+                self._launched = None
                 logger.info("resumed from %s at step %d", path, self.state.current_step)
         self.state.run = run
         return self.state.current_step
@@ -223,63 +230,67 @@ class DistillationTrainer:
         if self.on_policy is None:
             yield Prepared(window)
             return
-        started, step = time.perf_counter(), self.state.current_step
         rank = self.accelerator.process_index, self.accelerator.num_processes
         self.watch.at("sampling")
         with phase("sampling"):
             prepared = self.on_policy.prepare(
-                window, step, self.total_steps, *rank, self._sampled_student
+                window, self.state.current_step, self.total_steps, *rank, self._sampled_student
             )
-        yield replace(prepared, seconds=time.perf_counter() - started)
+        yield prepared
         for _ in range(self.on_policy.config.reuse - 1):
             if self.state.current_step < self.total_steps:
                 yield Prepared(prepared.batches, prepared.sampled)
 
     @profiled_step()
     @training_step()
-    def _step(self, prepared: Prepared) -> dict[str, float]:
-        """一个 optimizer 步；返回全局总和，供记录用。"""
-        accelerator, window = self.accelerator, prepared.batches
-        self.watch.at("forward and backward", self.state.current_step + 1)
-        tokens = global_sum(accelerator, sum(len(batch) for batch in window))
-        sums = self._backward(window, accelerator.num_processes / max(tokens, 1))
+    def _step(self, prepared: Prepared) -> Launched:
+        """一个 optimizer 步：都发给设备，不等它算完；总和由 ``_settle`` 晚一步才读。"""
+        accelerator, window, state = self.accelerator, prepared.batches, self.state
+        self.watch.at("forward and backward", state.current_step + 1)
+        tokens = sum(len(batch) for batch in window)
+        sums = self._backward(window, loss_scale(accelerator, tokens))
         with phase("gradient clip"):
             parameters = self.module.parameters()
             norm = accelerator.clip_grad_norm_(parameters, self.config.gradient_clip)
-        norm = whole(torch.as_tensor(norm)).to(sums)  # FSDP2 给的是 DTensor
-        shared = torch.tensor([self._failed_rows, *self.stop.votes()]).to(sums)
-        sums = torch.cat([sums, norm.reshape(1) / accelerator.num_processes, shared])
-        totals = accelerator.reduce(sums, reduction="sum").tolist()
-        *values, norm, failed = self.stop.agree(totals)
-        losses = dict(zip(LossSums._fields, values, strict=True))
-        total = losses["total"]
-        self.state.failed_rows, self._failed_rows = self.state.failed_rows + int(failed), 0
-        self.state.current_step += 1
+        self._settle()  # 上一步算不算数，定下这一步的学习率；设备这时有这一步的前向与反向可做
+        state.current_step += 1
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        finite = math.isfinite(total) and math.isfinite(norm)
-        if finite or accelerator.scaler is not None:
-            # 有 GradScaler 时，它自己跳过溢出的一步并调低 loss scale
-            with phase("optimizer"):
-                self.optimizer.step()
-        if finite:
-            self.scheduler.step()
-            self.state.tokens += int(tokens)
-            self.state.skipped_in_a_row = 0
+        used = Used.of(state, len(window), self.train_loader)
+        votes = self.stop.votes()
+        launched = Launched(accelerator, prepared, sums, norm, self._failed_rows, votes, used)
+        self._launched, self._failed_rows = launched, 0
+        with phase("optimizer"):
+            update(accelerator, self.optimizer, launched.found_inf)
         self.optimizer.zero_grad()
-        if not finite:
-            batches = self.state.batches_in_epoch or len(self.train_loader)
-            used = range(batches - len(window), batches)
-            skipped_step(self.state, total, used, self.config.learning_rate, accelerator.scaler)
-            return {}
-        rollout = prepared.totals(accelerator, losses, tokens) if prepared.sampled else {}
-        kept = {name: losses[name] for name in ("divergence", "cross_entropy")}
-        return rollout | {"steps": 1, "tokens": tokens, "loss": total, **kept, "grad_norm": norm}
+        return launched
 
-    def _backward(self, window: list[Batch], scale: float) -> Tensor:
-        """整个窗口的梯度，``scale`` 倍；返回本进程的 ``LossSums`` 之和 ``[6]``，float64。
+    def _settle(self) -> None:
+        """发出去的那一步，读回它的总和，记下来。"""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        scaler, rate = self.accelerator.scaler, self.config.learning_rate
+        sums = settle(launched, self.state, self.stop, self.scheduler, rate, scaler)
+        now = time.perf_counter()
+        sums["seconds"], self._since = now - self._since, now
+        self.state.seconds += sums["seconds"]
+        self.state.add(sums)
+        if self._progress is not None:
+            self._progress.step(self.state.current_step, sums)
 
-        ``scale`` 是进程数 / 全局 token 数：引擎对各进程的梯度取平均。
-        """
+    def _due(self) -> bool:
+        """这一步之后就要看总和。"""
+        config, step = self.config, self.state.current_step
+        intervals = config.log_interval, config.eval_interval, config.save_interval
+        return (
+            step == self.total_steps
+            or any(step % interval == 0 for interval in intervals)
+            or self.stop.decision(self.accelerator.num_processes) is not None
+            or engine_name(self.accelerator).startswith("zero")  # 在反向里更新，学习率那时就要定了
+        )
+
+    def _backward(self, window: list[Batch], scale: float | Tensor) -> Tensor:
+        """整个窗口的梯度，``scale`` 倍；返回本进程的 ``LossSums`` 之和 ``[6]``，float64。"""
         module, accelerator = self.module, self.accelerator
         module.train()  # DeepSpeed 的不返回自己
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=accelerator.device)
@@ -304,10 +315,8 @@ class DistillationTrainer:
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
-    def _record(self, sums: dict[str, float], log: MetricsLog, progress: TrainingProgress) -> None:
+    def _record(self, log: MetricsLog, progress: TrainingProgress) -> None:
         state = self.state
-        state.add(sums)
-        progress.step(state.current_step, sums)
         if state.current_step % self.config.log_interval and state.current_step < self.total_steps:
             return
         row = {"kind": "train", **state.close_interval(), "learning_rate": self.learning_rate}
@@ -349,27 +358,15 @@ class DistillationTrainer:
             ``(学生, 教师)``；没有或不要教师时后者为 ``None``。
         """
         compared = teacher and self.teacher is not None
-        module = self.module
-        module.eval()
-        totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64)
-        totals = totals.to(self.accelerator.device)
         loader = loader or self.validation_loader
         batches: Iterable[Batch] = loader
         if progress is not None:
             batches = progress.track(batches, "validating", len(loader))
-        with torch.no_grad():
-            for batch, counted in in_step(batches, loader, self.accelerator):
-                self.watch.at("validation")
-                batch = batch.to(self.accelerator.device)
-                sums: LossSums = module(batch, self._targets(batch) if compared else None)
-                if counted:
-                    totals[0] += len(batch)
-                    totals[1:] += torch.stack(sums)
+        counted = in_step(batches, loader, self.accelerator)
+        targets = self._targets if compared else lambda _: None
+        sums, tokens = validation_sums(self.accelerator, self.module, counted, targets, self.watch)
         if self.teacher is not None:
             self.teacher.release()
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        tokens, sums = int(totals[0]), LossSums(*totals[1:].unbind())
-        module.train()
         return validated(sums, tokens, compared)
 
     # ------------------------------------------------------------------ 数据

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..batch import Batch
 from ..config.schema import LossConfig
+from ..distributed.watch import Watch
 from ..figures import perplexity
 from ..loss.losses import LossSums
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 WITH_TEACHER = LossConfig(divergence="forward_kl", alpha=0.5, temperature=1.0)
 """验证用的目标函数：T = 1 的 KL(教师||学生)，外加交叉熵；它的 ``total`` 没有人看。"""
@@ -25,6 +32,33 @@ class Metrics(TypedDict):
     cross_entropy: float
     kl: float | None
     top1_agreement: float | None
+
+
+@torch.no_grad()
+def validation_sums(
+    accelerator: Accelerator,
+    module: nn.Module,
+    batches: Iterable[tuple[Batch, bool]],
+    targets: Callable[[Batch], Any],
+    watch: Watch,
+) -> tuple[LossSums, int]:
+    """整个验证集在所有进程上的 ``LossSums`` 与 response token 数；``batches`` 是 ``in_step`` 的。
+
+    各批依次发给设备，全部的总和最后只读一次。
+    """
+    device = accelerator.device
+    totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64, device=device)
+    module.eval()
+    for batch, counted in batches:
+        watch.at("validation")
+        batch = batch.to(device)
+        part: LossSums = module(batch, targets(batch))
+        if counted:
+            totals[0] += len(batch)
+            totals[1:] += torch.stack(part)
+    module.train()
+    totals = accelerator.reduce(totals, reduction="sum").cpu()
+    return LossSums(*totals[1:].unbind()), int(totals[0])
 
 
 def validated(sums: LossSums, tokens: int, compared: bool) -> tuple[Metrics, Metrics | None]:
