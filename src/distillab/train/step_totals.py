@@ -65,8 +65,8 @@ class StepTotals(NamedTuple):
 class Launched:
     """发给了设备、总和还没有读回的一步；造它要归约一次，各进程一起。
 
-    ``losses [6]``（float64）、``failed_rows``、``votes`` 与 ``prepared`` 是本进程的；``norm`` 是全局
-    的梯度范数，FSDP2 的是 DTensor，DeepSpeed 的是数。``found_inf`` 在设备上，是 0 或 1。
+    ``losses [6]``（float64）、``failed_rows``、``votes`` 与 ``prepared`` 是本进程的；``norm`` 是全
+    局的梯度范数，FSDP2 的是 DTensor，DeepSpeed 的是数。``found_inf`` 在设备上，是 0 或 1。
     """
 
     def __init__(
