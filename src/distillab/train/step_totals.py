@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..distributed.sharding import whole
 from ..loss.losses import LossSums
 from ..signals import StopRequest
 from .on_policy import PREFIX, Prepared
+from .progress import TrainingProgress
 from .rollout import RolloutSums
 from .skips import Used, skipped_step
 from .state import TrainerState
@@ -102,25 +104,41 @@ class Launched:
         return StepTotals(losses, norm, int(tokens), int(failed), rollout, votes)
 
 
-def settle(
-    launched: Launched,
-    state: TrainerState,
-    stop: StopRequest,
-    scheduler: Any,
-    learning_rate: float,
-    scaler: Any,
-) -> dict[str, float]:
-    """读回一步，记进 ``state`` 与 ``stop``；有限的一步日程才走。返回 ``sums``，跳过的一步是空的。
+class Ledger:
+    """一次训练的账：发出去的那一步读回之后记到哪里，用了多久。
 
-    ``learning_rate`` 与 ``scaler`` 见 ``skipped_step``，连续跳过太多步也由它停下。
+    ``since`` 是训练用时记到了哪一刻：验证与存盘之后重新开始。
     """
-    totals = launched.read()
-    stop.agree(totals.votes)
-    state.failed_rows += totals.failed_rows
-    if not totals.finite:
-        skipped_step(state, totals.losses["total"], launched.used, learning_rate, scaler)
-        return {}
-    scheduler.step()
-    state.tokens += totals.tokens
-    state.skipped_in_a_row = 0
-    return totals.sums(launched.sampled)
+
+    def __init__(self) -> None:
+        self.launched: Launched | None = None
+        self.progress: TrainingProgress | None = None
+        self.since = time.perf_counter()
+
+    def settle(
+        self, state: TrainerState, stop: StopRequest, scheduler: Any, rate: float, scaler: Any
+    ) -> None:
+        """读回发出去的那一步，记进 ``state``、``stop`` 与进度条；有限的一步，日程才走。
+
+        学习率的峰值 ``rate`` 与 ``scaler`` 见 ``skipped_step``，连续跳过太多步也由它停下。
+        """
+        launched, self.launched = self.launched, None
+        if launched is None:
+            return
+        totals = launched.read()
+        stop.agree(totals.votes)
+        state.failed_rows += totals.failed_rows
+        sums: dict[str, float] = {}
+        if totals.finite:
+            scheduler.step()
+            state.tokens += totals.tokens
+            state.skipped_in_a_row = 0
+            sums = totals.sums(launched.sampled)
+        else:
+            skipped_step(state, totals.losses["total"], launched.used, rate, scaler)
+        now = time.perf_counter()
+        sums["seconds"], self.since = now - self.since, now
+        state.seconds += sums["seconds"]
+        state.add(sums)
+        if self.progress is not None:
+            self.progress.step(state.current_step, sums)

@@ -51,7 +51,7 @@ from .profiling import phase, profiled_step
 from .progress import TrainingProgress
 from .skips import Used, check_failed_rows, report_failed_rows
 from .state import TrainerState
-from .step_totals import Launched, settle
+from .step_totals import Launched, Ledger
 from .validation import Metrics, validated, validation_sums
 
 logger = logging.getLogger("distillab")
@@ -111,9 +111,7 @@ class DistillationTrainer:
         self.watch = Watch(self.accelerator, config.timeout_minutes)
         self.stop = StopRequest()
         self._failed_rows = 0  # 本进程跳过、还没有归约的行
-        self._launched: Launched | None = None
-        self._progress: TrainingProgress | None = None
-        self._since = time.perf_counter()  # 训练用时记到了这一刻
+        self.ledger = Ledger()
         self.teacher = teacher
         if teacher is not None:
             teacher.place(device)
@@ -193,7 +191,7 @@ class DistillationTrainer:
         log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
         log.recover(step, self.state.metrics)
         progress = TrainingProgress(self.total_steps, step, accelerator.is_main_process)
-        self._progress, self._since = progress, time.perf_counter()
+        self.ledger.progress, self.ledger.since = progress, time.perf_counter()
         with self.stop as stop, log, progress, self.watch:
             for window in coming:
                 self._failed_rows += report_failed_rows(window)
@@ -207,7 +205,7 @@ class DistillationTrainer:
                         self._validate_and_save(log, progress, stopping)
                         if stopping:
                             raise stop.stopped(f"stopped at step {self.state.current_step}")
-                        self._since = time.perf_counter()
+                        self.ledger.since = time.perf_counter()
                     stop.check_grace(time.perf_counter() - started)
                     check_failed_rows(self.state)
         return self.state
@@ -220,7 +218,7 @@ class DistillationTrainer:
             found = resume_newest(accelerator, directory, state.data, self.config, run)
             if found:
                 self.state, path = found
-                self._launched = None
+                self.ledger.launched = None
                 logger.info("resumed from %s at step %d", path, self.state.current_step)
         self.state.run = run
         return self.state.current_step
@@ -258,25 +256,16 @@ class DistillationTrainer:
         used = Used.of(state, len(window), self.train_loader)
         votes = self.stop.votes()
         launched = Launched(accelerator, prepared, sums, norm, self._failed_rows, votes, used)
-        self._launched, self._failed_rows = launched, 0
+        self.ledger.launched, self._failed_rows = launched, 0
         with phase("optimizer"):
             update(accelerator, self.optimizer, launched.found_inf)
         self.optimizer.zero_grad()
         return launched
 
     def _settle(self) -> None:
-        """发出去的那一步，读回它的总和，记下来。"""
-        launched, self._launched = self._launched, None
-        if launched is None:
-            return
-        scaler, rate = self.accelerator.scaler, self.config.learning_rate
-        sums = settle(launched, self.state, self.stop, self.scheduler, rate, scaler)
-        now = time.perf_counter()
-        sums["seconds"], self._since = now - self._since, now
-        self.state.seconds += sums["seconds"]
-        self.state.add(sums)
-        if self._progress is not None:
-            self._progress.step(self.state.current_step, sums)
+        """看发出去的那一步的总和；没有就什么也不做。"""
+        rate, scaler = self.config.learning_rate, self.accelerator.scaler
+        self.ledger.settle(self.state, self.stop, self.scheduler, rate, scaler)
 
     def _due(self) -> bool:
         """这一步之后就要看总和。"""
