@@ -87,9 +87,8 @@ def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
         more = True
         while more:
             clock.start()
-            sums = trainer._step(window).read().sums(sampled=False)
-            mean = {name: sums[name] / sums["tokens"] for name in ("loss", "divergence")}
-            more = clock.stop(**mean)
+            loss, divergence = trainer._step(window).totals[:2] / cell.trained_tokens  # 还在设备上
+            more = clock.stop(loss=loss, divergence=divergence)
 
 
 def compiled_loop(cell: Cell, clock: Clock) -> None:

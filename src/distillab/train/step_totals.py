@@ -68,7 +68,7 @@ class Launched:
     """发给了设备、总和还没有读回的一步；造它要归约一次，各进程一起。
 
     ``losses [6]``（float64）、``failed_rows``、``votes`` 与 ``prepared`` 是本进程的；``norm`` 是全
-    局的梯度范数，FSDP2 的是 DTensor，DeepSpeed 的是数。``found_inf`` 在设备上，是 0 或 1。
+    局的梯度范数，FSDP2 的是 DTensor，DeepSpeed 的是数。``totals`` 与 ``found_inf`` 在设备上。
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class Launched:
         tokens = sum(len(batch) for batch in prepared.batches)
         known = on_device([tokens, failed_rows, *prepared.sums, *votes], losses.device)
         share = whole(torch.as_tensor(norm)).to(losses).reshape(1) / accelerator.num_processes
-        totals = accelerator.reduce(torch.cat([losses, share, known]), reduction="sum")
+        totals: Tensor = accelerator.reduce(torch.cat([losses, share, known]), reduction="sum")
+        self.totals = totals
         self.found_inf = (totals[0] + totals[_LOSSES]).isfinite().logical_not().float()
         self._host = totals.to("cpu", non_blocking=totals.is_cuda)  # 异步的就在锁页内存里
         self._copied = None
