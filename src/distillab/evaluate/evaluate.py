@@ -115,6 +115,8 @@ def evaluate(
     for model, source in zip(models, sources, strict=True):
         _measure(bench, [other_subject(model, source, bench.parts, device)])
     seed = recipe.train.seed
+    read = [(name, bench.texts[name], scores) for name, scores in bench.scores.items()]
+    compared = read if bench.teacher is not None else []
     found = {
         "format": FORMAT,
         "name": run.path.name,
@@ -125,15 +127,8 @@ def evaluate(
         "frequency_counts": "labels of the same data",
         "environment": environment(),
         "models": bench.models,
-        "texts": {
-            name: text_figures(bench.texts[name], scores, seed)
-            for name, scores in bench.scores.items()
-        },
-        "agreement": {
-            name: agreement_figures(bench.texts[name], scores, seed)
-            for name, scores in bench.scores.items()
-            if bench.teacher is not None
-        },
+        "texts": {name: text_figures(data, one, seed) for name, data, one in read},
+        "agreement": {name: agreement_figures(data, one, seed) for name, data, one in compared},
         "on_policy": {name: on_policy_figures(one, seed) for name, one in bench.sampled.items()},
         "tasks": {name: task_figures(answers, seed) for name, answers in bench.answers.items()},
         "lm_eval": harness_figures(bench.harness, seed) if bench.harness else {},
@@ -157,9 +152,8 @@ def _prepare(recipe: Recipe) -> _Bench:
     for model in (parts.student, parts.teacher):
         if model is not None:
             model.to(device)
-    validation = examples_of(
-        build_data(recipe, parts, pairs).validation, recipe.evaluate.max_sequences
-    )
+    held_out = build_data(recipe, parts, pairs).validation
+    validation = examples_of(held_out, recipe.evaluate.max_sequences)
     texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():
         with located(f"evaluate.texts.{name}"):
@@ -213,9 +207,8 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
             if subject.name != WITHOUT:  # 它的题里没有经验，与教师是同一个模型
                 logger.info("lm_eval: measuring %s", subject.label)
                 with subject.active() as model:
-                    bench.harness[subject.name] = evaluate_with_harness(
-                        model, subject.tokenizer, config
-                    )
+                    found = evaluate_with_harness(model, subject.tokenizer, config)
+                bench.harness[subject.name] = found
 
 
 def _reads(subject: Subject, privileged: bool) -> bool:
@@ -228,49 +221,38 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
     if not bench.pairs or data.name != VALIDATION:
         return same_text(data, bench.parts.tokenizer, subject.tokenizer)
     recipe = bench.recipe
-    validation = ChatDataset.build(
-        bench.pairs,
-        recipe.data,
-        subject.tokenizer,
-        max_seq_len=subject.model.max_seq_len,
-        seed=recipe.train.seed,
-    )[1]
-    examples = [
-        Example(example.student, example.student)
-        for example in examples_of(validation, recipe.evaluate.max_sequences)
-    ]
-    own = None
+    longest, seed = subject.model.max_seq_len, recipe.train.seed
+    _, validation, _ = ChatDataset.build(
+        bench.pairs, recipe.data, subject.tokenizer, max_seq_len=longest, seed=seed
+    )
+    own = examples_of(validation, recipe.evaluate.max_sequences)
+    examples = [Example(example.student, example.student) for example in own]
     if any(example.student.response for example in examples):  # 否则是教师答的，数据里没有
-        own = Sequences(data.name, examples, subject.tokenizer, own_vocabulary(subject.tokenizer))
-    if own is None or own.texts != data.texts:
-        raise DistillabError(
-            f"--model {subject.name}: it has another tokenizer, and with its chat template the "
-            f"validation responses are not the same text: drop it"
-        )
-    return own
+        vocabulary = own_vocabulary(subject.tokenizer)
+        found = Sequences(data.name, examples, subject.tokenizer, vocabulary)
+        if found.texts == data.texts:
+            return found
+    raise DistillabError(
+        f"--model {subject.name}: it has another tokenizer, and with its chat template the "
+        f"validation responses are not the same text: drop it"
+    )
 
 
 def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
     """学生自己的样本，由它与教师各读一遍。"""
-    recipe = bench.recipe
-    sampling = recipe.sampling
+    recipe, sampling = bench.recipe, bench.recipe.sampling
     if recipe.data.format != "chat":  # 不写到训练时没见过的位置
         length = bench.texts[VALIDATION].longest("student")
         room = length - max(len(prompt.student.ids) for prompt in bench.prompts)
-        sampling = sampling.model_copy(
-            update={"max_new_tokens": max(1, min(sampling.max_new_tokens, room))}
-        )
+        most = max(1, min(sampling.max_new_tokens, room))
+        sampling = sampling.model_copy(update={"max_new_tokens": most})
+    tokenizer, vocabulary = bench.parts.tokenizer, bench.parts.vocabulary
+    seeds = row_seeds(recipe.train.seed, len(bench.prompts))
     with subject.active() as model:
-        rollout = Rollout(
-            TextGenerator(model, subject.tokenizer, bench.parts.vocabulary),
-            sampling,
-            teacher.model.max_seq_len,
-        )
-        seeds = row_seeds(recipe.train.seed, len(bench.prompts))
+        generator = TextGenerator(model, subject.tokenizer, vocabulary)
+        rollout = Rollout(generator, sampling, teacher.model.max_seq_len)
         examples, _ = rollout.sample(bench.prompts, seeds)
-    data = Sequences(
-        f"samples of {subject.label}", examples, bench.parts.tokenizer, bench.parts.vocabulary
-    )
+    data = Sequences(f"samples of {subject.label}", examples, tokenizer, vocabulary)
     return score(data, teacher, [subject], recipe.evaluate.batch_size)[subject.name]
 
 
