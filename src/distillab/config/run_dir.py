@@ -15,7 +15,7 @@ import uuid
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -160,14 +160,12 @@ class RunDirectory:
     @property
     def summary(self) -> dict[str, Any] | None:
         """``summary.json``；训练还没有走完，或文件损坏时为 ``None``。"""
-        if not self.summary_file.exists():
-            return None
-        try:
-            summary = parse_json(self.summary_file.read_bytes(), str(self.summary_file))
-            check(summary, FINISHED, str(self.summary_file))
-        except DistillabError:
-            return None
-        return cast("dict[str, Any]", summary)
+        with suppress(DistillabError, FileNotFoundError):
+            name = str(self.summary_file)
+            summary: dict[str, Any] = parse_json(self.summary_file.read_bytes(), name)
+            check(summary, FINISHED, name)
+            return summary
+        return None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""

@@ -321,8 +321,8 @@ class Recipe(Section):
         return self.model_dump(mode="json", by_alias=True, exclude={"train": ALIASES})
 
     @model_validator(mode="after")
-    def _axes_agree(self) -> Recipe:
-        """四个选择之间说不通的组合。"""
+    def _choices_agree(self) -> Recipe:
+        """说不通的组合。"""
         share, data = self.responses.student_fraction, self.data
         if self.responses.on_policy and data.format != "chat":
             raise ValueError(
@@ -334,10 +334,6 @@ class Recipe(Section):
                 f"responses.student_fraction={share:g} and loss.alpha={self.loss.alpha:g} "
                 f"disagree: a sampled response is no label; set loss.alpha to 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Recipe:
         if self.teacher is None:
             if self.loss.alpha > 0:
                 raise ValueError(
@@ -348,14 +344,14 @@ class Recipe(Section):
                 raise ValueError("student.init.from=teacher needs teacher.path")
             if self.student.path is None and self.student.tokenizer is None:
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
-        config, length = self.student.config, self.data.max_seq_len
+        config, length = self.student.config, data.max_seq_len
         if config is not None and length is not None and length > config.max_seq_len:
             raise ValueError(
                 f"data.max_seq_len={length} is above student.config.max_seq_len="
                 f"{config.max_seq_len}"
             )
         total = self.train.max_steps
-        if self.data.streaming and total is None:
+        if data.streaming and total is None:
             raise ValueError("data.streaming=true needs train.max_steps: a stream has no end")
         warmup = self.train.warmup_steps if self.train.warmup_ratio is None else 0
         if total is not None and warmup >= total:

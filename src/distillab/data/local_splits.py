@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,9 @@ def _patterns(base: Path, named: Any) -> dict[str, list[str]]:
         if named is not None:
             given = data_files.sanitize_patterns(named)
         else:
-            try:
+            given = {}
+            with suppress(FileNotFoundError):  # 一个文件也没有
                 given = data_files.get_data_patterns(glob.escape(str(base.resolve())))
-            except FileNotFoundError:  # 一个文件也没有
-                given = {}
             if given == data_files.DEFAULT_PATTERNS_ALL:
                 given = {}
     return {str(split): list(patterns) for split, patterns in given.items()}
@@ -114,12 +114,6 @@ def _resolved(base: Path, patterns: Sequence[str], suffixes: Sequence[str]) -> l
     root = base.resolve()
     found: set[Path] = set()
     for pattern in patterns:
-        try:
-            with foreign(f"{str(base)!r}: cannot find its splits"):
-                files = resolve_pattern(str(pattern), glob.escape(str(root)))
-        except DistillabError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            continue  # 别的关键词也许有
-        found.update(Path(file) for file in files)
+        with foreign(f"{str(base)!r}: cannot find its splits"), suppress(FileNotFoundError):
+            found.update(map(Path, resolve_pattern(str(pattern), glob.escape(str(root)))))
     return sorted(base / file.relative_to(root) for file in found if file.suffix in suffixes)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -177,9 +177,9 @@ def _given(value: Any) -> Any:
 def _object(path: Path, shape: shapes.Shape) -> dict[str, Any]:
     if not path.exists():
         return {}
-    value = finite(parse_json(path.read_bytes(), str(path)))
+    value: dict[str, Any] = finite(parse_json(path.read_bytes(), str(path)))
     check(value, shape, str(path))
-    return cast("dict[str, Any]", value)
+    return value
 
 
 def _lines(path: Path, shape: shapes.Shape) -> list[dict[str, Any]]:
