@@ -142,27 +142,33 @@ class ChatDataset(Dataset[Example]):
         kept: list[tuple[str, Example, Example]] = []
         seen: set[str] = set()
         shown = track(pairs, "tokenising", len(pairs), at_least=2000)
+
+        def fitted(pair: Pair, only_prompts: bool) -> Fitted | None:
+            views = [side.prompt if only_prompts else side.messages for side in pair.sides]
+            with located(pair.student.where):
+                return fit(views, tokenizer, max_seq_len, _style(pair, data), loss_on=data.loss_on)
+
         for pair in _rendered_ahead(shown, tokenizer, data):
-            fitted = _fitted(pair, tokenizer, max_seq_len, data)
-            if fitted is None:
+            whole = fitted(pair, only_prompts=False)
+            if whole is None:
                 report.dropped[TOO_LONG.format(max_seq_len)] += 1
                 continue
-            views = fitted.views
+            views = whole.views
             example = Example(views[0], views[-1])
             trained = example
             if only_prompts:
-                prompts = _fitted(pair, tokenizer, max_seq_len, data, only_prompts=True)
+                prompts = fitted(pair, only_prompts=True)
                 assert prompts is not None  # 放得下 response，就放得下 prompt
                 trained = Example(prompts.views[0], prompts.views[-1])
             kept.append((_identity(pair.student.prompt), trained, example))
-            whole = _identity([pair.student.messages, pair.teacher.messages])
-            report.duplicates += whole in seen
-            seen.add(whole)
+            identity = _identity([pair.student.messages, pair.teacher.messages])
+            report.duplicates += identity in seen
+            seen.add(identity)
             style = _style(pair, data)
             found = (control_token(side.messages, tokenizer, style) for side in pair.sides)
             report.control_tokens.update(itertools.islice(filter(None, found), 1))
-            report.truncated_prompts += fitted.prompt_cut
-            report.truncated_responses += fitted.response_cut
+            report.truncated_prompts += whole.prompt_cut
+            report.truncated_responses += whole.response_cut
             report.tokens += len(views[0].ids)
             report.response_tokens += len(views[0].response)
             report.longest = max(report.longest, len(views[0].ids))
@@ -221,19 +227,6 @@ class LengthGroupedSampler(Sampler[int]):
             groups += [part[i : i + size] for i in range(0, len(part), size)]
         for position in torch.randperm(len(groups), generator=generator).tolist():
             yield from groups[position]
-
-
-def _fitted(
-    pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_len: int,
-    data: DataSection,
-    *,
-    only_prompts: bool = False,
-) -> Fitted | None:
-    views = [side.prompt if only_prompts else side.messages for side in pair.sides]
-    with located(pair.student.where):
-        return fit(views, tokenizer, max_seq_len, _style(pair, data), loss_on=data.loss_on)
 
 
 def _style(pair: Pair, data: DataSection) -> Style:
