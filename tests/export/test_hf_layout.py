@@ -40,10 +40,6 @@ def test_config_of_qwen2_is_translated_field_by_field() -> None:
     )
 
 
-def test_layer_count_can_be_replaced() -> None:
-    assert config_from_hf(Qwen2Config(**SHAPE), num_layers=2).num_layers == 2
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -15,13 +15,11 @@ REMEDY = "use student.path to train it as a pretrained model"
 """错误信息的结尾：``StudentModel`` 不行，还可以怎样。"""
 
 
-def config_from_hf(hf_config: Any, num_layers: int | None = None) -> ModelConfig:
-    """Qwen2 或 Llama 的配置译成等价的 ``ModelConfig``，层数可以另给；表达不了的设置是错误。"""
+def config_from_hf(hf_config: Any) -> ModelConfig:
+    """Qwen2 或 Llama 的配置译成等价的 ``ModelConfig``；表达不了的设置是错误。"""
     _refuse_unsupported(hf_config)
     values = {ours: getattr(hf_config, theirs) for ours, theirs in CONFIG_NAMES.items()}
     values["rope_theta"] = hf_config.rope_parameters["rope_theta"]
-    if num_layers is not None:
-        values["num_layers"] = num_layers
     return ModelConfig(**values)
 
 

@@ -195,16 +195,6 @@ def _models(section: StudentSection, source: ModelSource | None) -> tuple[Planne
     return student, teacher
 
 
-def _is_own_teacher(student: StudentSection, teacher: ModelSource | None) -> bool:
-    """教师就是关掉 adapter 的学生。"""
-    return (
-        student.lora is not None
-        and teacher is not None
-        and (teacher.path, teacher.dtype, teacher.trust_remote_code)
-        == (student.path, student.lora.dtype, student.trust_remote_code)
-    )
-
-
 def _planned(
     recipe: Recipe,
     lengths: Lengths,
@@ -215,6 +205,10 @@ def _planned(
 ) -> Plan:
     config, lora = recipe.train, recipe.student.lora
     student, teacher = _models(recipe.student, recipe.teacher)
+    self_teacher = False  # 教师就是关掉 adapter 的学生
+    if lora is not None and (source := recipe.teacher) is not None:
+        own = (recipe.student.path, lora.dtype, recipe.student.trust_remote_code)
+        self_teacher = (source.path, source.dtype, source.trust_remote_code) == own
     precision = _precision(config.precision, device, notes)
     frozen = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": precision}
     step = Step(
@@ -232,7 +226,7 @@ def _planned(
         checkpointing=config.activation_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         base_precision="fp32" if lora is None else frozen[lora.dtype],
-        self_teacher=_is_own_teacher(recipe.student, recipe.teacher),
+        self_teacher=self_teacher,
         shard_teacher=recipe.teacher is not None and recipe.teacher.shard and processes > 1,
         engine=engine,
         processes=processes,
