@@ -246,7 +246,7 @@ def distil_rows(
 
     # 其余的 divergence 要先知道 E_q[h]，才写得出梯度：先只求和，再读一遍
     ONCE: tl.constexpr = DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl"
-    LAST: tl.constexpr = 1 if DISTILS and LEARNS and not ONCE else 0
+    LAST: tl.constexpr = 1 if DISTILS and (LEARNS and not ONCE) else 0
     worth, surprise, pull, weight = nothing, nothing, nothing, nothing
     hits = nothing + LOWEST
     # 上一遍最后读的还在缓存里，这一遍从那里读起：方向因而相反
