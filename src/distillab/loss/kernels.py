@@ -108,14 +108,14 @@ def _measure(
 def _weigh(
     student, teacher, gradient, bias, teacher_bias, offsets, stride, vocab, label, present,
     top, teacher_top, shift, share, teacher_share, plain_share, centre,
-    worth, surprise, hits, pull, weight,
+    worth, surprise, hits, pull,
     DIVERGENCE: tl.constexpr, MIX: tl.constexpr, ALPHA: tl.constexpr, TEMPERATURE: tl.constexpr,
     SMOOTHING: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr, FACTOR: tl.constexpr,
     APART: tl.constexpr, GAPS: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
-    """后面各遍的一段：写出梯度（``WRITES``），返回更新了的五个状态（``SUMS`` 时才更新）。"""
+    """后面各遍的一段：写出梯度（``WRITES``），返回更新了的四个状态（``SUMS`` 时才更新）。"""
     s, t, slope = _pair(student, teacher, bias, teacher_bias, offsets, stride, vocab,
                         SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, TAIL)  # fmt: skip
     d_logits, q = s * 0, s * 0
@@ -128,7 +128,6 @@ def _weigh(
             surprise -= tl.where(p > 0, p * below, 0.0) if GAPS else p * below
             hits = tl.maximum(hits, s - top + below)  # 两个都最大时才是 0
             pull += q * h
-            weight += q
         d_logits = h if DIVERGENCE == "forward_kl" else q * (h - centre)
         d_logits *= ALPHA * TEMPERATURE
     if WRITES:
@@ -147,7 +146,7 @@ def _weigh(
             tl.store(gradient + offsets, d_logits, mask=offsets < stride)
         else:
             tl.store(gradient + offsets, d_logits)
-    return worth, surprise, hits, pull, weight
+    return worth, surprise, hits, pull
 
 
 @triton.jit(do_not_specialize=["labels", "vocab", "rows"])
@@ -247,37 +246,37 @@ def distil_rows(
     # 其余的 divergence 要先知道 E_q[h]，才写得出梯度：先只求和，再读一遍
     ONCE: tl.constexpr = DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl"
     LAST: tl.constexpr = 1 if DISTILS and (LEARNS and not ONCE) else 0
-    worth, surprise, pull, weight = nothing, nothing, nothing, nothing
+    worth, surprise, pull = nothing, nothing, nothing
     hits = nothing + LOWEST
     # 上一遍最后读的还在缓存里，这一遍从那里读起：方向因而相反
     for step in tl.static_range(0, LAST + 1 if DISTILS or LEARNS else 0):
         if step == 0:
-            worth, surprise, hits, pull, weight = _weigh(
+            worth, surprise, hits, pull = _weigh(
                 student, teacher, gradient, bias, teacher_bias, whole * BLOCK + lanes, stride,
                 vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull, weight,
+                plain_share, centre, worth, surprise, hits, pull,
                 DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
                 TEACHER_SOFTCAP, FACTOR, APART, True, True, step == 0, LEARNS and step == LAST,
             )  # fmt: skip
         for index in range(0, whole):
             block = whole - 1 - index if step == 0 else index
-            worth, surprise, hits, pull, weight = _weigh(
+            worth, surprise, hits, pull = _weigh(
                 student, teacher, gradient, bias, teacher_bias, block * BLOCK + lanes, stride,
                 vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull, weight,
+                plain_share, centre, worth, surprise, hits, pull,
                 DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
                 TEACHER_SOFTCAP, FACTOR, APART, HOLES, False, step == 0, LEARNS and step == LAST,
             )  # fmt: skip
         if step == 1:
-            worth, surprise, hits, pull, weight = _weigh(
+            worth, surprise, hits, pull = _weigh(
                 student, teacher, gradient, bias, teacher_bias, whole * BLOCK + lanes, stride,
                 vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull, weight,
+                plain_share, centre, worth, surprise, hits, pull,
                 DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
                 TEACHER_SOFTCAP, FACTOR, APART, True, True, step == 0, LEARNS and step == LAST,
             )  # fmt: skip
         if step < LAST:
-            centre = tl.sum(pull, 0) / tl.sum(weight, 0)
+            centre = tl.sum(pull, 0)
 
     if DISTILS:
         divergence = tl.sum(worth, 0)
