@@ -112,7 +112,7 @@ def test_memory_tables_show_computed_and_measured():
     tables = {name: make() for name, make in memory_tables.TABLES.items()}
     named = re.findall(r"<!-- memory: (\w+) -->", (DOCS / "memory.md").read_text(encoding="utf-8"))
     assert sorted(named) == sorted(tables)
-    assert "| **合计** | **~9-11 GB** | **5.70 GiB** |" in tables["t4"]
+    assert "| **合计** | **~9-11 GB** | **5.77 GiB** |" in tables["t4"]
     assert "| 0.80 | 8.03 |" in tables["measured"]
     assert tables["planned"].count("\n") >= 7
 
