@@ -15,6 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         path = getattr(options, flag)
         if path is not None and not path.exists():
             parser.error(f"--{flag}: no file {path}")
+        setattr(options, flag, path and path.resolve())  # 训练在别的目录里走
     return options
 
 
@@ -181,6 +183,9 @@ def main(arguments: list[str]) -> int:
     """依次走各段；返回退出码。"""
     started = time.monotonic()
     options = parse(arguments)
+    if find_spec("torch") is None:
+        print("PyTorch is not installed: nothing can run", file=sys.stderr)
+        return 2
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "gpu"), str(HERE.parent / "src")]

@@ -56,14 +56,9 @@ def teacher_is(work: Work) -> tuple[str, ...]:
 
 def recipes(work: Work) -> None:
     """两份配方走完：训练、评测、导出；秒数从装配之前算到导出之后。"""
-    assert work.smollm2 is not None
-    assert work.text is not None
     names = list(SETTINGS)[: 1 if work.tiny else None]
     for name in names:
-        given = [
-            one.format(text=work.text.resolve(), smollm2=work.smollm2.resolve())
-            for one in SETTINGS[name]
-        ]
+        given = [one.format(text=work.text, smollm2=work.smollm2) for one in SETTINGS[name]]
         settings = [*teacher_is(work), *given, *(TINY[name] if work.tiny else ())]
         call = partial(train, work, name, settings)
         for _, found, _ in in_turn({name: call}, work.deadline, rounds=0):
@@ -74,7 +69,7 @@ def recipes(work: Work) -> None:
 
 
 def train(work: Work, name: str, settings: list[str]) -> None:
-    """在自己的进程里走完一份配方。"""
+    """在自己的进程里走完一份配方；要教师的回答的，先合成。"""
     channel = open_channel()
     os.environ |= {
         "DISTILLAB_CACHE": str(work.directory / "cache"),
@@ -84,9 +79,16 @@ def train(work: Work, name: str, settings: list[str]) -> None:
     from distillab import run
     from distillab.config.recipes import load_recipe
 
-    started = time.perf_counter()
-    _, summary = run.train(load_recipe(name, settings))
-    send(channel, summary | {"wall_seconds": time.perf_counter() - started})
+    recipe, started = load_recipe(name, settings), time.perf_counter()
+    if recipe.data.responses is not None:
+        run.synthesize(recipe)
+    synthesized = time.perf_counter()
+    _, summary = run.train(recipe)
+    seconds = {
+        "synthesis_seconds": synthesized - started,
+        "wall_seconds": time.perf_counter() - synthesized,
+    }
+    send(channel, summary | seconds)
 
 
 def said(found: Record) -> str:
@@ -98,8 +100,10 @@ def said(found: Record) -> str:
         f"perplexity {after['perplexity']:.1f}",
         f"peak {found['peak_memory_bytes'] / 2**30:.2f} GiB",
     ]
+    if found["synthesis_seconds"] > 1:
+        parts.insert(0, f"synthesis {found['synthesis_seconds']:.0f} s")
     if teacher:
-        parts[2] += f" (teacher {teacher['perplexity']:.1f})"
+        parts[-2] += f" (teacher {teacher['perplexity']:.1f})"
     for name, scores in found.get("tasks", {}).items():
         values = ", ".join(f"{who} {value:.0%}" for who, value in scores.items())
         parts.append(f"{name}: {values}")

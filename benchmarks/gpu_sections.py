@@ -41,7 +41,7 @@ def machine(work: Work) -> None:
         "half": "fp16" if dtype == torch.float16 else "bf16",
         "driver": driver() if cuda else None,
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "versions": {name: v for name in LIBRARIES if (v := version_of(name)) is not None},
+        "versions": {name: v for name in LIBRARIES if (v := version(name)) is not None},
         "flops": flops,
         "bandwidth": bandwidth,
     }
@@ -60,6 +60,12 @@ def seconds_of(call: Callable[[], object], device: str, repeats: int = 20) -> fl
         call()
     synchronize(device)
     return (time.perf_counter() - start) / repeats
+
+
+def version(package: str) -> str | None:
+    """版本；在 ``PYTHONPATH`` 上而没有装的，是它自己说的。"""
+    module = sys.modules.get(package.replace("-", "_"))
+    return version_of(package) or getattr(module, "__version__", None)
 
 
 def driver() -> str | None:

@@ -34,6 +34,10 @@ LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
 WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 
 
+TRACE = ("device_seconds", "kernels", "launches", "host_waits", "operators", "top_kernels")
+"""``summary`` 给出的。"""
+
+
 class StepClock:
     """代替 ``train_step_clock.Clock``；测完的一份经 ``channel`` 报告。"""
 
@@ -53,7 +57,9 @@ class StepClock:
             if step == WARM - 1:
                 reset_peak(self.device)
             yield "warm"
-        report: Record = {"peak_bytes": read_peak(self.device)}
+        report: Record = {"peak_bytes": read_peak(self.device), "reserved_bytes": None}
+        if self.device == "cuda":  # CUDA graph 里的中间结果只在这里看得见
+            report["reserved_bytes"] = torch.cuda.max_memory_reserved()
         send(self.channel, {})
         sys.stdin.readline()
         yield "warm"  # GPU 要从低频率醒来
@@ -75,7 +81,11 @@ class StepClock:
             for _ in range(TRACED):
                 yield "running"
             synchronize(self.device)
-        report |= traced(recorder) | {
+        try:
+            report |= traced(recorder)
+        except Exception as error:  # 别的都量好了
+            report |= {**dict.fromkeys(TRACE), "trace_error": f"{type(error).__name__}: {error}"}
+        report |= {
             "waits": dict(self.waits.most_common()),
             "first_loss": self.losses[0],
             "last_loss": self.losses[-1],
@@ -172,15 +182,22 @@ def operations(cell: Cell) -> float:
 
 def sentence(record: Record) -> str:
     """表里的一行：先说一步多久，再说为什么。"""
+    host, flops = record["host_seconds"], record["flops"]
     parts = [
-        f"{1e3 * record['running_seconds']:.1f} ms ({1e3 * record['seconds']:.1f} alone)",
+        f"{1e3 * record['running_seconds']:.1f} ms running, {1e3 * record['seconds']:.1f} alone",
         f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"host {1e3 * record['host_seconds']:.1f}, device {1e3 * record['device_seconds']:.1f} ms",
-        f"{record['launches']:.0f} launches, {record['kernels']:.0f} kernels",
-        f"{record['flops'] / 1e12:.1f} TFLOP/s",
+        f"host {1e3 * host:.1f} ms",
     ]
+    if record["kernels"]:  # 没有权限看 GPU 的 profiler 一个内核也没有
+        parts.append(
+            f"device {1e3 * record['device_seconds']:.1f} ms, {record['launches']:.0f} launches, "
+            f"{record['kernels']:.0f} kernels"
+        )
+    rate = f"{flops / 1e12:.1f} TFLOP/s"
     if record.get("share") is not None:
-        parts[-1] += f" = {record['share']:.1%} of the matrix rate"
-    parts.append(f"peak {record['peak_bytes'] / 2**30:.2f} GiB")
-    waits = ", ".join(f"{n} x {where}" for where, n in record["waits"].items())
+        rate += f" = {record['share']:.1%} of the matrix rate"
+    parts += [rate, f"peak {record['peak_bytes'] / 2**30:.2f} GiB"]
+    if record["reserved_bytes"] is not None:
+        parts[-1] += f" ({record['reserved_bytes'] / 2**30:.2f} reserved)"
+    waits = ", ".join(f"{count} x {where}" for where, count in record["waits"].items())
     return "; ".join([*parts, f"waits: {waits or 'none'}"])
