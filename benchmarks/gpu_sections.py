@@ -320,5 +320,7 @@ def plan(work: Work) -> None:
                 f"planned {found['planned_bytes'] / 2**30:.2f}, measured "
                 f"{found['peak_bytes'] / 2**30:.2f} GiB: {found['ratio']:.2f}"
             )
+            if found["reserved_bytes"] is not None:
+                said += f"; reserved {found['reserved_bytes'] / 2**30:.2f}"
             inside = work.tiny or low <= found["ratio"] <= high
             work.record(case, "", said, "ok" if inside else "failed", **found)

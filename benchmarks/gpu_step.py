@@ -34,7 +34,8 @@ LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
 WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 
 
-TRACE = ("device_seconds", "kernels", "launches", "host_waits", "operators", "top_kernels")
+TRACE = ("device_seconds", "kernels", "launches", "graphs", "host_waits", "operators",
+         "top_kernels")  # fmt: skip
 """``summary`` 给出的。"""
 
 
@@ -159,6 +160,7 @@ def summary(events: list[dict[str, Any]]) -> Record:
         "device_seconds": busy / TRACED / 1e6,
         "kernels": sum(event["cat"] == "kernel" for event in work) / TRACED,
         "launches": named(LAUNCHES),
+        "graphs": named(("GraphLaunch",)),
         "host_waits": named(WAITS),
         "operators": sum(event.get("cat") == "cpu_op" for event in events) / TRACED,
         "top_kernels": [
@@ -190,8 +192,8 @@ def sentence(record: Record) -> str:
     ]
     if record["kernels"]:  # 没有权限看 GPU 的 profiler 一个内核也没有
         parts.append(
-            f"device {1e3 * record['device_seconds']:.1f} ms, {record['launches']:.0f} launches, "
-            f"{record['kernels']:.0f} kernels"
+            f"device {1e3 * record['device_seconds']:.1f} ms, {record['launches']:.0f} launches "
+            f"({record['graphs']:.0f} graphs), {record['kernels']:.0f} kernels"
         )
     rate = f"{flops / 1e12:.1f} TFLOP/s"
     if record.get("share") is not None:

@@ -256,6 +256,7 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
     warm_up(found, device)
     baseline = reset_peak(device) or 0
     from distillab.generate.generator import TextGenerator
+    from distillab.train.compilation import record_bodies
     from distillab.train.on_policy import OnPolicy
     from distillab.train.rollout import Rollout
     from distillab.train.trainer import DistillationTrainer
@@ -277,6 +278,8 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
         window = [
             collate(data[start : start + size]).to(device) for start in range(0, len(data), size)
         ]
+        read_by = None if teacher is None else teacher.model
+        record_bodies(student, read_by, window[0], trainer._compute)  # 如 train()
         for number in range(STEPS[device]):
             if number == STEPS[device] - 1:
                 current = reset_peak(device) or 0
@@ -285,7 +288,9 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
         synchronize(device)
         seconds = time.perf_counter() - start
         peak = read_peak(device)
+    reserved = torch.cuda.max_memory_reserved() if device == "cuda" else None
     return {
+        "reserved_bytes": reserved,
         "baseline_bytes": baseline,
         "kept_bytes": current - baseline,
         "peak_bytes": peak - baseline,

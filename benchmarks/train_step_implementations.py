@@ -72,6 +72,7 @@ def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
     每步就是 ``_step``，连同它自己的等待与记账；``settings`` 是 ``TrainingConfig`` 的键。
     """
     from distillab.batch import collate_text
+    from distillab.train.compilation import record_bodies
     from distillab.train.on_policy import Prepared
 
     with tempfile.TemporaryDirectory() as directory:
@@ -83,7 +84,9 @@ def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
         clock.watch(trainer.accelerator, "backward", "student body backward")
         clock.watch(trainer.accelerator, "clip_grad_norm_", "gradient clip")
         clock.watch(trainer.optimizer.optimizer, "step", "optimizer step")
-        window = Prepared([collate_text(data).to(cell.device)])
+        batch = collate_text(data).to(cell.device)
+        record_bodies(trainer.student, trainer.teacher.model, batch, trainer._compute)  # 如 train()
+        window = Prepared([batch])
         more = True
         while more:
             clock.start()

@@ -133,7 +133,7 @@ def test_without_a_gpu_only_tiny_shapes_run(monkeypatch, capsys):
 
 
 def test_a_trace_is_summed_up_without_counting_overlaps_twice():
-    from gpu_step import TRACED, summary
+    from gpu_step import TRACE, TRACED, summary
 
     def event(category, name, start, length):
         return {"cat": category, "name": name, "ts": start, "dur": length}
@@ -152,8 +152,10 @@ def test_a_trace_is_summed_up_without_counting_overlaps_twice():
     assert found["device_seconds"] == pytest.approx(45e-6 / TRACED)
     assert found["kernels"] == pytest.approx(2 / TRACED)
     assert found["launches"] == pytest.approx(2 / TRACED)
+    assert found["graphs"] == pytest.approx(1 / TRACED)
     assert found["host_waits"] == pytest.approx(1 / TRACED)
     assert found["operators"] == pytest.approx(1 / TRACED)
+    assert found.keys() == set(TRACE)
     assert [row["name"] for row in found["top_kernels"]] == ["mm", "add", "Memcpy DtoH"]
 
 

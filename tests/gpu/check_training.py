@@ -1,5 +1,7 @@
 """GPU 上的训练：与 CPU 相同，断点续训，fp16 的 loss scale，主机不等设备。"""
 
+import io
+import logging
 import os
 import tempfile
 import warnings
@@ -82,11 +84,15 @@ def weights(trainer):
 
 
 def trained(device, **options):
-    """``(每步的损失, 权重的变化)``。"""
+    """``(每步的损失, 权重的变化)``；编译或 CUDA graph 没有用上，是 ``AssertionError``。"""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("distillab").addHandler(handler)
     with tempfile.TemporaryDirectory() as directory:
         trainer = make(device, directory, **options)
         before = weights(trainer)
         trainer.train()
+        assert "cannot be used here" not in said.getvalue(), said.getvalue()
         return losses(directory), weights(trainer) - before
 
 
