@@ -35,7 +35,7 @@ def sampling_row_bytes(
     ``kv_bytes``：一个 token 的键值。``wide_bytes``：前向最宽的一刻一个 token 的激活值。
     """
     reading = prompt * wide_bytes + 4 * prompt**2  # 后者是 mask 与它的浮点形式
-    choosing = 4 * vocab_size * 4  # logits 与抽样的几份中间结果
+    choosing = 12 * vocab_size * 4  # logits、过滤与抽样的中间结果，预热的与录下的各有一份
     return fixed_room(prompt + new_tokens) * kv_bytes + max(reading, choosing)
 
 

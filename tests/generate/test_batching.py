@@ -30,7 +30,7 @@ def test_the_bytes_of_a_cached_token_are_those_of_all_layers(tiny_config, tiny_q
 
 def test_a_row_holds_its_cache_and_the_larger_of_reading_and_choosing():
     sizes = {"kv_bytes": 1000, "wide_bytes": 50, "vocab_size": 100}
-    assert sampling_row_bytes(10, 30, **sizes) == 128 * 1000 + 16 * 100
+    assert sampling_row_bytes(10, 30, **sizes) == 128 * 1000 + 48 * 100
     assert sampling_row_bytes(100, 30, **sizes) == 256 * 1000 + 100 * 50 + 4 * 100**2
 
 

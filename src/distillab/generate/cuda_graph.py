@@ -20,6 +20,10 @@ logger = logging.getLogger("distillab")
 _FAILED: WeakSet[nn.Module] = WeakSet()
 """录不成的模型；别的模型仍然录。"""
 
+_LAST: dict[int, torch.cuda.CUDAGraph] = {}
+"""每块设备最近录的：下一个接着用它的内存。里面只有一步之内的临时张量，谁先谁后重放都不相干；不接着
+用，每录一次就多占一份。"""
+
 
 def recordable(model: nn.Module) -> bool:
     """权重都在当前的 CUDA 设备上，是普通的张量：分片的要通信，量化的各有各的内核。"""
@@ -96,20 +100,31 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """不用 ``torch.cuda.graph``：它每次都等设备，还清空分配器。"""
-    graph = torch.cuda.CUDAGraph()
     try:
-        with _no_collecting():
-            graph.capture_begin(capture_error_mode="thread_local")  # 取数据的线程照常用 CUDA
-            try:
-                step()
-            except Exception:
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+        try:
+            return _capture(step)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # 录制时分配器不会把留着没用的还给设备
+            return _capture(step)
     except Exception as error:
         raise _RecordingFailed from error
+
+
+def _capture(step: Callable[[], None]) -> Callable[[], None]:
+    """不用 ``torch.cuda.graph``：它每次都等设备，还清空分配器。"""
+    graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+    pool = _LAST[device].pool() if device in _LAST else None
+    with _no_collecting():
+        # thread_local：取数据的线程照常用 CUDA
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except Exception:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    _LAST[device] = graph
     return graph.replay
 
 
