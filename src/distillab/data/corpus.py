@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +71,8 @@ class Corpus:
     @contextmanager
     def spooled(self, articles: Iterator[str], directory: Path) -> Iterator[SpooledTexts]:
         """最前面的 ``size_mb``，放进 ``directory`` 里的临时文件；一篇也没有是错误。"""
-        with SpooledTexts(directory) as texts:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            texts = SpooledTexts(file)
             for text in first_megabytes(articles, self.size_mb):
                 texts.add(text)
             if not texts.sizes:
@@ -118,14 +119,13 @@ def first_megabytes(articles: Iterator[str], size_mb: float | None) -> Iterator[
 
 
 class SpooledTexts:
-    """读出的文章放在 ``directory`` 里一个没有名字的文件里，进程结束就没有了：来源只读一遍。
+    """读出的文章放在一个没有名字的文件里，进程结束就没有了：来源只读一遍。
 
     内存里只留每篇的摘要 ``digests`` 与 UTF-8 字节数 ``sizes``。
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # 与它一起关掉
-        self.digests, self.sizes = array("Q"), array("Q")
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digests, self.sizes = file, array("Q"), array("Q")
 
     def add(self, text: str) -> None:
         """放进一篇。"""
@@ -142,9 +142,3 @@ class SpooledTexts:
                 yield self._file.read(size).decode()
             else:
                 self._file.seek(size, os.SEEK_CUR)
-
-    def __enter__(self) -> SpooledTexts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
