@@ -17,8 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from distillab.config.recipes import differences, load_recipe
+from distillab.config.recipes import load_recipe
 from distillab.errors import DistillabError
+from distillab.parsing import differing
 from distillab.run_file_shapes import read_metrics
 
 RESULTS = Path(__file__).parent
@@ -102,7 +103,8 @@ def check_command(run: Path, command: str) -> None:
         raise DistillabError(f"--command {command!r}: expected distillab train RECIPE ...")
     sets = [value for option, value in itertools.pairwise(words) if option == "--set"]
     ran, told = load_recipe(str(run / "recipe.yaml")), load_recipe(words[2], sets)
-    for key, found, expected in differences(ran, told):
+    both = [recipe.model_dump(mode="json") for recipe in (ran, told)]
+    for key, (found, expected) in sorted(differing(both)):
         if key != "description":
             raise DistillabError(
                 f"--command {command!r} gives {key}={expected!r}, but the run has {found!r}"
