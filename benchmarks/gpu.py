@@ -15,6 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -103,6 +104,7 @@ def preload() -> str:
     """导入各段都要的，说出这里是 ``cuda`` 还是 ``cpu``；自己不碰 CUDA。"""
     from gpu_processes import asked
 
+    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")  # 没有线程在算东西
     if WITHOUT not in os.environ:
         for name in PRELOADED:
             with contextlib.suppress(ImportError):

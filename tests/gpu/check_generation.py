@@ -1,7 +1,7 @@
 """GPU 上的生成与导出，与 CPU 的、与 transformers 的相同。"""
 
 import torch
-from check_parts import VOCAB, pretrained, relative, student
+from check_parts import VOCAB, Plain, pretrained, relative, student
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distillab.export.convert import to_hf_state_dict
@@ -12,27 +12,6 @@ from distillab.generate.stops import until_stop
 from distillab.generate.weights import sampling_logits
 from distillab.models.interface import PretrainedLM
 from distillab.targets import Head
-
-
-class Plain:
-    """只有 ``TextGenerator`` 看的几样：没有停止 token。"""
-
-    added_tokens_decoder = {}  # noqa: RUF012 - 从不改
-    eos_token_id = bos_token_id = None
-    pad_token_id = 0
-    name_or_path = "plain"
-
-    def __len__(self):
-        return VOCAB
-
-    def get_vocab(self):
-        return {str(index): index for index in range(VOCAB)}
-
-    def get_added_vocab(self):
-        return {}
-
-    def get_chat_template(self, **_):
-        raise ValueError("no chat template")
 
 
 def generation_equals_cpu(device, strategy):

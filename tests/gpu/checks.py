@@ -51,6 +51,7 @@ CHECKS = {
     "step = CPU, accumulation": partial(
         step_equals_cpu, batch_size=2, gradient_accumulation_steps=2
     ),
+    "step = CPU, sampled": partial(step_equals_cpu, kind="sampled"),
     "step = CPU, LoRA": lora_equals_cpu,
     "step = CPU, graphs": partial(step_equals_cpu, compile="auto", max_steps=8),
     "step = CPU, compiled": partial(step_equals_cpu, compile=True, max_steps=8),
@@ -67,6 +68,8 @@ CHECKS = {
     "fp16 near float32": partial(half_is_close, precision="fp16"),
     "fp16 loss scale": fp16_skips_and_goes_on,
     "resume": resume_is_exact,
+    "resume, graphs": partial(resume_is_exact, compile="auto"),
+    "resume, fp16": partial(resume_is_exact, precision="fp16"),
     "generation = CPU": partial(generation_equals_cpu, strategy="greedy"),
     "generation = CPU, sampled": partial(generation_equals_cpu, strategy="sample"),
     "sampling recorded": sampling_is_recorded,
@@ -78,6 +81,7 @@ CHECKS = {
     "no host wait, accumulation": partial(
         no_wait_before_the_optimizer, batch_size=2, gradient_accumulation_steps=2
     ),
+    "no host wait, sampled": partial(no_wait_before_the_optimizer, kind="sampled"),
     "no host wait, LoRA": partial(no_wait_before_the_optimizer, kind="pairs", lora=True),
     "no host wait, fp16": partial(no_wait_before_the_optimizer, precision="fp16"),
     "no host wait, graphs": partial(no_wait_before_the_optimizer, compile="auto"),
