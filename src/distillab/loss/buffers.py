@@ -57,15 +57,15 @@ class Chunks:
             self.teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
         self.spec, device, vocab = spec, hidden.device, spec.vocab
         two = isinstance(targets, HiddenTargets | DenseTargets)
-        mixed = isinstance(products, MixedProducts)
-        self.kernels = mixed and not isinstance(targets, SparseTargets) and not KERNELS.failed
+        half = isinstance(products, MixedProducts) and not KERNELS.failed
+        self.kernels = half and not isinstance(targets, SparseTargets)
         chunking = Chunking.of(
             self.rows,
             vocab,
             products.dtype.itemsize * (1 + two),
             products.d_logits_bytes * spec.gradient,
             device.type,
-            memory_budget or default_budget(device, self.kernels),
+            memory_budget or default_budget(device, half),
             self.kernels,
         )
         self.size, self.tile, self.group = chunking.size, chunking.tile, chunking.group

@@ -229,9 +229,9 @@ def distil_rows(
 
     label = 0
     if labels is not None:
-        label = tl.load(labels + row)
+        label = tl.load(labels + row).to(tl.int32)
         logit, teacher_logit, _unused = _pair(
-            student, teacher, bias, teacher_bias, label + tl.zeros([1], tl.int64), stride, vocab,
+            student, teacher, bias, teacher_bias, label + tl.zeros([1], tl.int32), stride, vocab,
             SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, False,
         )  # fmt: skip
         log_sum = log1p(plain_sum - 1) + highest
