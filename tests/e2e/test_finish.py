@@ -18,7 +18,7 @@ from distillab.run_file_shapes import read_metrics
 from distillab.terminal import print_samples
 from distillab.train import checkpoint_files
 
-STEPS = [(runs, "_load_best"), (Checks, "measure"), (runs, "_samples"), (runs.shutil, "rmtree"),
+STEPS = [(runs, "_load_best"), (Checks, "measure"), (runs, "sample_prompts"), (runs.shutil, "rmtree"),
          (runs, "export_student"), (runs, "plot_run"), (runs, "_report"),
          (RunDirectory, "write_summary")]  # fmt: skip
 MEASURED_ANEW = {"name", "seconds", "tokens_per_second", "peak_memory_bytes"}
