@@ -160,7 +160,7 @@ class Template:
         turn: Message = {"role": message["role"], "content": message["content"]}
         for key in message.keys() & set(KEPT):
             names = _REASONING if key == "reasoning_content" else (key,)
-            name = next((name for name in names if self._reads(name)), None)
+            name = next((n for n in names if re.search(rf"(\.|['\"]){n}\b", self.source)), None)
             if name is not None:
                 turn[name] = message[key]
             elif turn["role"] != "tool":  # 哪个工具、哪次调用只是标识
@@ -169,9 +169,6 @@ class Template:
                     f"the chat template does not read; write it into content, or leave it out"
                 )
         return turn
-
-    def _reads(self, key: str) -> bool:
-        return re.search(rf"(\.|['\"]){key}\b", self.source) is not None
 
 
 def render_conversations_ahead(

@@ -44,10 +44,12 @@ def fit(
     """
     has_response = views[0][-1]["role"] == "assistant"
     limit = max_seq_len if has_response else max_seq_len - 1
+    starts = [_turn_starts(view) for view in views]
 
     @cache
     def without(turns: int) -> list[Tokens]:
-        return [tokens_of(_without_oldest(view, turns)) for view in views]
+        shorter = zip(views, starts, strict=True)
+        return [tokens_of([*view[: own[0]], *view[own[turns] :]]) for view, own in shorter]
 
     def tokens_of(messages: Sequence[Message]) -> Tokens:
         if messages[-1]["role"] != "assistant":
@@ -59,7 +61,7 @@ def fit(
     def fits(turns: int) -> bool:
         return all(len(tokens.ids) <= limit for tokens in without(turns))
 
-    most = min(len(_turn_starts(view)) for view in views) - 1
+    most = min(map(len, starts)) - 1
     turns = min(bisect.bisect_left(range(most + 1), True, key=fits), most)
     tokens = without(turns)
     if any(view.labels != tokens[0].labels for view in tokens):
@@ -67,13 +69,13 @@ def fit(
     if fits(turns):
         return Fitted(tuple(tokens), turns > 0, False)
     header = generation_prompt_length(views[0], tokenizer, style)
-    start = [leading_count(view.ids, tokenizer) for view in tokens]
-    shortest = [start[0] + header, *(len(view.prompt) for view in tokens[1:])]
+    leading = [leading_count(view.ids, tokenizer) for view in tokens]
+    shortest = [leading[0] + header, *(len(view.prompt) for view in tokens[1:])]
     response = len(tokens[0].ids) - len(tokens[0].prompt)
     kept = min(response, limit - max(shortest))
     if kept < int(has_response):
         return None
-    cut = [_cut(view, kept, limit, own) for view, own in zip(tokens, start, strict=True)]
+    cut = [_cut(view, kept, limit, own) for view, own in zip(tokens, leading, strict=True)]
     common = min(len(view.response) for view in cut)
     cut = [Tokens(view.ids, view.response[len(view.response) - common :]) for view in cut]
     prompt_cut = turns > 0 or len(tokens[0].prompt) + kept > limit
@@ -85,11 +87,6 @@ def _turn_starts(messages: Sequence[Message]) -> list[int]:
     roles = [message["role"] for message in messages]
     first = next(i for i, role in enumerate(roles) if role != "system")
     return [first, *(i for i, role in enumerate(roles) if role == "user" and i > first)]
-
-
-def _without_oldest(messages: Sequence[Message], turns: int) -> list[Message]:
-    starts = _turn_starts(messages)
-    return [*messages[: starts[0]], *messages[starts[turns] :]]
 
 
 def _cut(tokens: Tokens, kept: int, limit: int, leading: int) -> Tokens:
