@@ -34,7 +34,7 @@ def config(tasks):
 def requests_of(config):
     """三个任务的全部请求，按种类。"""
     found = {}
-    for task in harness._manager(config).load(config.tasks)["tasks"].values():
+    for task in harness.check_harness(config).load(config.tasks)["tasks"].values():
         harness._prepare(task.task_name, task, config)
         task.build_all_requests()
         for request in task.instances:

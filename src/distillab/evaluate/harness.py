@@ -28,13 +28,6 @@ SEED, FEWSHOT_SEED = 0, 1234
 """lm-evaluation-harness 命令行缺省的种子；示例由后者抽取，结果才与发表的相同。"""
 
 
-def check_harness(config: LmEvalConfig) -> None:
-    """没有安装，或任务的名字不对，是 ``DistillabError``；不读数据，不要模型。只有自己的任务时很快，
-    要查自带的，得先读它的一万多个 YAML。
-    """
-    _manager(config)
-
-
 def evaluate_with_harness(
     model: LanguageModel | str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -50,7 +43,7 @@ def evaluate_with_harness(
     对比较；每题不是一个数的没有）；``groups`` 是任务组的指标。错误见 ``check_harness``；任务的数据
     读不了，要运行代码或看图，或放不进模型也是。
     """
-    manager = _manager(config)
+    manager = check_harness(config)
     from lm_eval import __version__
     from lm_eval.evaluator import evaluate
 
@@ -89,7 +82,10 @@ def evaluate_with_harness(
     }
 
 
-def _manager(config: LmEvalConfig) -> Any:
+def check_harness(config: LmEvalConfig) -> Any:
+    """``TaskManager``；没有安装，或任务的名字不对，是 ``DistillabError``。不读数据，不要模型；只有
+    自己的任务时很快，要查自带的，得先读它的一万多个 YAML。
+    """
     path = config.include_path
     if path is not None and not Path(path).is_dir():
         raise DistillabError(f"evaluate.lm_eval.include_path: {path!r} is not a directory")
