@@ -67,8 +67,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """命令行。"""
     parser = argparse.ArgumentParser(
         description="What one GPU does with distillab: checks and measurements, most important "
-        "first, one table at the end. Needs PyTorch, transformers and accelerate; a section whose "
-        "other needs are missing says so and is skipped. Nothing is downloaded.",
+        "first, one table at the end. Needs PyTorch, transformers and accelerate; pydantic, rich "
+        "and the like may be given on PYTHONPATH: a section says what it lacks and is skipped. "
+        "Nothing is downloaded.",
         epilog="sections, in this order:\n"
         + "".join(f"  {name:<11}{text}\n" for name, (_, text) in SECTIONS.items())
         + "\nexamples:\n"

@@ -117,28 +117,34 @@ def run(section: Section, work: Work, show: Callable[[Record], None], least: flo
 
     缺东西的、不到 ``least`` 秒的、崩溃的、超时的，另有一条说明；已经写下的都在。
     """
+    shown = 0
+
+    def show_new() -> None:
+        nonlocal shown
+        for record in read(work.records)[shown:]:
+            show(record)
+            shown += 1
+
     if section.absent:
         work.record(section.name, "", f"needs {', '.join(section.absent)}", "skipped")
     elif work.deadline - time.monotonic() < least:
         work.record(section.name, "", "no time is left: raise --minutes", "skipped")
     else:
-        _supervise(section, work, show)
+        _supervise(section, work, show_new)
+    show_new()
     for record in (records := read(work.records)):
         record["section"] = section.name
     return records
 
 
-def _supervise(section: Section, work: Work, show: Callable[[Record], None]) -> None:
-    shown = 0
+def _supervise(section: Section, work: Work, meanwhile: Callable[[], None]) -> None:
+    limit = work.deadline - time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
-        limit = work.deadline - time.monotonic()
         process = Fork(lambda: section.call(work), log, leader=True)
         try:
             while (code := process.poll()) is None and time.monotonic() < work.deadline:
                 time.sleep(0.05)
-                for record in read(work.records)[shown:]:
-                    show(record)
-                    shown += 1
+                meanwhile()
         finally:
             process.kill()
         if code is None:
@@ -147,5 +153,3 @@ def _supervise(section: Section, work: Work, show: Callable[[Record], None]) -> 
             work.failure(section.name, "", reason(log) or f"exit status {code}")
             log.seek(0)
             sys.stderr.write(log.read())
-    for record in read(work.records)[shown:]:
-        show(record)

@@ -77,7 +77,8 @@ def test_a_section_that_crashes_says_why_in_one_line_and_the_others_go_on(done):
 
 
 def test_what_cannot_run_is_skipped_and_says_why(done):
-    _, records, _ = done
+    found, records, _ = done
+    assert "late: SKIPPED: no time is left" in found.stdout.partition("=" * 80)[0]
     skipped = {r["section"]: r["result"] for r in records if r["status"] == "skipped"}
     assert skipped["late"] == "no time is left: raise --minutes"
     assert skipped["needing"] == "needs a_library_nobody_has"
