@@ -12,7 +12,7 @@ from distillab.config.schema import LoraConfig
 from distillab.export.convert import from_hf
 from distillab.generate import cuda_graph, decoding, generator
 from distillab.generate.generator import TextGenerator, padded
-from distillab.generate.own_form import own_form
+from distillab.generate.own_form import joined_form, own_form
 from distillab.generate.stops import StopTexts
 from distillab.models.head_fit import relative_error, tolerance
 from distillab.models.interface import PretrainedLM
@@ -228,8 +228,9 @@ def test_a_failed_recording_is_one_warning_and_the_same_tokens(student, both, mo
         step()
         raise cuda_graph._RecordingFailed from RuntimeError("operation not permitted")
 
+    monkeypatch.setattr(cuda_graph, "_FAILED", set())
     monkeypatch.setattr(cuda_graph, "_recorded", fails)
-    monkeypatch.setattr(decoding, "recordable", lambda model: model not in cuda_graph._FAILED)
+    monkeypatch.setattr(decoding, "recordable", lambda _: not cuda_graph._FAILED)
     with caplog.at_level(logging.WARNING, "distillab"):
         for _ in range(2):
             growing, fixed = both(student, prompts(), max_new_tokens=30)
@@ -265,6 +266,44 @@ def test_a_pretrained_model_of_our_layout_runs_through_our_blocks(tiny_qwen2, ti
     assert own_form(model) is not form
     adapted = with_adapters(tiny_llama)
     assert own_form(adapted) is adapted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_joined_layers_are_half_copies_of_what_the_model_is_now(kind, monkeypatch):
+    model = own_form(PretrainedLM(model_of(kind)))
+    model._compiled_call_impl = lambda *_: pytest.fail("not the copy's forward")
+    ids = torch.arange(12).view(2, 6)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            form = joined_form(model, 16)
+            expected = model.forward(ids)
+            assert relative_error(form(ids), expected) < tolerance(torch.bfloat16)
+        assert form is not model
+        assert {p.dtype for p in form.parameters()} == {torch.float32, torch.bfloat16}
+        assert all(p.dtype == torch.float32 and p.numel() for p in model.parameters())
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert joined_form(model, 16) is model  # 没有 autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joined_form(model, 8) is model
+        model.bfloat16()
+        assert joined_form(model, 16) is model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_sampling_in_half_precision_leaves_the_model_as_it_was(
+    student, tiny_tokenizer, tapes, monkeypatch, training
+):
+    monkeypatch.setattr(generator, "FIXED_SHAPES_ON", ("cpu",))
+    student.train(training)
+    before = {name: (p.data_ptr(), p.dtype) for name, p in student.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        TextGenerator(student, tiny_tokenizer).generate("A", max_new_tokens=20)
+    assert {name: (p.data_ptr(), p.dtype) for name, p in student.named_parameters()} == before
+    assert all(module.training is training for module in student.modules())
+    products = [str(func) for func, *_ in tapes[0].calls if "mm" in str(func)]
+    assert len(products) == 4 * 3 + 1  # qkv、o、gate 与 up、down，三层；head
 
 
 def test_a_model_with_windows_keeps_its_growing_cache():

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from ..errors import typed_reason
 
 logger = logging.getLogger("distillab")
 
-_FAILED: WeakSet[nn.Module] = WeakSet()
-"""录不成的模型；别的模型仍然录。"""
+_FAILED: set[frozenset[type]] = set()
+"""录不成的模型由哪些类的模块组成；别的模型仍然录。"""
 
 _LAST: dict[int, torch.cuda.CUDAGraph] = {}
 """每块设备最近录的：下一个接着用它的内存。里面只有一步之内的临时张量，谁先谁后重放都不相干；不接着
@@ -28,7 +27,7 @@ _LAST: dict[int, torch.cuda.CUDAGraph] = {}
 def recordable(model: nn.Module) -> bool:
     """权重都在当前的 CUDA 设备上，是普通的张量：分片的要通信，量化的各有各的内核。"""
     weights = list(model.parameters())
-    if model in _FAILED or not all(weight.is_cuda for weight in weights):
+    if _kind(model) in _FAILED or not all(weight.is_cuda for weight in weights):
         return False
     current = torch.cuda.current_device()
     return all(
@@ -39,6 +38,10 @@ def recordable(model: nn.Module) -> bool:
     )
 
 
+def _kind(model: nn.Module) -> frozenset[type]:
+    return frozenset(map(type, model.modules()))
+
+
 def record(model: nn.Module, step: Callable[[], None]) -> Callable[[], None] | None:
     """算 ``model`` 的一步，再录下一步（录的时候不执行），返回重放它的函数。
 
@@ -47,7 +50,7 @@ def record(model: nn.Module, step: Callable[[], None]) -> Callable[[], None] | N
     try:
         return _recorded(step)
     except _RecordingFailed as error:
-        _FAILED.add(model)
+        _FAILED.add(_kind(model))
         logger.warning(
             "a CUDA graph cannot be recorded here, sampling runs operator by operator: "
             "same tokens, slower (%s)",

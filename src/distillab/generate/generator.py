@@ -14,7 +14,7 @@ from ..models.interface import LanguageModel, evaluating
 from ..models.tokenizer import continuation_text, own_vocabulary
 from ..vocabulary import Vocabulary
 from .decoding import CHECK_EVERY, decoding
-from .own_form import own_form
+from .own_form import joined_form, own_form
 from .sampling import Strategy, check_options, next_tokens, row_seeds, uniform_draws
 from .stops import pad_id, stop_ids, until_stop
 from .weights import sampling_logits, sampling_weights
@@ -234,6 +234,8 @@ class TextGenerator:
         limit = min(max_new_tokens, room)
         model = own_form(self.model) if on_gpu else self.model
         with evaluating(self.model), sampling_weights(self.model, batch, limit):
+            if on_gpu:
+                model = joined_form(model, limit)
             run = decoding(
                 static=on_gpu,
                 model=model,

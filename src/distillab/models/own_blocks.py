@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -40,11 +41,11 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 class JoinedAttention(GQAAttention):
     """q、k、v 一次乘出、q 与 k 一起旋转的 ``plain``；它没有 q_norm 与 k_norm。"""
 
-    def __init__(self, plain: GQAAttention) -> None:
+    def __init__(self, plain: GQAAttention, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.group_size = plain.head_dim, plain.group_size
         self.dropout = plain.dropout
-        self.qkv_proj = _joined(plain.q_proj, plain.k_proj, plain.v_proj)
+        self.qkv_proj = _joined(plain.q_proj, plain.k_proj, plain.v_proj, dtype=dtype)
         self.o_proj = plain.o_proj
         self._kv_heads = plain.k_proj.out_features // plain.head_dim
 
@@ -59,9 +60,9 @@ class JoinedAttention(GQAAttention):
 class JoinedFFN(SwiGLUFFN):
     """gate 与 up 一次乘出的 ``plain``。"""
 
-    def __init__(self, plain: SwiGLUFFN) -> None:
+    def __init__(self, plain: SwiGLUFFN, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
-        self.gate_up_proj = _joined(plain.gate_proj, plain.up_proj)
+        self.gate_up_proj = _joined(plain.gate_proj, plain.up_proj, dtype=dtype)
         self.down_proj = plain.down_proj
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -71,8 +72,11 @@ class JoinedFFN(SwiGLUFFN):
         return output
 
 
-def _joined(*parts: nn.Linear) -> nn.Linear:
-    """首尾相接的一个线性层；``parts`` 的参数随即放掉，内存仍只有一份。"""
+def _joined(*parts: nn.Linear, dtype: torch.dtype | None) -> nn.Linear:
+    """首尾相接的一个线性层；``parts`` 的参数随即放掉，内存仍只有一份。
+
+    给了 ``dtype`` 则是那个类型的一份拷贝，``parts`` 不变。
+    """
     whole = nn.Linear(
         parts[0].in_features,
         sum(part.out_features for part in parts),
@@ -82,8 +86,8 @@ def _joined(*parts: nn.Linear) -> nn.Linear:
     for name, _ in list(whole.named_parameters()):
         own = [getattr(part, name) for part in parts]
         data = torch.cat([parameter.data for parameter in own])
-        setattr(whole, name, nn.Parameter(data, requires_grad=False))
-        for parameter in own:
+        setattr(whole, name, nn.Parameter(data.to(dtype or data.dtype), requires_grad=False))
+        for parameter in own if dtype is None else ():
             parameter.data = parameter.data.new_empty(0)
     return whole
 
@@ -118,6 +122,25 @@ class SharedDecoder(Decoder):
         dtype = self.embedding.weight.dtype
         cos, sin = rotation(positions, bits.view(torch.float32))
         return (cos * self._factor).to(dtype), (sin * self._factor).to(dtype)
+
+
+def joined_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """``decoder``，读同样输入的线性层并起来，此刻的 ``dtype`` 拷贝；其余共用，都在 eval。"""
+    form: Decoder = _shallow(decoder)
+    form.layers = nn.ModuleList(map(_shallow, decoder.layers))
+    for block in form.layers:
+        assert isinstance(block, TransformerBlock)
+        block.ffn = JoinedFFN(block.ffn, dtype)
+        if block.attention.q_norm is None:
+            block.attention = JoinedAttention(block.attention, dtype)
+    return form.eval()
+
+
+def _shallow(module: Any) -> Any:
+    """另一个模块，子模块与参数是同样的；给它换子模块不影响 ``module``。"""
+    result = copy.copy(module)  # 编译过的、录下的前向不会跟过来
+    result._modules = dict(module._modules)
+    return result
 
 
 def through_own_blocks(model: PretrainedLM) -> LanguageModel:
