@@ -155,6 +155,14 @@ def test_weights_of_another_name_are_noticed():
     assert through_own_blocks(model) is model
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_the_device_is_asked_nothing(name):
+    ours, parts = pair(name)[1], examples()
+    packed = collate_packed([parts[:3], parts[3:]], pad_id=0).student
+    for view in (collate_examples(parts, pad_id=0).student, packed):
+        assert not dispatched(ours.read, view).keys() & {"_local_scalar_dense", "nonzero"}
+
+
 def test_a_forward_of_24_layers_dispatches_fewer_operators():
     shape = {"num_hidden_layers": 24, "hidden_size": 28, "num_attention_heads": 14,
              "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
