@@ -93,20 +93,20 @@ def train(work: Work, name: str, settings: list[str]) -> None:
 
 def said(found: Record) -> str:
     """表里怎么说一次训练。"""
-    after, teacher = found["student_after"], found.get("teacher")
+    student, teacher = found["student_after"], found["teacher"]
     parts = [
         f"{found['wall_seconds']:.0f} s in all, training {found['seconds']:.0f} s",
         f"{found['tokens_per_second']:,.0f} tokens/s",
-        f"perplexity {after['perplexity']:.1f}",
+        f"perplexity {student['perplexity']:.1f} (teacher {teacher['perplexity']:.1f})",
         f"peak {found['peak_memory_bytes'] / 2**30:.2f} GiB",
     ]
     if found["synthesis_seconds"] > 1:
         parts.insert(0, f"synthesis {found['synthesis_seconds']:.0f} s")
-    if teacher:
-        parts[-2] += f" (teacher {teacher['perplexity']:.1f})"
     for name, scores in found.get("tasks", {}).items():
-        values = ", ".join(f"{who} {value:.0%}" for who, value in scores.items())
-        parts.append(f"{name}: {values}")
+        before, after, best = (
+            scores[key] for key in ("student_before", "student_after", "teacher")
+        )
+        parts.append(f"{name} {before:.0%} -> {after:.0%} (teacher {best:.0%})")
     return "; ".join(parts)
 
 

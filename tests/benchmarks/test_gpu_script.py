@@ -160,6 +160,21 @@ def test_a_trace_is_summed_up_without_counting_overlaps_twice():
     assert [row["name"] for row in found["top_kernels"]] == ["mm", "add", "Memcpy DtoH"]
 
 
+def test_a_finished_recipe_is_told_in_one_line():
+    from gpu_runs import said
+
+    scores = {"teacher": 0.9, "student_before": 0.0, "student_after": 0.8, "gap_closed": None}
+    summary = {
+        "student_after": {"perplexity": 11.8}, "teacher": {"perplexity": 1.7},
+        "tasks": {"handbook": scores}, "seconds": 40.2, "tokens_per_second": 1234.5,
+        "peak_memory_bytes": 2**31, "synthesis_seconds": 9.0, "wall_seconds": 61.0,
+    }  # fmt: skip
+    assert said(summary) == (
+        "synthesis 9 s; 61 s in all, training 40 s; 1,234 tokens/s; perplexity 11.8 (teacher 1.7); "
+        "peak 2.00 GiB; handbook 0% -> 80% (teacher 90%)"
+    )
+
+
 def test_the_operations_of_a_step_are_those_of_its_matrix_products():
     from gpu_step import operations
     from train_step_models import Cell
