@@ -156,6 +156,12 @@ def test_runs_compare_with_the_first(kd, ce):
     assert dict(method(runs[0]))["objective"] == "0.5 forward_kl (T 2) + 0.5 cross-entropy"
 
 
+def test_an_empty_mapping_is_a_value_where_a_page_shows_it():
+    values = [{"a": {}, "b": 1}, {"a": {"c": 2}, "b": 1}]
+    assert differing(values) == [("a.c", [None, 2])]
+    assert differing(values, empty=True) == [("a", [{}, None]), ("a.c", [None, 2])]
+
+
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
     paths = [write_run(tmp_path / parent / "same") for parent in "ab"]
     assert [run.label for run in read_runs(paths)] == [str(path) for path in paths]
