@@ -151,16 +151,16 @@ def through_own_blocks(model: PretrainedLM) -> LanguageModel:
 
 def beside(model: PretrainedLM) -> SharedDecoder | None:
     """与 ``model`` 共用参数的 ``SharedDecoder``，``model`` 照常用、照常训练；不合适是 ``None``。"""
-    why = _unsuitable(model)
-    if not why:
-        try:
+    try:
+        why = _unsuitable(model)
+        if not why:
             shared = _shared(model)
             why = _difference(shared, model)
-        except (ValueError, RuntimeError) as error:  # 配置越界，或权重的名字、形状对不上
-            why = reason(error)
-        if not why:
-            return shared
-    logger.debug("%s runs through transformers: %s", type(model.model).__name__, why)
+            if not why:
+                return shared
+    except (AttributeError, ValueError, RuntimeError) as error:  # 别的版本、配置、权重
+        why = reason(error)
+    logger.debug(f"{type(model.model).__name__} runs through transformers: {why}")
     return None
 
 
