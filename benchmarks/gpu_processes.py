@@ -170,7 +170,7 @@ Answer = tuple[str, Record, list[Record]]
 def in_turn(
     calls: Mapping[str, Callable[[], object]], deadline: float, rounds: int, warm_up: int = 0
 ) -> Iterator[Answer]:
-    """一起启动、一起热身，好了的逐轮交替做；一个名字一份，做完一批给出一批。
+    """一起启动、一起热身，好了的逐轮交替做；一个名字一份。
 
     没有好的等到剩下时间的 ``PATIENCE`` 为止，此后谁好了就做谁，不与先好的比同一轮。
 
@@ -197,19 +197,18 @@ def in_turn(
 
 
 def _rounds(workers: dict[str, ForkedWorker], rounds: int, warm_up: int) -> Iterator[Answer]:
-    first: dict[str, Record] = {}
-    rest: dict[str, list[Record]] = {name: [] for name in workers}
-    for turn in range(rounds + warm_up + 1):
-        for name, worker in workers.items():
-            if "failed" in first.get(name, {}):
-                continue
+    """一个做完就给出一个：后面的挂住了，前面的还在。"""
+    reports: dict[str, list[Record]] = {name: [] for name in workers}
+    last = rounds + warm_up
+    for turn in range(last + 1):
+        for name in [*reports]:
+            worker = workers[name]
             if turn > 0:
                 with contextlib.suppress(BrokenPipeError):
                     worker.process.stdin.write("\n")
-            if "failed" in (found := worker.answer()) or turn == 0:
-                first[name] = found
-            else:
-                rest[name].append(found)
-    for name, worker in workers.items():
-        worker.process.kill()
-        yield name, first[name], rest[name][warm_up:]
+            found = worker.answer()
+            reports[name].append(found)
+            if "failed" in found or turn == last:
+                worker.process.kill()
+                first, *rest = reports.pop(name)
+                yield (name, found, []) if "failed" in found else (name, first, rest[warm_up:])

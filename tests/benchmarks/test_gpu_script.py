@@ -160,6 +160,41 @@ def test_a_trace_is_summed_up_without_counting_overlaps_twice():
     assert [row["name"] for row in found["top_kernels"]] == ["mm", "add", "Memcpy DtoH"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+def test_workers_take_turns_and_what_is_done_is_given_before_what_hangs():
+    """各进程把轮到自己的时刻写下来。"""
+    import time
+
+    from gpu_processes import in_turn
+    from measuring import open_channel, send
+
+    def works(failing=None, hanging=None):
+        channel = open_channel()
+        for turn, _ in enumerate(["", *"123"]):
+            if turn > 0:
+                sys.stdin.readline()
+            if turn == failing:
+                raise ValueError("on purpose")
+            time.sleep(600 if turn == hanging else 0.02)
+            send(channel, {"turn": turn, "at": time.monotonic()})
+
+    calls = {
+        "a": works, "late": lambda: time.sleep(2.5) or works(), "broken": lambda: works(failing=2),
+        "b": works, "hung": lambda: works(hanging=3),
+    }  # fmt: skip
+    found = {}
+    for name, first, rest in in_turn(calls, time.monotonic() + 3, rounds=2, warm_up=1):
+        found[name] = first, [report["turn"] for report in rest]
+        if name != "broken":
+            times = [report["at"] for report in rest]
+            assert times == sorted(times)
+        if {"a", "b", "broken"} <= found.keys():
+            break  # hung 还挂着，late 还没有热身好
+    assert found["broken"] == ({"failed": "ValueError: on purpose"}, [])
+    assert found["a"][1] == found["b"][1] == [2, 3]
+    assert "late" not in found
+
+
 def test_a_finished_recipe_is_told_in_one_line():
     from gpu_runs import said
 
