@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check fuzz gpu lint schema docs clean
+.PHONY: demo test test-versions check fuzz gpu lint schema docs clean
 
 demo: .venv/.installed  ## distil SmolLM2-135M into half of its layers, on two CPU cores
 	$(BIN)/distillab train quickstart --resume
@@ -17,6 +17,10 @@ test: .venv/.installed-dev  ## the whole test suite
 
 check: lint  ## lint, types, and the tests of what changed since main
 	$(PYTEST) $$($(BIN)/python tests/changed.py)
+
+# Not part of CI: PyPI's PyTorch for Linux is the one for CUDA, about 6 GB in each environment.
+test-versions:  ## what needs no other project, with the oldest, a middle and the newest PyTorch
+	$(PYTHON) tests/versions
 
 MINUTES ?= 10
 fuzz: .venv/.installed-dev  ## damaged inputs for every reader, MINUTES=10 in all
@@ -40,7 +44,7 @@ docs: .venv/.installed-docs  ## the guides, into site/; a broken link or a missi
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-versions build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -37,7 +37,8 @@ LIMIT = 300.0
 def serve(path: str) -> None:
     """stdin 那头没有人了就结束。"""
     for name in HEAVY:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # 不是每个环境都有 DeepSpeed
+            importlib.import_module(name)
     gc.freeze()  # fork 之后不必再逐个看一遍
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)

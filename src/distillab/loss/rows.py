@@ -49,11 +49,6 @@ class RowSpec(NamedTuple):
             vocab,
         )
 
-    @property
-    def smoothed(self) -> float:
-        """Label smoothing 分给每个 token 的份额 ``ε/V``。"""
-        return self.smoothing / (self.vocab - self.excluded)
-
 
 class RowValues(NamedTuple):
     """每行一个数，``[R]``；没有计算的是 0。"""
@@ -228,4 +223,5 @@ def label_rows(
 
 def uniform_rows(shifted: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
     """``(1-α)(q_1 - ε/V)``：CE 的梯度里每个 token 都有的部分，``[R, N]``。"""
-    return (1 - spec.alpha) * ((shifted - log_sum).exp() - spec.smoothed)
+    smoothed = spec.smoothing / (spec.vocab - spec.excluded)
+    return (1 - spec.alpha) * ((shifted - log_sum).exp() - smoothed)
