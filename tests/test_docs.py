@@ -158,3 +158,17 @@ def test_a_page_that_fetches_from_the_network_is_found(html, fetched):
     import hooks
 
     assert bool(hooks._FETCHED.search(html)) == fetched
+
+
+def test_the_lower_bounds_are_those_that_are_tested_and_documented():
+    def read(name):
+        return (ROOT / name).read_text(encoding="utf-8")
+
+    found = re.findall(r'^(?: {4}|peft = \[)"([\w-]+)>=([\d.]+)"', read("pyproject.toml"), re.M)
+    bounds = dict(found)
+    tested = re.findall(r"^([\w-]+)==([\d.]+)$", read("tests/versions/oldest.txt"), re.M)
+    assert dict(tested) == bounds
+    named = {"PyTorch": "torch", "transformers": "transformers", "accelerate": "accelerate"}
+    for page in ("README.md", "README.zh-CN.md", "docs/index.md"):
+        text = " ".join(read(page).split())
+        assert all(f"{name} {bounds[package]}" in text for name, package in named.items()), page

@@ -23,7 +23,7 @@ from ..sources import fetch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("distillab")
 
@@ -106,8 +106,20 @@ def resolve_gguf_tokenizer(path: Path) -> Path:
                 tokenizer = AutoTokenizer.from_pretrained(
                     path.parent, gguf_file=path.name, trust_remote_code=False
                 )
+                if tokenizer.eos_token_id == tokenizer.bos_token_id:
+                    _take_special_tokens(tokenizer, path)
                 tokenizer.save_pretrained(directory)
     return target
+
+
+def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """GGUF 文件自己写的特殊 token；transformers 5.17 及更早的版本把它的 bos 也当作 eos。"""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for ours, theirs in (("eos_token", "eos"), ("pad_token", "padding")):
+        if field := reader.get_field(f"tokenizer.ggml.{theirs}_token_id"):
+            setattr(tokenizer, ours, tokenizer.convert_ids_to_tokens(int(field.parts[-1][0])))
 
 
 @contextmanager
