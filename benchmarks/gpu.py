@@ -32,7 +32,7 @@ LEAST = {False: 20.0, True: 1.0}
 
 SECTIONS = {
     "machine": (0.5, "versions; the measured rate of matrix products and of copies"),
-    "tests": (4.0, "loss against float64, CPU against GPU, resume, fp16, host waits"),
+    "tests": (5.0, "loss against float64, CPU against GPU, resume, fp16, host waits"),
     "step": (3.0, "0.5B teaching 123M, 8 x 512: eager, graphs, compiled; host, device, waits"),
     "loss_head": (3.0, "the loss and its gradients beside TRL and Liger"),
     "train_step": (3.0, "the same step beside TRL, Liger in transformers' loop, a plain loop"),

@@ -1,5 +1,9 @@
 """``checks.py`` 各项共用的：小模型与相对误差。"""
 
+import contextlib
+import io
+import logging
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -11,6 +15,20 @@ VOCAB = 1000
 
 class Skip(Exception):
     """这台机器上做不了。"""
+
+
+@contextlib.contextmanager
+def nothing_steps_aside():
+    """其间编译器、kernel、CUDA graph 都用上了；没有用上的，日志里说了为什么。"""
+    said = io.StringIO()
+    logger, handler = logging.getLogger("distillab"), logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    lines = [line for line in said.getvalue().splitlines() if "cannot be used here" in line]
+    assert not lines, lines[0]
 
 
 def relative(found, expected):

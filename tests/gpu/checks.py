@@ -15,7 +15,6 @@ from check_generation import (
 )
 from check_loss import (
     DIVERGENCES,
-    GRADIENT,
     kernels_equal_the_compiled,
     loss_in_chunks,
     loss_matches_float64,
@@ -32,11 +31,8 @@ from check_training import (
 
 CHECKS = {
     **{
-        f"loss {divergence}, {dtype}": partial(
-            loss_matches_float64, divergence=divergence, dtype=dtype
-        )
+        f"loss, {divergence}": partial(loss_matches_float64, divergence=divergence)
         for divergence in DIVERGENCES
-        for dtype in GRADIENT
     },
     **{
         f"kernels = compiled, {divergence}": partial(
