@@ -308,5 +308,5 @@ def test_auto_compiles_where_it_pays(compile, cuda, steps, compiled):
     assert all(bool(block._compiled_call_impl) == compiled for block in student.blocks)
     assert bool(student._compiled_call_impl) == (cuda and bool(compile))
     several = StudentModel(ModelConfig(**SMALL))
-    prepare_bodies(several, None, TrainingConfig(), steps=steps, cuda=cuda, alone=False)
+    prepare_bodies(several, None, TrainingConfig(), steps=steps, cuda=cuda, engine="ddp")
     assert several._compiled_call_impl is None

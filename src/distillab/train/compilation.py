@@ -51,19 +51,26 @@ def prepare_bodies(
     config: TrainingConfig,
     steps: int,
     cuda: bool = False,
-    alone: bool = True,
+    engine: str = "single",
 ) -> None:
     """按 ``config`` 设好模型的主体：重算激活、编译、CUDA graph。要在引擎包装之前。
 
     关掉 adapter 的学生就是教师时，``teacher`` 与 ``student`` 是同一个。``steps`` 是一共走几步；
-    ``alone`` 是只有一个进程：几个进程时梯度边算边归约，录成一段就没有边可言。
+    几个进程时梯度边算边归约，录成一段就没有边可言，所以 ``engine`` 是 single 才录。ZeRO-3 不编译：
+    它的 hook 把一层切成许多段，每段又因模块的编号各编译一遍，直到上限。
     """
     if config.activation_checkpointing:
         student.enable_activation_checkpointing()
     models = [model for model in (student, teacher) if model is not None]
-    if config.compile is True or (config.compile == "auto" and cuda and steps >= WORTH_COMPILING):
+    if engine == "zero3":
+        if config.compile is True:
+            logger.warning(
+                "train.compile: the hooks of ZeRO-3 cut every layer into pieces: "
+                "the models run uncompiled"
+            )
+    elif config.compile is True or (config.compile == "auto" and cuda and steps >= WORTH_COMPILING):
         _compile_blocks(models)
-    if config.compile and cuda and alone:
+    if config.compile and cuda and engine == "single":
         accumulates = config.gradient_accumulation_steps > 1
         for model in dict.fromkeys(models):
             if model.capturable:

@@ -131,7 +131,7 @@ class DistillationTrainer:
             config,
             self.total_steps,
             cuda=device.type == "cuda",
-            alone=engine_name(self.accelerator) == "single",
+            engine=engine_name(self.accelerator),
         )
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
