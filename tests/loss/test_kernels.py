@@ -32,7 +32,7 @@ def run(*command, **environment):
 def test_kernels_equal_the_float64_reference_in_the_interpreter():
     """各个测试在 ``interpreted.py`` 里。"""
     pytest.importorskip("triton")
-    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore",
+    run("-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-W", "ignore",
         "tests/loss/interpreted.py", TRITON_INTERPRET="1")  # fmt: skip
 
 
@@ -50,11 +50,30 @@ def test_kernels_compile_for_several_cards_and_spill_nothing(tmp_path):
         assert len(one["instructions"]) == 3  # 三遍，没有别的循环
 
 
-def test_where_the_kernels_fail_the_loss_says_so_once_and_is_the_same(
-    half_products,  # noqa: F811
-    monkeypatch,
-    caplog,
-):
+@pytest.fixture
+def case(half_products, monkeypatch):  # noqa: F811
+    """CPU 上 GPU 的 bf16 乘法；输入已取整，只比较算术。"""
+    monkeypatch.setattr(buffers.KERNELS, "failed", False)
+    monkeypatch.setattr(buffers.COMPILER, "failed", False)
+    products = MixedProducts(torch.bfloat16)
+    monkeypatch.setattr(fused, "head_products", lambda *_: nullcontext(products))
+    case = Case(rows=7, near=True)
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight"):
+        setattr(case, name, getattr(case, name).bfloat16().float())
+    return case
+
+
+def check(case, kind="hidden"):
+    """2 行一块：与 float64 的参考相同。"""
+    loss = LossConfig()
+    found, gradients = case.run(loss, kind, dtype=torch.bfloat16, memory_budget=2 * 512 * 12)
+    expected, exact = case.oracle(loss, kind)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    for gradient, right in zip(gradients, exact, strict=True):
+        assert relative(gradient, right) < 0.01
+
+
+def test_where_the_kernels_fail_the_loss_says_so_once_and_is_the_same(case, monkeypatch, caplog):
     """在一组的半途失败，已经写好的梯度也不丢；kernel 不改 logits，失败的那一块可以重来。"""
     calls = []
 
@@ -65,22 +84,17 @@ def test_where_the_kernels_fail_the_loss_says_so_once_and_is_the_same(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(buffers.Chunks, "_by_kernel", broken)
-    monkeypatch.setattr(buffers.KERNELS, "failed", False)
-    monkeypatch.setattr(buffers.COMPILER, "failed", False)
-    dtype = torch.bfloat16
-    monkeypatch.setattr(fused, "head_products", lambda *_: nullcontext(MixedProducts(dtype)))
-    case, loss = Case(rows=7, near=True), LossConfig()
-    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight"):
-        setattr(case, name, getattr(case, name).to(dtype).float())
-    for _ in range(2):
-        found, gradients = case.run(loss, dtype=dtype, memory_budget=2 * 512 * 12)
-        expected, exact = case.oracle(loss)
-        assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
-        for gradient, right in zip(gradients, exact, strict=True):
-            assert relative(gradient, right) < 0.01
+    check(case)
+    check(case)
     assert calls == [slice(0, 2), slice(2, 4)]
     assert caplog.text.count("the loss's Triton kernels cannot be used here") == 1
     assert "RuntimeError: no compiler" in caplog.text
+
+
+def test_sparse_targets_ask_for_no_kernel(case, caplog):
+    check(case, "renormalise")
+    assert not buffers.KERNELS.failed
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("memory", [14.7, 79.1])
