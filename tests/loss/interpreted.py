@@ -150,6 +150,20 @@ def test_distributions_far_apart(name):
     torch.testing.assert_close(gradients, exact.float(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("sharp", ["student", "teacher"])
+def test_a_sharp_and_a_flat_distribution(sharp, monkeypatch):
+    """两个归一化项相差两万倍：之比的对数不能由 ``1 + (比 - 1)`` 来算。"""
+    monkeypatch.setattr(kernels, "BLOCK", 1024)
+    monkeypatch.setitem(globals(), "VOCAB", 20_001)
+    monkeypatch.setitem(globals(), "STRIDE", 20_032)
+    loss = LossConfig(divergence="reverse_kl", alpha=1.0, temperature=1.0)
+    rows = Rows(loss, seed=4, labels=False)
+    flat = "teacher" if sharp == "student" else "student"
+    getattr(rows, flat).mul_(1e-3)
+    getattr(rows, sharp)[:, 77] += 18
+    compare(rows, (0.02,))  # 学生几乎只给一个 token：梯度是 d 与它的平均之差，两个约 10 的数
+
+
 def test_no_teacher_and_label_metrics():
     compare(Rows(LossConfig(alpha=0.0, label_smoothing=0.1)), (1e-6,))
     rows = Rows(LossConfig(divergence="jsd", alpha=1.0, temperature=2.0))

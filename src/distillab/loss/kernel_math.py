@@ -44,6 +44,13 @@ def log1p(y):
 
 
 @triton.jit
+def log_ratio(a, b):
+    """``log(a / b)``，两个正数相近时也准，相差几个数量级时也准。"""
+    y = (a - b) / b
+    return tl.where(tl.abs(y) < SMALL, log1p(y), tl.log(a / b))
+
+
+@triton.jit
 def finish(product, bias, offsets, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """``rows.finish``：logits 与它对 ``product`` 的导数；``-inf`` 保持 ``-inf``。"""
     logits = product

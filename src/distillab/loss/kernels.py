@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel_math import LOG2_E, contribution, finish, log1p
+from .kernel_math import LOG2_E, contribution, finish, log1p, log_ratio
 from .rows import RowSpec, RowValues
 
 BLOCK = 1024
@@ -222,7 +222,7 @@ def distil_rows(
                 teacher_plain_mass * tl.exp2((teacher_top - teacher_highest) * LOG2_E), 0
             )
         shift = (highest - teacher_highest) * COLD
-        shift += log1p((mass_sum - teacher_sum) * teacher_share)
+        shift += log_ratio(mass_sum, teacher_sum)
         lead_mean = tl.sum(lead * teacher_decay, 0) * teacher_share
         shift = tl.where(lead_mean == lead_mean, log1p(lead_mean), shift)
         centre = tl.sum(moment * decay, 0) * share - shift  # E_q[d]，reverse_kl 才用
@@ -234,13 +234,13 @@ def distil_rows(
             student, teacher, bias, teacher_bias, label + tl.zeros([1], tl.int32), stride, vocab,
             SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, False,
         )  # fmt: skip
-        log_sum = log1p(plain_sum - 1) + highest
+        log_sum = log_ratio(plain_sum, 1.0) + highest
         cross_entropy = log_sum - tl.sum(logit, 0)
         if SMOOTHING > 0:
             average = log_sum - tl.sum(logit_sum, 0) / present
             cross_entropy = (1 - SMOOTHING) * cross_entropy + SMOOTHING * average
         if DISTILS:
-            teacher_log_sum = log1p(teacher_plain_sum - 1) + teacher_highest
+            teacher_log_sum = log_ratio(teacher_plain_sum, 1.0) + teacher_highest
             teacher_cross_entropy = teacher_log_sum - tl.sum(teacher_logit, 0)
 
     # 其余的 divergence 要先知道 E_q[h]，才写得出梯度：先只求和，再读一遍
@@ -280,7 +280,7 @@ def distil_rows(
 
     if DISTILS:
         divergence = tl.sum(worth, 0)
-        entropy = log1p(teacher_sum - 1) + tl.sum(surprise, 0) * COLD
+        entropy = log_ratio(teacher_sum, 1.0) + tl.sum(surprise, 0) * COLD
         agreement = tl.where(tl.max(hits, 0) == 0, 1.0, 0.0)
     values += row
     tl.store(values, divergence)
