@@ -234,14 +234,14 @@ def distil_rows(
             student, teacher, bias, teacher_bias, label + tl.zeros([1], tl.int32), stride, vocab,
             SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, False,
         )  # fmt: skip
-        log_sum = log_ratio(plain_sum, 1.0) + highest
-        cross_entropy = log_sum - tl.sum(logit, 0)
+        log_sum = log_ratio(plain_sum, 1.0)
+        cross_entropy = log_sum + (highest - tl.sum(logit, 0))
         if SMOOTHING > 0:
-            average = log_sum - tl.sum(logit_sum, 0) / present
+            average = log_sum + (highest - tl.sum(logit_sum, 0) / present)
             cross_entropy = (1 - SMOOTHING) * cross_entropy + SMOOTHING * average
         if DISTILS:
-            teacher_log_sum = log_ratio(teacher_plain_sum, 1.0) + teacher_highest
-            teacher_cross_entropy = teacher_log_sum - tl.sum(teacher_logit, 0)
+            teacher_log_sum = log_ratio(teacher_plain_sum, 1.0)
+            teacher_cross_entropy = teacher_log_sum + (teacher_highest - tl.sum(teacher_logit, 0))
 
     # 其余的 divergence 要先知道 E_q[h]，才写得出梯度：先只求和，再读一遍
     ONCE: tl.constexpr = DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl"
