@@ -1,6 +1,6 @@
-"""一个进程组里依次跑几条 ``distillab`` 命令：起两个进程、导入 torch 只花一次时间。
+"""一个进程组里依次跑几条 ``distillab`` 命令，只起一次进程。
 
-``torchrun engine_worker.py ENGINE '[["train", "recipe.yaml", ...], ...]'``。一条失败就停，退出码是它的。
+``main`` 的参数是 ``ENGINE '[["train", "recipe.yaml", ...], ...]'``。一条失败就停，退出码是它的。
 Accelerate 只在 GPU 上启用 FSDP；在 CPU 上要在它造好状态之后改写，这里就是做这件事的地方。
 """
 
@@ -56,7 +56,3 @@ def main() -> None:
         except SystemExit as done:
             if done.code:
                 raise
-
-
-if __name__ == "__main__":
-    main()

@@ -7,18 +7,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from forked import Forked, ranks
 from safetensors.torch import load_file
 
 from distillab.run_file_shapes import read_metrics
 
-WORKER = Path(__file__).with_name("engine_worker.py")
+LIMIT = 1200.0
+"""一个引擎的全部训练最多这么多秒。"""
+
 STEPS = 10
 SHARDED = ["fsdp2", "zero3"]
 ENGINES = ["ddp", *SHARDED, "zero2"]
@@ -109,16 +110,23 @@ def command(method: str, name: str, *extra: str) -> list[str]:
     return ["train", recipe, *(part for key in overrides for part in ("--set", key))]
 
 
-def start(place: Path, engine: str, commands: list[list[str]]) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher * (engine != "single"), str(WORKER), engine,
-         json.dumps(commands)],
-        cwd=place, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DISTILLAB_CACHE": str(place / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+def start(forking: str, place: Path, engine: str, commands: list[list[str]]) -> str:
+    common = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "DISTILLAB_CACHE": str(place / "cache")}
+    processes = [
+        Forked(
+            forking, ("engine_worker", "main"), (engine, json.dumps(commands)),
+            os.environ | common | rank, logs=place / f"{engine}-{number}", cwd=place,
+        )
+        for number, rank in enumerate(ranks(1 if engine == "single" else 2))
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [process.err.read_text() for process in processes]
+    assert codes == [0] * len(codes), [log[-6000:] for log in logs]
+    return "".join(logs)
 
 
 def resume(place: Path, engine: str, *extra: str) -> list[str]:
@@ -142,20 +150,20 @@ def place(shared):
 
 
 @pytest.fixture(scope="session")
-def logs(shared, place, tiny_teacher_dir):
+def logs(shared, place, tiny_teacher_dir, forking):
     """全部训练；返回各引擎的日志。"""
     kept = shared / "engines.json"
     with FileLock(shared / "engines.lock"):
         if not kept.exists():
             prepare(place, tiny_teacher_dir)
-            kept.write_text(json.dumps(train_all(place)))
+            kept.write_text(json.dumps(train_all(forking, place)))
         return json.loads(kept.read_text())
 
 
-def train_all(place: Path) -> dict[str, str]:
+def train_all(forking: str, place: Path) -> dict[str, str]:
     half = "train.precision=bf16"
     commands = [*(command(m, f"single-{m}") for m in METHODS), command("gkd", "single-half", half)]
-    logs = {"single": start(place, "single", commands)}
+    logs = {"single": start(forking, place, "single", commands)}
     for engine in ("fsdp2", "zero3", "ddp", "zero2"):
         methods = METHODS if engine != "zero2" else ["kd"]
         commands = [command(method, f"{engine}-{method}", *SPLIT) for method in methods]
@@ -166,8 +174,8 @@ def train_all(place: Path) -> dict[str, str]:
             commands.append(command("kd", "fsdp2-shard", "teacher.shard=true", *SPLIT))
             commands.append(command("kd", "fsdp2-bf16", half, *SPLIT))
         commands.append(resume(place, engine, *SPLIT))
-        logs[engine] = start(place, engine, commands)
-    logs["back"] = start(place, "single", [resume(place, "single")])
+        logs[engine] = start(forking, place, engine, commands)
+    logs["back"] = start(forking, place, "single", [resume(place, "single")])
     return logs
 
 
