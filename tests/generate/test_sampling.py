@@ -37,6 +37,7 @@ def test_a_peak_beyond_float32_keeps_to_its_filtered_tokens():
     assert torch.equal(sample_by_blocks(logits, uniform), sample_tokens(logits, uniform))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="FakeTensor knows no mm with out_dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_head_on_a_gpu_is_multiplied_as_it_is_into_float32(dtype):
     with FakeTensorMode():

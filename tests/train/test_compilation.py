@@ -52,7 +52,7 @@ def assert_same(found, expected):
         assert step == other
         assert loss == pytest.approx(reference, rel=1e-5)
     assert grad_norms(found) == pytest.approx(grad_norms(expected), rel=1e-5)
-    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -139,7 +139,7 @@ def test_a_compiled_student_is_exported_under_the_same_names(
     )
     assert set(found) == set(eager)
     for name, value in eager.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5)
 
 
 def test_without_a_compiler_training_runs_uncompiled_and_says_so_once(
