@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from distillab.config.schema import ModelConfig
+from distillab.loss import buffers
+from distillab.train import compilation
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,13 @@ def fresh_accelerator() -> Iterator[None]:
     """Accelerate 的状态每个进程只有一份；测试之间要清掉，才能换精度。"""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def willing_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """编译不成只记一次，管到进程结束；别的测试不该因此走另一条路。"""
+    for each in (buffers.COMPILER, buffers.KERNELS, compilation.COMPILER):
+        monkeypatch.setattr(each, "failed", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -187,8 +187,8 @@ class PretrainedLM(LanguageModel):
         # 位置编码不靠 position_ids 的模型（ALiBi 等）没有这个参数。
         takes = inspect.signature(self._backbone.forward).parameters
         self._takes_positions = "position_ids" in takes
-        # Mamba 一类给缓存起了另一个名字；叫错了不报错，只是不用它。
-        names = ("past_key_values", "cache_params")
+        # Mamba 一类给缓存起了另一个名字，5.24 起都叫 cache；叫错了不报错，只是不用它。
+        names = ("past_key_values", "cache", "cache_params")
         self._cache_name = next((name for name in names if name in takes), None)
         self._scale, self._softcap, self._pads_right = 1.0, None, False
         fitted = self._fitted_head()
@@ -225,17 +225,17 @@ class PretrainedLM(LanguageModel):
             # 不少模型默认从 0 数位置而不看 mask，左填充时结果会变。
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions[:, -input_ids.shape[1] :]
-        places = places_of(cache)
-        if places is not None:
-            extra["position_ids"], attention_mask = places.step()
-            extra["past_key_values"] = cache
-        elif cache is not None and self._cache_name is not None:
+        if cache is not None and self._cache_name is not None:
             extra[self._cache_name] = cache
-            if attention_mask is None and self._takes_positions:
-                # 不是每个模型都从缓存里数得出已有多少 token。
-                steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-                extra["position_ids"] = steps[None] + cache.length
-            cache.length += input_ids.shape[1]
+            places = places_of(cache)
+            if places is not None:
+                extra["position_ids"], attention_mask = places.step()
+            else:
+                if attention_mask is None and self._takes_positions:
+                    # 不是每个模型都从缓存里数得出已有多少 token。
+                    steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+                    extra["position_ids"] = steps[None] + cache.length
+                cache.length += input_ids.shape[1]
         single = attention_mask is None and position_ids is None
         with single_documents() if single else nullcontext():
             output = self._backbone(
@@ -333,7 +333,7 @@ class PretrainedLM(LanguageModel):
         return why
 
     def _static_cache(self, room: int) -> Any:
-        if self._cache_name != "past_key_values" or not self._takes_positions:
+        if self._cache_name in (None, "cache_params") or not self._takes_positions:
             raise ValueError("its forward takes no past_key_values or no position_ids")
         return static_cache(self.model.config, room)
 
