@@ -45,7 +45,7 @@ RUNS = Path("runs")
 CHANGEABLE = ("description", "evaluate.", "train.log_interval", "train.save_interval",
               "train.max_checkpoints", "train.report_to", "train.timeout_minutes",
               "train.batch_size", "train.gradient_accumulation_steps",
-              "teacher.shard")  # fmt: skip
+              "train.compile", "teacher.shard")  # fmt: skip
 """恢复时可以改的键：它们不影响参数的更新。批大小与累积可以换着来，一步的序列数不能变，读检查点时
 查。
 """
