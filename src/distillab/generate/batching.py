@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..limits import ROWS_TOGETHER, rows_together, sampling_row_bytes
+from ..loss.buffers import free_cuda_bytes
 from ..models.interface import LanguageModel, evaluating
 from ..models.kv_cache import autocast_dtype
 
@@ -22,15 +23,8 @@ def sampling_groups(
     else:
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         row_bytes = _row_bytes(model, max(lengths, default=1), new_tokens)
-        size = rows_together(max(len(order), 1), row_bytes, _free_bytes(device))
+        size = rows_together(max(len(order), 1), row_bytes, free_cuda_bytes(device))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _free_bytes(device: torch.device) -> int:
-    """还能分配几个字节：设备空着的，与分配器留着没用的。"""
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + held)
 
 
 def _row_bytes(model: LanguageModel, prompt: int, new_tokens: int) -> int:

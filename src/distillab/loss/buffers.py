@@ -198,9 +198,14 @@ def default_budget(device: torch.device, kernels: bool = False) -> int:
 @functools.cache
 def _cuda_budget(device: torch.device, kernels: bool) -> int:
     """问一次：每步都问要几百微秒，块的大小也不该在一次训练的半途改变。"""
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(int(free) // 10, budget_bytes(device.type, int(total), kernels))
+    total = int(torch.cuda.mem_get_info(device)[1])
+    return min(free_cuda_bytes(device) // 10, budget_bytes(device.type, total, kernels))
+
+
+def free_cuda_bytes(device: torch.device) -> int:
+    """还能分配几个字节：设备空着的，与分配器留着没用的。"""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + held)
 
 
 @functools.cache
