@@ -279,7 +279,7 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
             collate(data[start : start + size]).to(device) for start in range(0, len(data), size)
         ]
         read_by = None if teacher is None else teacher.model
-        record_bodies(student, read_by, window[0], trainer._compute)  # 如 train()
+        record_bodies(student, read_by, lambda: window[0], trainer._compute)  # 如 train()
         for number in range(STEPS[device]):
             if number == STEPS[device] - 1:
                 current = reset_peak(device) or 0

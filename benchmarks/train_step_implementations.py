@@ -85,7 +85,9 @@ def distillab_loop(cell: Cell, clock: Clock, **settings: Any) -> None:
         clock.watch(trainer.accelerator, "clip_grad_norm_", "gradient clip")
         clock.watch(trainer.optimizer.optimizer, "step", "optimizer step")
         batch = collate_text(data).to(cell.device)
-        record_bodies(trainer.student, trainer.teacher.model, batch, trainer._compute)  # 如 train()
+        record_bodies(
+            trainer.student, trainer.teacher.model, lambda: batch, trainer._compute
+        )  # 如 train()
         window = Prepared([batch])
         more = True
         while more:

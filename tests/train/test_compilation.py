@@ -273,9 +273,9 @@ def test_only_batches_of_the_recorded_shape_are_replayed(graphs):
     student._compiled_call_impl = body
     batch = collate_text([Chunks(length=12)[0]] * 2)
     examples = replace(batch, examples=())  # 对话：长短不一
-    compilation.record_bodies(student, None, examples, torch.float32)
+    compilation.record_bodies(student, None, lambda: examples, torch.float32)
     assert not graphs
-    compilation.record_bodies(student, None, batch, torch.float32)
+    compilation.record_bodies(student, None, lambda: batch, torch.float32)
     ids = batch.student.input_ids
     student(ids)  # 不在训练步里
     with training_step():

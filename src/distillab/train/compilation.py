@@ -112,19 +112,28 @@ def _call(
 
 
 def record_bodies(
-    student: LanguageModel, teacher: LanguageModel | None, batch: Batch, compute: torch.dtype
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    sample: Callable[[], Batch],
+    compute: torch.dtype,
 ) -> None:
-    """训练开始之前录下 ``GraphedBody``；``batch`` 的形状不是每批都一样的（不是文本块），就不录。
+    """训练开始之前录下 ``GraphedBody``；``sample()`` 的形状不是每批都一样的（不是文本块），就不录。
 
-    要在训练的 DataLoader 开始之前：录制时，别的线程（锁页的线程）不得碰 CUDA。
+    要在训练的 DataLoader 开始之前：录制时，别的线程（锁页的线程）不得碰 CUDA。没有要录的，不调用
+    ``sample``。
     """
+    models = [model for model in dict.fromkeys((teacher, student)) if model is not None]
+    bodies = [
+        body for model in models if isinstance(body := model._compiled_call_impl, GraphedBody)
+    ]
+    if not bodies:
+        return
+    batch = sample()
     view = batch.student
     if batch.examples is not None or view.position_ids is not None:
         return
-    for model in dict.fromkeys((teacher, student)):
-        body = None if model is None else model._compiled_call_impl
-        if isinstance(body, GraphedBody):
-            body.record(view.input_ids, compute)
+    for body in bodies:
+        body.record(view.input_ids, compute)
 
 
 class GraphedBody:

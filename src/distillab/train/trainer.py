@@ -184,9 +184,8 @@ class DistillationTrainer:
         """
         accelerator, size = self.accelerator, self.config.gradient_accumulation_steps
         step = self._begin(resume)
-        sample = self.collate([self.validation_loader.dataset[0]] * self.config.batch_size)
         teacher = None if self.teacher is None else self.teacher.model
-        record_bodies(self.student, teacher, sample, self._compute)
+        record_bodies(self.student, teacher, self._sample, self._compute)
         coming = windows(self.train_loader, self.state, size, self.total_steps, self.watch)
         log = MetricsLog(self.run_dir / "metrics.jsonl", accelerator, on_metrics)
         log.recover(step, self.state.metrics)
@@ -209,6 +208,10 @@ class DistillationTrainer:
                     stop.check_grace(time.perf_counter() - started)
                     check_failed_rows(self.state)
         return self.state
+
+    def _sample(self) -> Batch:
+        """与训练的一批同样大小的一批；文本块的形状也同样。"""
+        return self.collate([self.validation_loader.dataset[0]] * self.config.batch_size)
 
     def _begin(self, resume: bool) -> int:
         """清掉上次被杀留下的，接上最新的检查点；返回从第几步接着来。"""
