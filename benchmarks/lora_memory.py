@@ -44,7 +44,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     """学生与它的教师，在 ``options.device`` 上。"""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from distillab.config.schema import LoraConfig
+    from distillab.config.model_sections import LoraConfig
     from distillab.models.interface import PretrainedLM
     from distillab.models.lora import add_lora
     from distillab.teachers.in_process import AdapterOffTeacher, LocalTeacher

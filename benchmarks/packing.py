@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distillab.batch import Batch, Example, Tokens
-from distillab.config.schema import LossConfig, ModelConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import LossConfig
 from distillab.data.chat_dataset import ChatDataset, LengthGroupedSampler
 from distillab.data.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
 from distillab.models.interface import LanguageModel, PretrainedLM

@@ -182,7 +182,7 @@ def pretrained(shape: Any, precision: str) -> Any:
 
 def scratch(shape: Any) -> Any:
     """同样形状的 ``StudentModel``。"""
-    from distillab.config.schema import ModelConfig
+    from distillab.config.model_sections import ModelConfig
     from distillab.models.student import StudentModel
 
     return StudentModel(

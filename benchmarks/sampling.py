@@ -65,7 +65,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def make_model(name: str, hf_model: Any) -> tuple[Any, Any]:
     """``(distillab 采样的模型, transformers 采样的模型)``，权重相同。"""
-    from distillab.config.schema import LoraConfig
+    from distillab.config.model_sections import LoraConfig
     from distillab.export.convert import from_hf
     from distillab.models.interface import PretrainedLM
     from distillab.models.lora import adapter_parameters, add_lora

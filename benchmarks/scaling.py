@@ -40,7 +40,8 @@ BASE = {"batch": 4, "sequence": 128, "vocabulary": 8192}
 def step(batch: int, sequence: int, vocabulary: int) -> Callable[[], None]:
     """一个小模型的一步：教师、学生、损失、反向、AdamW。"""
     from distillab.batch import collate_text
-    from distillab.config.schema import LossConfig, ModelConfig, TrainingConfig
+    from distillab.config.model_sections import ModelConfig
+    from distillab.config.schema import LossConfig, TrainingConfig
     from distillab.distributed.engine import make_optimizer
     from distillab.models.student import StudentModel
     from distillab.teachers.in_process import LocalTeacher

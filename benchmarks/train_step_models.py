@@ -112,7 +112,7 @@ def make_teacher(cell: Cell) -> Any:
 
 def make_models(cell: Cell) -> tuple[Any, StudentModel]:
     """教师与学生，都在 CPU 上；教师转成 ``precision``，学生总是 float32。"""
-    from distillab.config.schema import ModelConfig
+    from distillab.config.model_sections import ModelConfig
     from distillab.distributed.engine import DTYPES
     from distillab.export.convert import student_from_teacher
     from distillab.models.student import StudentModel

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from markdown_table import markdown_table
 
+from distillab.config.model_sections import ModelConfig
 from distillab.config.recipes import load_recipe
-from distillab.config.schema import ModelConfig
 from distillab.plan.hardware import GPUS
 from distillab.plan.memory import Step
 from distillab.plan.plan import plan

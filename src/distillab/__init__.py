@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ModelConfig": "config.schema",
+    "ModelConfig": "config.model_sections",
     "TrainingConfig": "config.schema",
     "LossConfig": "config.schema",
     "Recipe": "config.schema",

@@ -6,7 +6,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from distillab.config.schema import LossConfig, ModelConfig, Recipe, TrainingConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import LossConfig, Recipe, TrainingConfig
 from distillab.config.sections import DataSection, SynthesizeConfig
 
 

@@ -12,7 +12,8 @@ from test_batch import an_example, vocabularies
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from distillab.batch import Example, Tokens, collate_examples, collate_packed, collate_text
-from distillab.config.schema import LossConfig, ModelConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import LossConfig
 from distillab.data.chat_dataset import ChatDataset
 from distillab.data.packing import PackedDataset, best_fit, collate_rows, keeps_documents_apart
 from distillab.models.interface import PretrainedLM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distillab.config.schema import LoraConfig
+from distillab.config.model_sections import LoraConfig
 from distillab.distributed.sharding import WholeCopy
 from distillab.export.convert import from_hf
 from distillab.models.interface import PretrainedLM

@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.errors import DistillabError
 from distillab.export.hf_layout import config_from_hf
 

@@ -21,8 +21,9 @@ from mutate import content, structure
 from report_runs import write_run
 from stub_server import Stub, completion
 
+from distillab.config.model_sections import ModelConfig
 from distillab.config.recipes import dump_recipe, load_recipe, shipped_recipes
-from distillab.config.schema import EvaluateConfig, ModelConfig, TrainingConfig
+from distillab.config.schema import EvaluateConfig, TrainingConfig
 from distillab.config.sections import SamplingConfig, ServerConfig
 from distillab.data.articles import read_files, text_files
 from distillab.data.chat import render, render_prompt

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.errors import DistillabError
 from distillab.export.convert import from_hf
 from distillab.generate.generator import TextGenerator, padded

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.export.convert import from_hf
 from distillab.generate.likelihood import likelihoods
 from distillab.models.interface import PretrainedLM

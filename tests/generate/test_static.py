@@ -8,7 +8,7 @@ import torch
 from model_types import model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillab.config.schema import LoraConfig
+from distillab.config.model_sections import LoraConfig
 from distillab.export.convert import from_hf
 from distillab.generate import cuda_graph, decoding, generator
 from distillab.generate.generator import TextGenerator, padded

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.assembly.parts import Parts, build_models
 from distillab.assembly.training import build_data, read_pairs
-from distillab.config.schema import LoraConfig, ModelConfig, Recipe
+from distillab.config.model_sections import LoraConfig, ModelConfig
+from distillab.config.schema import Recipe
 from distillab.config.sections import SamplingConfig, TaskConfig
 from distillab.data.chat import render, render_prompt
 from distillab.data.pairs import Task

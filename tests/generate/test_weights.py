@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillab.config.schema import LoraConfig
+from distillab.config.model_sections import LoraConfig
 from distillab.generate import weights as module
 from distillab.generate.generator import TextGenerator
 from distillab.generate.weights import sampling_weights

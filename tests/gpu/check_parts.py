@@ -7,7 +7,7 @@ import logging
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.models.student import StudentModel
 
 VOCAB = 1000

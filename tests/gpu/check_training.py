@@ -20,7 +20,8 @@ from check_parts import (
 )
 
 from distillab.batch import Example, Tokens, collate_examples, collate_text
-from distillab.config.schema import LoraConfig, LossConfig, TrainingConfig
+from distillab.config.model_sections import LoraConfig
+from distillab.config.schema import LossConfig, TrainingConfig
 from distillab.config.sections import ResponsesConfig, SamplingConfig
 from distillab.generate.generator import TextGenerator
 from distillab.models.interface import PretrainedLM

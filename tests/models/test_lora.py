@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from distillab.assembly.parts import build_models
 from distillab.batch import Batch, Example, Tokens, View, collate_examples
-from distillab.config.schema import EvaluateConfig, LoraConfig, LossConfig, Recipe, TrainingConfig
+from distillab.config.model_sections import LoraConfig
+from distillab.config.schema import EvaluateConfig, LossConfig, Recipe, TrainingConfig
 from distillab.errors import DistillabError
 from distillab.export.convert import export_student
 from distillab.models.interface import PretrainedLM, evaluating

@@ -8,7 +8,7 @@ from model_types import VOCAB, model_of
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from distillab.config.schema import LoraConfig
+from distillab.config.model_sections import LoraConfig
 from distillab.errors import DistillabError
 from distillab.models.interface import PretrainedLM
 from distillab.models.lora import (

@@ -9,7 +9,8 @@ from model_types import SHAPES, VOCAB, model_of
 from torch import nn
 
 from distillab.batch import Example, Tokens, collate_examples
-from distillab.config.schema import LossConfig, ModelConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import LossConfig
 from distillab.models.head_fit import relative_error
 from distillab.models.interface import PretrainedLM
 from distillab.models.student import StudentModel

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.errors import DistillabError
 from distillab.models.blocks import GQAAttention, RMSNorm, apply_rotary, rotary_tables
 from distillab.models.interface import Head, PretrainedLM

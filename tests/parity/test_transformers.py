@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     apply_rotary_pos_emb,
 )
 
-from distillab.config.schema import ModelConfig
+from distillab.config.model_sections import ModelConfig
 from distillab.export.convert import export_student, from_hf
 from distillab.models.blocks import RMSNorm, SwiGLUFFN, apply_rotary, rotary_tables
 from distillab.models.interface import PretrainedLM

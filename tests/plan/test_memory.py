@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from distillab.config.model_sections import LoraConfig, ModelConfig
 from distillab.config.recipes import load_recipe
-from distillab.config.schema import LoraConfig, LossConfig, ModelConfig
+from distillab.config.schema import LossConfig
 from distillab.loss.buffers import Chunks
 from distillab.loss.chunking import budget_bytes
 from distillab.loss.products import HeadProducts, MixedProducts

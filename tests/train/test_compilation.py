@@ -12,7 +12,8 @@ from test_trainer import FAST, SMALL, Chunks, losses, make, teacher, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from distillab.batch import collate_text
-from distillab.config.schema import LoraConfig, ModelConfig, TrainingConfig
+from distillab.config.model_sections import LoraConfig, ModelConfig
+from distillab.config.schema import TrainingConfig
 from distillab.export.convert import export_student
 from distillab.generate.generator import TextGenerator
 from distillab.models.interface import PretrainedLM

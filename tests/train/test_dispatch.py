@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from distillab.batch import Example, collate_examples, collate_text
-from distillab.config.schema import LoraConfig, LossConfig, ModelConfig, TrainingConfig
+from distillab.config.model_sections import LoraConfig, ModelConfig
+from distillab.config.schema import LossConfig, TrainingConfig
 from distillab.config.sections import ResponsesConfig, SamplingConfig
 from distillab.generate.generator import TextGenerator
 from distillab.models.interface import PretrainedLM

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distillab.batch import Example, Tokens, collate_examples
-from distillab.config.schema import EvaluateConfig, LossConfig, ModelConfig, TrainingConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import EvaluateConfig, LossConfig, TrainingConfig
 from distillab.config.sections import ResponsesConfig, SamplingConfig
 from distillab.errors import DistillabError
 from distillab.generate.generator import TextGenerator

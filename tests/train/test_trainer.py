@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
-from distillab.config.schema import EvaluateConfig, LossConfig, ModelConfig, TrainingConfig
+from distillab.config.model_sections import ModelConfig
+from distillab.config.schema import EvaluateConfig, LossConfig, TrainingConfig
 from distillab.distributed.engine import (
     learning_rate_factor,
     make_accelerator,

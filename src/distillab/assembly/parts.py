@@ -12,14 +12,8 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import (
-    LoraConfig,
-    ModelConfig,
-    ModelSource,
-    Precision,
-    StudentSection,
-    TrainingConfig,
-)
+from ..config.model_sections import LoraConfig, ModelConfig, ModelSource, StudentSection
+from ..config.schema import Precision, TrainingConfig
 from ..data.left_out import check_left_out
 from ..distributed.engine import DTYPES, resolve_precision
 from ..export.convert import student_from_teacher

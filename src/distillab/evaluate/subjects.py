@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..assembly.parts import Parts
+from ..config.model_sections import ModelSource, StudentSection
 from ..config.run_dir import exported_model
-from ..config.schema import ModelSource, StudentSection
 from ..errors import DistillabError
 from ..figures import AFTER, BEFORE, LABELS, TEACHER, WITHOUT
 from ..models.interface import LanguageModel, PretrainedLM, evaluating

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from ..files import replacing_directory
 from ..generate.stops import generation_ids

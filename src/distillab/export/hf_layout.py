@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from ..models.hf_names import CONFIG_NAMES
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from .kv_cache import LayerCache
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from ..targets import Head
 from .blocks import QWEN2, Layout, RMSNorm, TransformerBlock

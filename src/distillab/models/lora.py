@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import LoraConfig
+from ..config.model_sections import LoraConfig
 from ..errors import DistillabError, nearest, reason, some
 from .interface import PROBE_TOKENS, PretrainedLM, evaluating
 

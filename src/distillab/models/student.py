@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from .blocks import rotary_tables
 from .decoder import Decoder
 

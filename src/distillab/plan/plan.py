@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import yaml
 
-from ..config.schema import ModelConfig, ModelSource, Recipe, StudentSection, TrainingConfig
+from ..config.model_sections import ModelConfig, ModelSource, StudentSection
+from ..config.schema import Recipe, TrainingConfig
 from .hardware import Device
 from .lengths import Lengths, find_lengths
 from .memory import Step

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..config.schema import ModelConfig
+from ..config.model_sections import ModelConfig
 from ..errors import DistillabError, foreign
 from ..models.pretrained import hub_is_reachable, one_line_errors
 from ..parsing import parse_json

