@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from distillab.config.model_sections import ModelConfig
 from distillab.config.recipes import (
     dump_recipe,
     load_recipe,
@@ -55,11 +56,11 @@ def test_wiki_zh_is_the_documented_experiment():
     recipe = load_recipe("wiki-zh")
     assert recipe.teacher.path == "Qwen/Qwen2.5-0.5B"
     assert recipe.teacher.dtype == "float16"
-    assert recipe.student.config.model_dump() == {
-        "hidden_size": 512, "num_layers": 12, "num_heads": 8, "num_kv_heads": 2,
-        "intermediate_size": 2048, "vocab_size": 151936, "max_seq_len": 512,
-        "rope_theta": 1e6, "norm_eps": 1e-6, "dropout": 0.0,
-    }  # fmt: skip
+    assert recipe.student.config == ModelConfig(
+        hidden_size=512, num_layers=12, num_heads=8, num_kv_heads=2,
+        intermediate_size=2048, vocab_size=151936, max_seq_len=512,
+        rope_theta=1e6, norm_eps=1e-6, dropout=0.0,
+    )  # fmt: skip
     assert (recipe.loss.alpha, recipe.loss.temperature) == (0.5, 2.0)
     assert (recipe.data.subset, recipe.data.size_mb) == ("20231101.zh", 50)
 

@@ -11,8 +11,11 @@ from distillab.config.schema import LossConfig, Recipe, TrainingConfig
 from distillab.config.sections import DataSection, SynthesizeConfig
 
 
-def test_model_config_has_exactly_the_documented_fields_and_defaults():
-    assert ModelConfig().model_dump() == {
+def test_model_config_has_the_documented_defaults_and_qwen25s_layout():
+    layout = {"tie_embeddings": True, "activation": "silu", "qkv_bias": True}
+    absent = (None, False)  # 别家才有的
+    rest = ModelConfig().model_dump()
+    documented = {
         "hidden_size": 512,
         "num_layers": 12,
         "num_heads": 8,
@@ -24,6 +27,9 @@ def test_model_config_has_exactly_the_documented_fields_and_defaults():
         "norm_eps": 1e-6,
         "dropout": 0.0,
     }
+    assert {key: rest.pop(key) for key in documented} == documented
+    assert {key: rest.pop(key) for key in layout} == layout
+    assert all(value in absent for value in rest.values())
 
 
 def test_training_config_keeps_the_documented_defaults():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -12,11 +13,47 @@ from pydantic import ConfigDict, Field, model_validator
 from .sections import Section
 
 
+class RopeScaling(Section):
+    """RoPE 的频率怎样拉长；键与 transformers 的 ``rope_parameters`` 同名，频率由它来算。"""
+
+    model_config = ConfigDict(frozen=True)
+
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(description="How they are stretched.")
+    factor: float = Field(ge=1, description="Stretched this many times.")
+    original_max_position_embeddings: int | None = Field(
+        None, gt=0, description="Longest sequence before stretching, in tokens."
+    )
+    low_freq_factor: float | None = Field(None, gt=0, description="llama3: below it, stretched.")
+    high_freq_factor: float | None = Field(None, gt=0, description="llama3: above it, kept.")
+    attention_factor: float | None = Field(None, gt=0, description="yarn: scale of cos and sin.")
+    beta_fast: float | None = Field(None, gt=0, description="yarn: above it, kept.")
+    beta_slow: float | None = Field(None, gt=0, description="yarn: below it, stretched.")
+    mscale: float | None = Field(None, description="yarn: numerator of the attention factor.")
+    mscale_all_dim: float | None = Field(None, description="yarn: its denominator.")
+    truncate: bool | None = Field(None, description="yarn: round the limits to whole dimensions.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RopeScaling:
+        needed = {
+            "linear": (),
+            "llama3": (
+                "original_max_position_embeddings",
+                "low_freq_factor",
+                "high_freq_factor",
+            ),
+            "yarn": ("original_max_position_embeddings",),
+        }[self.rope_type]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"rope_type={self.rope_type} needs {', '.join(missing)}")
+        return self
+
+
 class ModelConfig(Section):
-    """学生模型的结构，不可变。
+    """学生模型的结构，不可变；缺省是 Qwen2.5 的，别家的层不同在哪里，各有一项。
 
     Raises:
-        pydantic.ValidationError: 维度不能整除，或取值越界。
+        pydantic.ValidationError: 维度不能整除，取值越界，或 transformers 里没有这样的结构。
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,21 +62,68 @@ class ModelConfig(Section):
     num_layers: int = Field(12, gt=0, description="Number of transformer blocks.")
     num_heads: int = Field(8, gt=0, description="Query heads.")
     num_kv_heads: int = Field(2, gt=0, description="Key/value heads (GQA).")
+    head_dim: int | None = Field(
+        None, gt=0, description="Width of a head; default hidden_size / num_heads."
+    )
     intermediate_size: int = Field(2048, gt=0, description="Width of the SwiGLU FFN.")
-    vocab_size: int = Field(151936, gt=0, description="Rows of the embedding and the tied head.")
+    vocab_size: int = Field(151936, gt=0, description="Rows of the embedding and the head.")
+    tie_embeddings: bool = Field(True, description="The head is the embedding.")
     max_seq_len: int = Field(512, gt=0, description="Longest sequence, in tokens.")
     rope_theta: float = Field(1_000_000.0, gt=0, description="Base of the rotary frequencies.")
+    rope_scaling: RopeScaling | None = Field(None, description="Stretches the frequencies.")
     norm_eps: float = Field(1e-6, gt=0, description="Epsilon of RMSNorm.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate; usually 0 in distillation.")
+    activation: Literal["silu", "gelu_tanh"] = Field("silu", description="Of the FFN's gate.")
+    qkv_bias: bool = Field(True, description="q, k and v have biases.")
+    o_bias: bool = Field(False, description="The output projection has a bias (Llama).")
+    ffn_bias: bool = Field(False, description="The FFN's projections have biases (Llama).")
+    qk_norm: bool = Field(False, description="RMSNorm on each head of q and k (Qwen3, Gemma 3).")
+    norm_unit_offset: bool = Field(False, description="RMSNorm multiplies by 1 + weight (Gemma).")
+    post_norms: bool = Field(
+        False, description="RMSNorm on the output of attention and of the FFN, too (Gemma)."
+    )
+    scaled_embeddings: bool = Field(
+        False, description="Embeddings are multiplied by sqrt(hidden_size) (Gemma)."
+    )
+    query_pre_attn_scalar: float | None = Field(
+        None, gt=0, description="Scores are divided by its root; default head_dim (Gemma)."
+    )
+    attention_softcap: float | None = Field(
+        None, gt=0, description="Scores become cap * tanh(scores / cap) (Gemma 2)."
+    )
+    logit_softcap: float | None = Field(
+        None, gt=0, description="Logits become cap * tanh(logits / cap) (Gemma 2)."
+    )
+    sliding_window: int | None = Field(
+        None, gt=0, description="Sliding layers see this many tokens, itself included."
+    )
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = Field(
+        None, description="Of each layer; default: all slide where sliding_window is given."
+    )
+    rope_local_theta: float | None = Field(
+        None, gt=0, description="rope_theta of the sliding layers, never stretched (Gemma 3)."
+    )
 
     @property
-    def head_dim(self) -> int:
-        """每个注意力头的宽度。"""
-        return self.hidden_size // self.num_heads
+    def head_width(self) -> int:
+        """每个注意力头的宽度 hd。"""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def slides(self, layer: int) -> bool:
+        """第 ``layer`` 层只看得见最近的 ``sliding_window`` 个 token。"""
+        if self.layer_types is None:
+            return self.sliding_window is not None
+        return self.layer_types[layer] == "sliding_attention"
+
+    def keeping(self, layers: Sequence[int]) -> ModelConfig:
+        """只留这几层、按此次序的结构；第 i 层是原来的第 ``layers[i]`` 层。"""
+        types = self.layer_types
+        kept = None if types is None else [types[layer] for layer in layers]
+        return self.model_copy(update={"num_layers": len(layers), "layer_types": kept})
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}"
             )
@@ -47,9 +131,26 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_width % 2:
             raise ValueError(
-                f"hidden_size / num_heads = {self.head_dim} must be even: RoPE rotates pairs"
+                f"head_dim, or else hidden_size / num_heads = {self.head_width} must be even: "
+                "RoPE rotates pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_agree(self) -> ModelConfig:
+        types = self.layer_types
+        if types is not None and len(types) != self.num_layers:
+            raise ValueError(
+                f"layer_types names {len(types)} layers, expected num_layers={self.num_layers}"
+            )
+        sliding = any(self.slides(layer) for layer in range(self.num_layers))
+        if sliding and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention, which needs sliding_window")
+        if self.rope_local_theta is not None and not sliding:
+            raise ValueError(
+                "rope_local_theta belongs to sliding layers: give sliding_window, or drop it"
             )
         return self
 

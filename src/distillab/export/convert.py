@@ -31,9 +31,11 @@ from .hf_layout import REMEDY, config_from_hf
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# 权重只在这些字段相同时才有同样的含义；层数、最大长度与 dropout 可以另选。
+# 权重只在其余的字段相同时才有同样的含义。
 _CHOSEN = ("num_layers", "max_seq_len", "dropout")
-_FIXED_BY_TEACHER = [name for name in ModelConfig.model_fields if name not in _CHOSEN]
+# 没写的与教师不同也是错误；其余没写就是教师的。
+_WIDTHS = ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size",
+           "rope_theta", "norm_eps")  # fmt: skip
 _GENERATION = "generation_config.json"
 
 # ---------------------------------------------------------------- 导入
@@ -84,10 +86,11 @@ def student_from_teacher(
     model = _unwrap(teacher)
     own = config_from_hf(model.config)
     if config is not None:
-        for field in _FIXED_BY_TEACHER:
-            found, expected = getattr(config, field), getattr(own, field)
-            # 有的转换工具按 float32 存 eps，1e-5 读回来是 9.99999975e-06。
-            if not math.isclose(found, expected, rel_tol=1e-6):
+        for field, expected in own:
+            found = getattr(config, field)
+            if field in _CHOSEN or _same(found, expected):
+                continue
+            if field in _WIDTHS or found != ModelConfig.model_fields[field].default:
                 raise DistillabError(
                     f"student.config.{field}={found} differs from the teacher's, "
                     f"expected {expected}: its layers only fit that value"
@@ -98,8 +101,16 @@ def student_from_teacher(
             )
         layers = config.num_layers
     picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
-    config = (config or own).model_copy(update={"num_layers": len(picks)})
+    given = {} if config is None else {name: getattr(config, name) for name in _CHOSEN}
+    config = own.keeping(picks).model_copy(update={**given, "num_layers": len(picks)})
     return _load(model.state_dict(), model.config, model.generation_config, config, picks)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(found, float) and isinstance(expected, float):
+        # 有的转换工具按 float32 存 eps，1e-5 读回来是 9.99999975e-06。
+        return math.isclose(found, expected, rel_tol=1e-6)
+    return bool(found == expected)
 
 
 def _unwrap(model: PreTrainedModel | PretrainedLM) -> Any:
@@ -139,7 +150,7 @@ def _load(
     student.eos_token_ids = declared_eos(generation, hf_config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            source = hf_name(name, layers)
+            source = hf_name(name, layers, config.post_norms)
             found = state.get(source)
             if found is None:
                 if hf_config.model_type == "llama" and name.endswith("_proj.bias"):
@@ -170,10 +181,10 @@ def to_hf_state_dict(
 
     给出训练时的 ``vocabulary`` 时，没有参与的行换成参与的均值。
     """
-    layers = range(student.config.num_layers)
+    layers, post_norms = range(student.config.num_layers), student.config.post_norms
     state = {
-        hf_name(name, layers): parameter.detach().to("cpu", torch.float32).contiguous()
-        for name, parameter in student.named_parameters()
+        hf_name(name, layers, post_norms): weight.detach().to("cpu", torch.float32).contiguous()
+        for name, weight in student.named_parameters()
     }
     if vocabulary is not None and len(vocabulary) != student.vocab_size:
         if vocabulary.limit > student.vocab_size:

@@ -1,17 +1,20 @@
-"""一层 decoder-only Transformer：RMSNorm、RoPE、GQA、SwiGLU，结构与 Qwen2.5 对齐。
+"""一层 decoder-only Transformer：RMSNorm、RoPE、GQA、SwiGLU；缺省与 Qwen2.5 对齐，别家的另有选项。
 
 一层的数据流（pre-norm）::
 
     x ─┬─ attention_norm ─ attention ─ (+) ─┬─ ffn_norm ─ ffn ─ (+) ─→
        └──────────────────────────────┘     └──────────────────┘
 
+Gemma 在两个 (+) 之前各多一个 norm（post_norms）。
+
 形状记号：B 批大小，T 本次输入的长度，S = 缓存长度 + T，H = hidden_size，V = vocab_size，
-nh 查询头数，nkv 键值头数，hd 每个头的宽度，学生的是 H / nh。
+nh 查询头数，nkv 键值头数，hd 每个头的宽度，缺省 H / nh。
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +23,11 @@ from torch import Tensor, nn
 from ..config.model_sections import ModelConfig
 from .kv_cache import LayerCache
 
-
-class Layout(NamedTuple):
-    """Qwen2、Qwen3、Llama 各家的层不同在哪里；缺省是 Qwen2.5 的，也就是学生的。
-
-    ``head_dim`` 缺省为 H / nh；``qk_norm``：q、k 的每个头各过一个 RMSNorm（Qwen3）；其余三项：
-    那几个线性层有没有偏置。
-    """
-
-    head_dim: int | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = True
-    o_bias: bool = False
-    ffn_bias: bool = False
-
-
-QWEN2 = Layout()
-"""Qwen2.5 的层。"""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""``ModelConfig.activation`` → 函数。"""
 
 
 class RMSNorm(nn.Module):
@@ -47,24 +38,29 @@ class RMSNorm(nn.Module):
     Args:
         hidden_size: 最后一维的宽度。
         eps: 防止除零。
+        unit_offset: 乘的是 ``1 + weight``，weight 生来为 0（Gemma）。
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-6, unit_offset: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter((torch.zeros if unit_offset else torch.ones)(hidden_size))
         self.eps = eps
+        self.unit_offset = unit_offset
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``hidden: [..., H]`` → 同形状、同 dtype。"""
-        if hidden.is_cuda and hidden.dtype == self.weight.dtype:
+        offset = self.unit_offset
+        weight = 1.0 + self.weight.float() if offset else self.weight
+        if hidden.is_cuda and (offset or hidden.dtype == weight.dtype):
             # 一个融合的内核，中间同样是 float32；CPU 上没有，舍入也与 transformers 的不同。
-            fused = F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+            x = hidden.float() if offset else hidden
+            fused = F.rms_norm(x, weight.shape, weight, self.eps)
             return fused.to(hidden.dtype)  # autocast 里它总是 float32 的
         # 平方和在 fp16 里会溢出、在 bf16 里丢精度，所以中间用 float32；先转回原 dtype 再乘
-        # weight，与 transformers 的舍入次序一致。
+        # weight，Gemma 则相反，都与 transformers 的舍入次序一致。
         x = hidden.float()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden.dtype)
+        return (x * weight).to(hidden.dtype) if offset else weight * x.to(hidden.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -133,8 +129,14 @@ class GQAAttention(nn.Module):
         num_heads: nh，整除 H。
         num_kv_heads: nkv，整除 nh。
         dropout: 注意力权重的 dropout，只在训练时生效。
-        layout: 别家的层不同在哪里。
-        norm_eps: ``layout.qk_norm`` 用的 eps。
+        head_dim: hd，缺省 H / nh，这时 nh 要整除 H。
+        qkv_bias: q、k、v 有偏置。
+        o_bias: o 有偏置。
+        qk_norm: q、k 的每个头各过一个 RMSNorm（Qwen3）。
+        norm_eps: 它们的 eps。
+        unit_offset: 它们的 ``unit_offset``，见 ``RMSNorm``。
+        scale: 分数乘的数，缺省 ``hd^-0.5``。
+        softcap: 分数收进 ``±softcap``：``softcap * tanh(分数 / softcap)``（Gemma 2）。
     """
 
     def __init__(
@@ -143,20 +145,29 @@ class GQAAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         dropout: float = 0.0,
-        layout: Layout = QWEN2,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        o_bias: bool = False,
+        qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        unit_offset: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim = layout.head_dim or hidden_size // num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
         self.dropout = dropout
+        self.scale = scale
+        self.softcap = softcap
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=layout.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv_width, bias=layout.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv_width, bias=layout.qkv_bias)
-        self.o_proj = nn.Linear(width, hidden_size, bias=layout.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, norm_eps) if layout.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, norm_eps) if layout.qk_norm else None
+        self.q_proj = nn.Linear(hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=o_bias)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps, unit_offset) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps, unit_offset) if qk_norm else None
 
     def forward(
         self,
@@ -183,6 +194,17 @@ class GQAAttention(nn.Module):
         query, key, value = self.heads(hidden, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value)
+        if self.softcap is not None:
+            output = self._capped(query, key, value, mask)
+        else:
+            output = self._attended(query, key, value, mask)
+        output = output.reshape(batch, -1, length, self.head_dim)  # (B, nh, T, hd)
+        output = output.transpose(1, 2).reshape(batch, length, -1)  # (B, T, nh * hd)
+        projected: Tensor = self.o_proj(output)
+        return projected
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, _, length, _ = query.shape
         if length == 1:
             # 一步只有一个查询：同组的查询头排成一组查询，键值头就不必复制。
             query = query.reshape(batch, -1, self.group_size, self.head_dim)  # (B, nkv, nh/nkv, hd)
@@ -191,19 +213,33 @@ class GQAAttention(nn.Module):
             # 复制键值头反而便宜得多。
             key = key.repeat_interleave(self.group_size, dim=1)  # (B, nh, S, hd)
             value = value.repeat_interleave(self.group_size, dim=1)
-        output = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=length > 1 and mask is None,
+            scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        output = output.reshape(batch, -1, length, self.head_dim)  # (B, nh, T, hd)
-        output = output.transpose(1, 2).reshape(batch, length, -1)  # (B, T, nh * hd)
-        projected: Tensor = self.o_proj(output)
-        return projected
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """SDPA 不会收分数，只好写出 ``[B, nh, T, S]`` 来；键值头仍不复制。"""
+        assert self.softcap is not None
+        groups = torch.unflatten(query, 1, (-1, self.group_size))  # (B, nkv, nh/nkv, T, hd)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        scores = groups @ key[:, :, None].transpose(-1, -2) * scale  # (B, nkv, nh/nkv, T, S)
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        length, total = scores.shape[-2:]
+        if mask is None and length > 1:
+            mask = scores.new_ones(1, 1, length, total, dtype=torch.bool).tril()
+        if mask is not None:
+            hidden = ~mask if mask.dtype == torch.bool else mask < 0
+            scores = scores.masked_fill(hidden.unsqueeze(-4), -torch.inf)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        weights = F.dropout(weights, self.dropout, self.training)
+        return (weights @ value[:, :, None]).flatten(1, 2)  # (B, nh, T, hd)
 
     def heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """旋转过的 q 与 k，和 v：``[B, nh 或 nkv, T, hd]``。"""
@@ -226,17 +262,26 @@ class SwiGLUFFN(nn.Module):
         hidden_size: H。
         intermediate_size: 中间宽度 I。
         bias: 三个线性层有没有偏置。
+        activation: 见 ``ModelConfig.activation``；``gelu_tanh`` 时就是 GeGLU（Gemma）。
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        activation: str = "silu",
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``hidden: [B, T, H]`` → ``[B, T, H]``，中间为 ``[B, T, I]``。"""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        output: Tensor = self.down_proj(self.activation(gate) * up)
         return output
 
 
@@ -245,22 +290,33 @@ class TransformerBlock(nn.Module):
 
     Args:
         config: 模型结构。
-        layout: 别家的层不同在哪里。
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout = QWEN2) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = partial(RMSNorm, config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        scalar = config.query_pre_attn_scalar
+        self.attention_norm = norm()
         self.attention = GQAAttention(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.dropout,
-            layout,
-            config.norm_eps,
+            head_dim=config.head_width,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            unit_offset=config.norm_unit_offset,
+            scale=None if scalar is None else scalar**-0.5,
+            softcap=config.attention_softcap,
         )
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLUFFN(config.hidden_size, config.intermediate_size, layout.ffn_bias)
+        self.ffn_norm = norm()
+        self.ffn = SwiGLUFFN(
+            config.hidden_size, config.intermediate_size, config.ffn_bias, config.activation
+        )
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.ffn_post_norm = norm() if config.post_norms else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -273,6 +329,11 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """参数同 ``GQAAttention.forward``；``[B, T, H]`` → ``[B, T, H]``。"""
         attended = self.attention(self.attention_norm(hidden), cos, sin, mask, cache)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
         hidden = hidden + self.dropout(attended)
-        output: Tensor = hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
-        return output
+        output = self.ffn(self.ffn_norm(hidden))
+        if self.ffn_post_norm is not None:
+            output = self.ffn_post_norm(output)
+        result: Tensor = hidden + self.dropout(output)
+        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from ..targets import Head
-from .blocks import QWEN2, Layout, RMSNorm, TransformerBlock
+from .blocks import RMSNorm, TransformerBlock
 from .interface import LanguageModel
 from .kv_cache import KVCache
 from .static_cache import StaticKVCache, places_of
@@ -22,28 +23,27 @@ class Decoder(LanguageModel):
 
     Args:
         config: 模型结构。
-        layout: 别家的层不同在哪里。
-        tied: 词表投影与 Embedding 是不是同一个参数。
     """
 
     block_names = (TransformerBlock.__name__,)
 
-    def __init__(self, config: ModelConfig, layout: Layout = QWEN2, tied: bool = True) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, layout) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if tied:
+        if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
     @abstractmethod
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``positions: [B, T]`` → 各层共用的 ``(cos, sin)``，见 ``rotary_tables``。"""
+    def rotary(self, positions: Tensor, *, local: bool = False) -> tuple[Tensor, Tensor]:
+        """``positions: [B, T]`` → ``(cos, sin)``，见 ``rotary_tables``。
+
+        各层共用；``local`` 是基数为 ``rope_local_theta`` 的，滑动窗口的各层用它。
+        """
 
     def forward(
         self,
@@ -82,29 +82,41 @@ class Decoder(LanguageModel):
                 f"[{batch}, {total}] (batch, cached + new tokens)"
             )
         mask: Tensor | None
-        places = places_of(cache)
+        places, window = places_of(cache), self.config.sliding_window
         if places is not None:
             positions, mask = places.step()
-        elif position_ids is None:
-            positions, mask = _positions_and_mask(input_ids, attention_mask, past)
+            local: Tensor | None = mask if window is None else places.recent(mask, window)
         else:
-            positions, mask = position_ids, _document_mask(position_ids)
-        cos, sin = self.rotary(positions)
+            if position_ids is None:
+                keys, mask = _positions_and_mask(input_ids, attention_mask, past)
+            else:
+                keys, mask = position_ids, _document_mask(position_ids)
+            positions = keys[:, -length:]
+            local = mask
+            if window is not None and total > window:
+                local = _recent(positions, keys, mask, window)
+        tables = self.rotary(positions)
+        full, sliding = (*tables, mask), (*tables, local)
+        if self.config.rope_local_theta is not None:
+            sliding = (*self.rotary(positions, local=True), local)
         hidden: Tensor = self.embedding(input_ids)  # (B, T, H)
+        if self.config.scaled_embeddings:
+            hidden = hidden * _root(self.config.hidden_size, self.embedding.weight.dtype)
         recompute = self.gradient_checkpointing and self.training and cache is None
         for index, block in enumerate(self.layers):
+            reach = sliding if self.config.slides(index) else full
             if recompute:
-                hidden = checkpoint(block, hidden, cos, sin, mask, use_reentrant=False)
+                hidden = checkpoint(block, hidden, *reach, use_reentrant=False)
             else:
                 layer_cache = None if cache is None else cache.layers[index]
-                hidden = block(hidden, cos, sin, mask, layer_cache)
+                hidden = block(hidden, *reach, layer_cache)
         normalized: Tensor = self.norm(hidden)
         return normalized
 
     @property
     def head(self) -> Head:
         """词表投影；绑定时它的权重就是 Embedding 的权重。"""
-        return Head(self.lm_head.weight)
+        return Head(self.lm_head.weight, softcap=self.config.logit_softcap)
 
     def new_cache(self) -> KVCache:
         """空的 KV cache。"""
@@ -132,22 +144,36 @@ class Decoder(LanguageModel):
 def _positions_and_mask(
     input_ids: Tensor, attention_mask: Tensor | None, past: int
 ) -> tuple[Tensor, Tensor | None]:
-    """位置 ``[B 或 1, T]`` 与可见性 ``[B 或 1, 1, T, S]``；能走快速路径时后者为 ``None``。"""
+    """连同缓存的位置 ``[B 或 1, S]``，可见性 ``[B 或 1, 1, T, S]``；快速路径的后者是 ``None``。"""
     length, device = input_ids.shape[1], input_ids.device
     steps = torch.arange(past + length, device=device)
     queries = steps[past:, None]  # (T, 1)
     if attention_mask is None:
-        positions = steps[None, past:]
         if past == 0 or length == 1:
-            return positions, None
-        return positions, (steps <= queries)[None, None]
+            return steps[None], None
+        return steps[None], (steps <= queries)[None, None]
     # 只数真实 token，左填充的句子才从位置 0 开始；减 1 后开头的填充是 -1，收到 0。
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
     # 左填充的查询看不到任何真实 token，softmax 会得到 NaN：让它们看见自己。
     # 真实 token 本来就看得见自己，不受影响。
     visible = (steps <= queries) & real | (steps == queries)
     return positions, visible  # (B, 1, T, S)
+
+
+def _recent(positions: Tensor, keys: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """``mask`` 里只留最近 ``window`` 个 token 的，连同自己：``[B 或 1, 1, T, S]``。
+
+    数的是位置 ``[B, T]`` 与 ``[B, S]`` 的差，夹在中间的填充不算；``mask`` 为 ``None`` 即因果。
+    """
+    distance = positions[:, None, :, None] - keys[:, None, None, :]
+    return (distance < window) & ((distance >= 0) if mask is None else mask)
+
+
+@functools.cache
+def _root(size: int, dtype: torch.dtype) -> float:
+    """``size`` 的平方根，先舍入到 ``dtype``，与 transformers 相同。"""
+    return float(torch.tensor(size**0.5, dtype=dtype))
 
 
 def _document_mask(positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``Decoder`` 的参数与设置，在 Hugging Face 的 Qwen2、Llama 一族里各叫什么。"""
+"""``Decoder`` 的参数与设置，在 Hugging Face 的 Qwen、Llama、Gemma 各家里叫什么。"""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ CONFIG_NAMES = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-"""``ModelConfig`` 的字段 → Qwen2 与 Llama 的配置里同样含义的字段。"""
+"""``ModelConfig`` 的字段 → 各家的配置里同样含义的字段。"""
 
 
-def hf_name(name: str, layers: Sequence[int]) -> str:
-    """``Decoder`` 的参数名 → Qwen2 的；``layers[i]`` 是第 i 层在对方那里的层号。"""
+_GEMMA_BLOCK_NAMES = {
+    **_BLOCK_NAMES,
+    "attention_post_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+"""有 ``post_norms`` 时；``post_attention_layernorm`` 在两处不是同一样东西。"""
+
+
+def hf_name(name: str, layers: Sequence[int], post_norms: bool = False) -> str:
+    """``Decoder`` 的参数名 → 对方的；``layers[i]`` 是第 i 层在对方那里的层号。"""
     head, *rest = name.split(".")
     if head == "lm_head":
         return name
     if head != "layers":
         return f"model.{_TOP_NAMES[head]}.{'.'.join(rest)}"
     index, module, *tail = rest
-    return f"model.layers.{layers[int(index)]}.{_BLOCK_NAMES[module]}.{'.'.join(tail)}"
+    block = (_GEMMA_BLOCK_NAMES if post_norms else _BLOCK_NAMES)[module]
+    return f"model.layers.{layers[int(index)]}.{block}.{'.'.join(tail)}"

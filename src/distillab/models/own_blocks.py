@@ -11,14 +11,12 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.model_sections import ModelConfig
 from ..errors import reason
 from .blocks import (
     GQAAttention,
-    Layout,
     SwiGLUFFN,
     TransformerBlock,
     apply_rotary,
@@ -28,6 +26,7 @@ from .decoder import Decoder
 from .head_fit import relative_error, tolerance
 from .hf_names import CONFIG_NAMES, hf_name
 from .interface import PROBE_TOKENS, LanguageModel, PretrainedLM, evaluating
+from .rope import as_bits
 
 logger = logging.getLogger("distillab")
 
@@ -44,7 +43,7 @@ class JoinedAttention(GQAAttention):
     def __init__(self, plain: GQAAttention, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.group_size = plain.head_dim, plain.group_size
-        self.dropout = plain.dropout
+        self.dropout, self.scale, self.softcap = plain.dropout, plain.scale, plain.softcap
         self.qkv_proj = _joined(plain.q_proj, plain.k_proj, plain.v_proj, dtype=dtype)
         self.o_proj = plain.o_proj
         self._kv_heads = plain.k_proj.out_features // plain.head_dim
@@ -64,11 +63,12 @@ class JoinedFFN(SwiGLUFFN):
         nn.Module.__init__(self)
         self.gate_up_proj = _joined(plain.gate_proj, plain.up_proj, dtype=dtype)
         self.down_proj = plain.down_proj
+        self.activation = plain.activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         """见 ``SwiGLUFFN``。"""
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        output: Tensor = self.down_proj(F.silu(gate) * up)
+        output: Tensor = self.down_proj(self.activation(gate) * up)
         return output
 
 
@@ -98,13 +98,10 @@ class SharedDecoder(Decoder):
     ``frequencies: [hd / 2]`` 与 ``factor`` 是它的 RoPE：每步转几弧度，cos 与 sin 再乘几倍。
     """
 
-    def __init__(
-        self, config: ModelConfig, layout: Layout, tied: bool, frequencies: Tensor, factor: float
-    ) -> None:
+    def __init__(self, config: ModelConfig, frequencies: Tensor, factor: float) -> None:
         with torch.device("meta"):
-            super().__init__(config, layout, tied)
-        # 存成整数：float 的 buffer 会随 model.to(bfloat16) 一起降精度，位置就乱了。
-        self.register_buffer("_bits", frequencies.float().view(torch.int32), persistent=False)
+            super().__init__(config)
+        self.register_buffer("_bits", as_bits(frequencies), persistent=False)
         self._factor = factor
 
     def join(self) -> SharedDecoder:
@@ -116,7 +113,7 @@ class SharedDecoder(Decoder):
                 block.attention = JoinedAttention(block.attention)
         return self
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor, *, local: bool = False) -> tuple[Tensor, Tensor]:
         """``(cos, sin)``，权重的 dtype：与 transformers 的舍入次序一致。"""
         bits: Tensor = self._bits  # type: ignore[assignment]
         dtype = self.embedding.weight.dtype
@@ -207,18 +204,18 @@ def _shared(model: PretrainedLM) -> SharedDecoder:
     hf = model.model
     state: dict[str, Tensor] = hf.state_dict(keep_vars=True)  # 参数本身：换类型、搬走都只有一份
     values = {ours: getattr(hf.config, theirs) for ours, theirs in CONFIG_NAMES.items()}
-    config = ModelConfig(**{**values, "max_seq_len": model.max_seq_len})
     first = "model.layers.0."
-    layout = Layout(
+    config = ModelConfig(
+        **values,
         head_dim=_head_dim(hf.config),
         qk_norm=f"{first}self_attn.q_norm.weight" in state,
         qkv_bias=f"{first}self_attn.q_proj.bias" in state,
         o_bias=f"{first}self_attn.o_proj.bias" in state,
         ffn_bias=f"{first}mlp.gate_proj.bias" in state,
-    )
+        tie_embeddings=hf.get_output_embeddings().weight is hf.get_input_embeddings().weight,
+    ).model_copy(update={"max_seq_len": model.max_seq_len})
     rotary = hf.base_model.rotary_emb
-    tied = hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
-    decoder = SharedDecoder(config, layout, tied, rotary.inv_freq, float(rotary.attention_scaling))
+    decoder = SharedDecoder(config, rotary.inv_freq, float(rotary.attention_scaling))
     names = {name: hf_name(name, range(config.num_layers)) for name in decoder.state_dict()}
     unknown = state.keys() - set(names.values())
     if unknown:

@@ -59,6 +59,12 @@ class Places:
         mask = visible.new_full(visible.shape, -torch.inf, dtype=self.dtype)
         return positions, mask.masked_fill_(visible, 0.0)[:, None, None]
 
+    def recent(self, mask: Tensor, window: int) -> Tensor:
+        """``step`` 的 mask 里只留最近 ``window`` 个的；填充都在左边，数位置就是数 token。"""
+        assert self.at is not None
+        assert self._slots is not None
+        return mask.masked_fill(self._slots <= self.at - window, -torch.inf)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """只留这些行。"""
         if self._real is not None and self._padding is not None:

@@ -41,7 +41,8 @@ class Shape:
         """``StudentModel(config)`` 的形状。"""
         return cls(
             config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads,
-            config.head_dim, config.intermediate_size, config.vocab_size, qkv_bias=True,
+            config.head_width, config.intermediate_size, config.vocab_size,
+            tied=config.tie_embeddings, qkv_bias=config.qkv_bias, qk_norm=config.qk_norm,
         )  # fmt: skip
 
     @property
