@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .assembly.parts import Parts, build_models, build_teacher
-from .assembly.training import build_trainer, read_pairs
+from .assembly.splits import Splits
+from .assembly.training import build_trainer
 from .config.recipes import dump_recipe
 from .config.run_dir import RUNS, RunDirectory, exported_model
 from .config.schema import Recipe
@@ -83,13 +84,18 @@ def train(
             if not run.report.exists() and main_process():
                 _report(run, done)
             return run, done
-        pairs = read_pairs(recipe.data, recipe.responses)
+        splits = Splits(recipe)
+        _ = splits.pairs  # 写错的数据不必等几十亿参数装好才发现
         tasks = load_tasks(recipe.evaluate, recipe.data)
-        parts = parts or build_models(recipe.student, recipe.teacher, recipe.train)
+        parts = parts or build_models(
+            recipe.student, recipe.teacher, recipe.train, splits, run.initial
+        )
+        if parts.initial is not None and main_process():
+            run.write_initial(parts.initial)
         parameters = parts.parameters  # 分片之后就数不出来了
         counts = (f"{name} {n / 1e6:.1f}M" for name, n in parameters.items())
         logger.info("parameters: %s", ", ".join(counts))
-        trainer = build_trainer(recipe, parts, run.path, pairs)
+        trainer = build_trainer(recipe, parts, run.path, splits)
         checks = Checks(recipe.evaluate.texts, tasks, parts, trainer, run.checks)
         main = trainer.accelerator.is_main_process
         with trainer.watch:
@@ -200,7 +206,9 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
             run.lock()
         else:
             sweep(filter(idle, leftovers(target.parent, target.name)))
-        parts = build_models(recipe.student, recipe.teacher, recipe.train)
+        parts = build_models(
+            recipe.student, recipe.teacher, recipe.train, Splits(recipe), run.initial
+        )
         state = load_student(parts.student, path)
         metrics, after = _recorded(run)
         if state.current_step in after:

@@ -37,6 +37,7 @@ def test_train_leaves_a_complete_run_directory(command):
     assert {path.name for path in run.iterdir() if path.name[0] != "."} == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
         "checkpoints", "run_id", "export", "plots", "report.html",
+        "initial.json",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     for model in ("teacher", "student_before", "student_after"):

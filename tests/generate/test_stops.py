@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.assembly.parts import Parts, build_models
-from distillab.assembly.training import build_data, read_pairs
+from distillab.assembly.splits import Splits
+from distillab.assembly.training import build_data
 from distillab.config.model_sections import LoraConfig, ModelConfig
 from distillab.config.schema import Recipe
 from distillab.config.sections import SamplingConfig, TaskConfig
@@ -246,7 +247,7 @@ def test_training_says_what_was_added_and_when_the_student_cannot_learn_to_stop(
     student = PretrainedLM(AutoModelForCausalLM.from_pretrained(directory))
     parts = Parts(tokenizer, None, student, Vocabulary(len(tokenizer)))
     with caplog.at_level("INFO", "distillab"):
-        build_data(config, parts, read_pairs(config.data, config.responses))
+        build_data(config, parts, Splits(config))
     stops = [line for line in caplog.messages if "stop" in line]
     assert len(stops) == len(said)
     assert all(part in line for part, line in zip(said, stops, strict=True))

@@ -12,11 +12,17 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from ..config.model_sections import LoraConfig, ModelConfig, ModelSource, StudentSection
+from ..config.model_sections import (
+    InitialLayers,
+    LoraConfig,
+    ModelConfig,
+    ModelSource,
+    StudentSection,
+)
 from ..config.schema import Precision, TrainingConfig
 from ..data.left_out import check_left_out
 from ..distributed.engine import DTYPES, resolve_precision
-from ..export.convert import student_from_teacher
+from ..figures import TEACHER
 from ..generate.stops import stop_ids
 from ..models.interface import LanguageModel, PretrainedLM
 from ..models.lora import adapter_parameters, adapters_off, add_lora, base_parameters
@@ -31,6 +37,8 @@ from ..models.tokenizer import (
 )
 from ..teachers.in_process import AdapterOffTeacher, LocalTeacher, ShardedTeacher
 from ..vocabulary import Vocabulary
+from .initial import initial_student
+from .splits import Splits
 
 logger = logging.getLogger("distillab")
 
@@ -40,7 +48,8 @@ class Parts:
     """一份配方装配出来的对象。
 
     关掉 adapter 的学生就是教师时，``teacher`` 就是 ``student`` 那个对象；``vocabulary`` 是两边定义
-    相同的 token；``shard_teacher`` 说训练时教师的权重分不分到各进程。
+    相同的 token；``shard_teacher`` 说训练时教师的权重分不分到各进程；``initial`` 说学生由哪些层来，
+    不是裁剪出的没有。
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,6 +57,7 @@ class Parts:
     student: StudentModel | PretrainedLM
     vocabulary: Vocabulary
     shard_teacher: bool = False
+    initial: InitialLayers | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -74,27 +84,35 @@ class Parts:
 
 
 def build_models(
-    student: StudentSection, teacher: ModelSource | None, train: TrainingConfig
+    student: StudentSection,
+    teacher: ModelSource | None,
+    train: TrainingConfig,
+    splits: Splits | None = None,
+    recorded: InitialLayers | None = None,
 ) -> Parts:
-    """装配 tokenizer、教师与学生；来源读不到、彼此不符的都在这里就是 ``DistillabError``。"""
+    """装配 tokenizer、教师与学生；来源读不到、彼此不符的都在这里就是 ``DistillabError``。
+
+    ``splits`` 是这份配方的数据，学生要看着它选层时才读；``recorded`` 是这次运行从前选定的层。
+    """
     set_seed(train.seed)
     precision = train.precision
     if teacher is None:
-        tokenizer, model = _tokenizer(student), _student(student, None, precision)
+        tokenizer = _tokenizer(student)
+        model, initial = _student(student, None, tokenizer, precision, splits, recorded)
         check_tokenizer_fits(tokenizer, model.vocab_size, "student")
-        return Parts(tokenizer, None, model, own_vocabulary(tokenizer))
+        return Parts(tokenizer, None, model, own_vocabulary(tokenizer), initial=initial)
     theirs = _tokenizer(teacher)
-    tokenizer = _tokenizer(student) if student.tokenizer or student.path else theirs
+    tokenizer = _tokenizer(student) if _own_tokenizer(student) else theirs
     if tokenizer is theirs:
         vocabulary = own_vocabulary(tokenizer)
     else:
         vocabulary = shared_vocabulary(tokenizer, theirs)
     loaded = None
     if not _is_frozen_base(teacher, student, precision):
-        dtype = torch.float32 if student.init else frozen_dtype(teacher, precision)
-        loaded = _load(teacher, dtype)
+        cut = student.init is not None and student.init.source == TEACHER
+        loaded = _load(teacher, torch.float32 if cut else frozen_dtype(teacher, precision))
         check_tokenizer_fits(theirs, loaded.vocab_size, "teacher")
-    model = _student(student, loaded, precision)
+    model, initial = _student(student, loaded, tokenizer, precision, splits, recorded)
     check_tokenizer_fits(tokenizer, model.vocab_size, "student")
     frozen: LanguageModel
     if loaded is not None:
@@ -112,7 +130,7 @@ def build_models(
         )
     sides = (("student", tokenizer, model), ("teacher", theirs, frozen))
     check_left_out(vocabulary, [(name, one, stop_ids(one, of)) for name, one, of in sides])
-    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard)
+    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard, initial)
 
 
 def build_teacher(
@@ -136,10 +154,17 @@ def frozen_dtype(source: ModelSource | LoraConfig, precision: Precision) -> torc
 
 
 def _tokenizer(section: ModelSource | StudentSection) -> PreTrainedTokenizerBase:
-    source = section.tokenizer or section.path
+    source = _own_tokenizer(section)
     assert source is not None  # Recipe 已查过：没有教师时必有学生自己的
     sha256 = section.sha256 if source == section.path else None
     return load_tokenizer(source, sha256=sha256, trust_remote_code=section.trust_remote_code)
+
+
+def _own_tokenizer(section: ModelSource | StudentSection) -> str | None:
+    """学生自己的 tokenizer 从哪里来；``None`` 是用教师的。"""
+    init = section.init if isinstance(section, StudentSection) else None
+    pruned = None if init is None or init.source == TEACHER else init.source
+    return section.tokenizer or section.path or pruned
 
 
 def _is_frozen_base(teacher: ModelSource, student: StudentSection, precision: Precision) -> bool:
@@ -180,8 +205,13 @@ def _frozen(model: PretrainedLM) -> LanguageModel:
 
 
 def _student(
-    section: StudentSection, teacher: PretrainedLM | None, precision: Precision
-) -> StudentModel | PretrainedLM:
+    section: StudentSection,
+    teacher: PretrainedLM | None,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    splits: Splits | None,
+    recorded: InitialLayers | None,
+) -> tuple[StudentModel | PretrainedLM, InitialLayers | None]:
     if section.lora is not None:
         dtype = frozen_dtype(section.lora, precision)
         student = _load(section, dtype)
@@ -193,11 +223,13 @@ def _student(
             f"LoRA: {trained:,} trained parameters over a frozen base of {base:,} in "
             f"{str(dtype).removeprefix('torch.')}"
         )
-        return student
+        return student, None
     if section.path is not None:
-        return _load(section, torch.float32)
+        return _load(section, torch.float32), None
     if section.init is not None:
-        assert teacher is not None  # Recipe 已查过
-        layers = section.init.layers or (section.config or ModelConfig()).num_layers
-        return student_from_teacher(teacher, layers, section.config)
-    return StudentModel(section.config or ModelConfig())
+        source = teacher
+        if section.init.source != TEACHER:
+            source = _load(ModelSource(path=section.init.source), torch.float32)
+        assert source is not None  # Recipe 已查过
+        return initial_student(section.init, section.config, source, tokenizer, splits, recorded)
+    return StudentModel(section.config or ModelConfig()), None

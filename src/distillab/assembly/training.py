@@ -23,7 +23,6 @@ from ..data.chunks import WikiDataset
 from ..data.corpus import Corpus
 from ..data.left_out import LeftOut, count_left_out
 from ..data.packing import PackedDataset, collate_rows, keeps_documents_apart
-from ..data.pairs import Pair, load_pairs
 from ..data.streams import TextStream
 from ..data.turn_end import turn_end
 from ..errors import DistillabError
@@ -35,6 +34,7 @@ from ..train.on_policy import OnPolicy
 from ..train.rollout import Rollout, answered
 from ..train.trainer import DistillationTrainer
 from .parts import Parts
+from .splits import Splits
 
 logger = logging.getLogger("distillab")
 
@@ -49,18 +49,8 @@ class Data:
     sampler: Sampler[int] | None = None
 
 
-def read_pairs(data: DataSection, responses: ResponsesConfig) -> list[Pair]:
-    """对话数据读入并查对，不需要模型：写错的数据不必等几十亿参数装好才发现。文本没有对话。"""
-    if data.format != "chat":
-        return []
-    pairs, notes = load_pairs(data, need_response=not responses.only_sampled)
-    for note in notes:
-        logger.info("%s", note)
-    return pairs
-
-
-def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
-    """训练与验证数据；``pairs`` 是 ``read_pairs`` 的返回值。
+def build_data(recipe: Recipe, parts: Parts, splits: Splits) -> Data:
+    """训练与验证数据；``splits`` 是这份配方的。
 
     Raises:
         DistillabError: 数据读不了，序列长度超过模型的上限，或有教师读不了的 token。
@@ -74,9 +64,9 @@ def build_data(recipe: Recipe, parts: Parts, pairs: list[Pair]) -> Data:
                 f"data.max_seq_len={length} is above the {name}'s longest sequence {limit}"
             )
     if recipe.data.format == "chat":
-        data = _chat_data(recipe, parts, pairs, length or min(longest.values()))
+        data = _chat_data(recipe, parts, splits, length or min(longest.values()))
     else:
-        data = _text_data(recipe, parts, length or longest["student"])
+        data = _text_data(recipe, parts, splits, length or longest["student"])
     left = LeftOut.of("student", parts.tokenizer, parts.vocabulary)
     rows = None if parts.teacher is None else parts.teacher.vocab_size
     for name, part in (("training data", data.train), ("validation data", data.validation)):
@@ -92,35 +82,11 @@ def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
         yield from item if isinstance(item, tuple) else (item,)
 
 
-def _text_data(recipe: Recipe, parts: Parts, max_seq_len: int) -> Data:
-    splits = text_splits(recipe.data, parts.tokenizer, max_seq_len, recipe.train.seed)
+def _text_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
     packed = _packs(recipe.data, recipe.responses, parts)
     separator = document_separator(parts.tokenizer) if packed else None
     collate = partial(collate_text, vocabulary=parts.vocabulary, separator=separator)
-    return Data(*splits, collate)
-
-
-def text_splits(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int
-) -> tuple[WikiDataset | TextStream, WikiDataset]:
-    """文本数据的训练集（或流）与验证集，每条 ``max_seq_len`` 个 token。
-
-    切好的存在缓存里，第二次很快；错误见 ``WikiDataset.build``。
-    """
-    corpus = Corpus.of(data, max_seq_len=max_seq_len, seed=seed)
-    if data.streaming:
-        stream, held_out = TextStream.build(corpus, tokenizer, data.shuffle_buffer)
-        logger.info(
-            f"streaming the training text; {held_out.num_tokens:,} tokens for validation, from "
-            f"its beginning, in sequences of {max_seq_len}"
-        )
-        return stream, held_out
-    train, validation = WikiDataset.of(corpus, tokenizer)
-    logger.info(
-        f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} for validation, "
-        f"in sequences of {max_seq_len}"
-    )
-    return train, validation
+    return Data(*splits.of(parts.tokenizer, max_seq_len), collate)
 
 
 def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDataset:
@@ -128,18 +94,9 @@ def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDa
     return WikiDataset.of(Corpus.of(config), tokenizer)[1]
 
 
-def _chat_data(recipe: Recipe, parts: Parts, pairs: list[Pair], max_seq_len: int) -> Data:
+def _chat_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
     only_prompts = recipe.responses.only_sampled
-    train, validation, report = ChatDataset.build(
-        pairs,
-        recipe.data,
-        parts.tokenizer,
-        max_seq_len=max_seq_len,
-        seed=recipe.train.seed,
-        only_prompts=only_prompts,
-    )
-    for line in report.lines():
-        logger.info("%s", line)
+    train, validation = splits.of(parts.tokenizer, max_seq_len)
     stops = stop_ids(parts.tokenizer, parts.student)
     _check_stops(train, parts.tokenizer, stops, recipe.data.style)
     config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
@@ -224,10 +181,10 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
 
 
 def build_trainer(
-    recipe: Recipe, parts: Parts, run_dir: Path, pairs: list[Pair]
+    recipe: Recipe, parts: Parts, run_dir: Path, splits: Splits
 ) -> DistillationTrainer:
     """训练循环；参数见 ``build_data``。"""
-    data = build_data(recipe, parts, pairs)
+    data = build_data(recipe, parts, splits)
     on_policy = None
     if recipe.responses.on_policy:
         generator = TextGenerator(parts.student, parts.tokenizer, parts.vocabulary)

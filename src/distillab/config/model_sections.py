@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..errors import nearest
 from .sections import Section
+
+CHOICES = ("influence", "even")
+"""``student.init.choose``：怎样挑层，除了一一列出。"""
 
 
 class RopeScaling(Section):
@@ -171,12 +175,76 @@ class ModelSource(Section):
 
 
 class InitConfig(Section):
-    """学生的初始权重：从教师均匀挑出若干层。"""
+    """学生的初始权重：教师或另一个模型的若干层。"""
 
     model_config = ConfigDict(populate_by_name=True)
 
-    source: Literal["teacher"] = Field(alias="from", description="Where weights come from.")
-    layers: int | None = Field(None, gt=0, description="Layers kept, evenly spaced.")
+    source: str = Field(
+        alias="from", min_length=1, description="teacher, or the path of another model."
+    )
+    layers: int | None = Field(None, gt=0, description="Layers kept.")
+    choose: Literal["influence", "even"] | list[int] = Field(
+        "even",
+        description="Which layers: those that change the hidden state most (measured on training "
+        "text), evenly spaced ones, or a list counted from 0.",
+    )
+
+    @field_validator("choose", mode="before")
+    @classmethod
+    def _one_way(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and all(type(one) is int for one in value):
+            if value != sorted(set(value)) or value[0] < 0:
+                raise ValueError(
+                    f"found {value}, expected different layers from 0, in ascending order"
+                )
+        elif value not in CHOICES:
+            found = nearest(str(value), CHOICES) if isinstance(value, str) else ""
+            raise ValueError(
+                f"found {value!r}, expected {', '.join(CHOICES)} or a list of layers"
+                + (f"; {found}" if found.startswith("did") else "")
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _counted(self) -> InitConfig:
+        if isinstance(self.choose, list):
+            if self.layers not in (None, len(self.choose)):
+                raise ValueError(
+                    f"layers={self.layers} and choose disagree: it lists {len(self.choose)} layers"
+                )
+            self.layers = len(self.choose)
+        return self
+
+
+class InitialLayers(Section):
+    """一次运行的学生从哪些层开始：运行目录里的 ``initial.json``，恢复、评测与导出时照它重建。
+
+    ``total`` 是来源的层数，``layers`` 是留下的；``scores`` 是各层的分数，没有量过是空的；``tokens``
+    是量时用的 token 数。
+    """
+
+    source: str
+    choose: str | list[int]
+    total: int
+    layers: list[int]
+    scores: list[float] = Field([])
+    tokens: int = 0
+
+    def answers(self, init: InitConfig, keep: int) -> bool:
+        """是不是按 ``init`` 选出的 ``keep`` 层。"""
+        asked = (init.source, init.choose, keep)
+        return (self.source, self.choose, len(self.layers)) == asked
+
+    def line(self) -> str:
+        """给日志的一行英文。"""
+        how = {"even": "evenly spaced", "influence": "by block influence"}.get(
+            str(self.choose), "as listed"
+        )
+        measured = f" on {self.tokens:,} training tokens" if self.scores else ""
+        return (
+            f"student: layers {', '.join(map(str, self.layers))} of the {self.total} of "
+            f"{self.source}, {how}{measured}"
+        )
 
 
 class LoraConfig(Section):

@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from .. import __version__
 from ..errors import DistillabError, shown
 from ..files import idle, leftovers, replace_file, sweep
 from ..parsing import differing, parse_json
 from ..run_file_shapes import FINISHED, check
+from .model_sections import InitialLayers
 from .recipes import dump_recipe, load_recipe
 from .schema import Recipe
 from .trust import check_trusted, remember
 
 logger = logging.getLogger("distillab")
 
-ID_FILE = "run_id"
+ID_FILE, INITIAL = "run_id", "initial.json"
 _OLD_LEFTOVER = re.compile(
     r"\.(recipe\.yaml|(environment|summary|evaluation)\.json|report\.html)\.tmp|metrics\.tmp|"
     r"\.export\.\d+\.partial"
@@ -61,6 +63,7 @@ class RunDirectory:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
+        self.initial_file = path / INITIAL
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
         self.evaluation_file = path / "evaluation.json"
@@ -130,6 +133,8 @@ class RunDirectory:
         self.lock()
         if begun:
             self._check_same(recipe)
+        else:
+            self.initial_file.unlink(missing_ok=True)
         self.checkpoint_dir(recipe)
         run_id(self.path)
         if self.summary_file.exists() and self.summary is None:
@@ -167,13 +172,30 @@ class RunDirectory:
             return summary
         return None
 
+    @property
+    def initial(self) -> InitialLayers | None:
+        """``initial.json``；学生不是裁剪来的没有，从前的运行也没有。"""
+        if not self.initial_file.exists():
+            return None
+        try:
+            return InitialLayers.model_validate_json(self.initial_file.read_bytes())
+        except ValidationError as error:
+            raise DistillabError(
+                f"{self.initial_file}: not the layers that the student began with "
+                f"({error.errors()[0]['msg']}); delete it, and they are chosen again"
+            ) from None
+
+    def write_initial(self, initial: InitialLayers) -> None:
+        """写 ``initial.json``；恢复时照它重建学生。"""
+        replace_file(self.initial_file, initial.model_dump_json(indent=1))
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""
         replace_file(self.summary_file, json.dumps(summary, indent=1))
 
     def _begun(self) -> bool:
         """除了配方与环境，是否还有别的文件：装配时就失败的运行可以直接重来。"""
-        own = {self.recipe_file.name, self.environment_file.name, ID_FILE}
+        own = {self.recipe_file.name, self.environment_file.name, ID_FILE, INITIAL}
         return self.path.exists() and any(
             entry.name not in own and not entry.name.startswith(".")
             for entry in self.path.iterdir()

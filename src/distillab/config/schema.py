@@ -215,9 +215,10 @@ class Recipe(Section):
                     f"loss.alpha={self.loss.alpha:g} needs a teacher: "
                     f"set teacher.path, or loss.alpha to 0"
                 )
-            if self.student.init is not None:
+            init = self.student.init
+            if init is not None and init.source == "teacher":
                 raise ValueError("student.init.from=teacher needs teacher.path")
-            if self.student.path is None and self.student.tokenizer is None:
+            if self.student.path is None and self.student.tokenizer is None and init is None:
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
         config, length = self.student.config, data.max_seq_len
         if config is not None and length is not None and length > config.max_seq_len:

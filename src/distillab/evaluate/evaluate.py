@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from ..assembly.parts import Parts, build_models
-from ..assembly.training import build_data, build_text, read_pairs
+from ..assembly.splits import Splits
+from ..assembly.training import build_data, build_text
 from ..batch import Example, Tokens
+from ..config.model_sections import InitialLayers
 from ..config.run_dir import RunDirectory, environment
 from ..config.schema import Recipe
 from ..data.chat import render_prompt
@@ -104,7 +106,7 @@ def evaluate(
         raise DistillabError(f"--output {target}: there is no directory {target.parent}")
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     sources = check_names(models)
-    bench = _prepare(recipe)
+    bench = _prepare(recipe, run.initial)
     privileged = any(data.privileged for data in bench.texts.values())
     privileged = privileged or any(map(_has_views, bench.tasks))
     own, step = run_subjects(recipe.student, recipe.teacher, bench.parts, path, privileged)
@@ -138,21 +140,22 @@ def evaluate(
     return found, target
 
 
-def _prepare(recipe: Recipe) -> _Bench:
-    """读入数据、任务与模型。"""
+def _prepare(recipe: Recipe, initial: InitialLayers | None) -> _Bench:
+    """读入数据、任务与模型；``initial`` 是这次运行的学生从前由哪些层开始。"""
     if VALIDATION in recipe.evaluate.texts:
         raise DistillabError(
             f"evaluate.texts.{VALIDATION}: this name is the run's own validation data; "
             f"name the text differently"
         )
-    pairs = read_pairs(recipe.data, recipe.responses)
+    splits = Splits(recipe)
+    pairs = splits.pairs
     tasks = load_tasks(recipe.evaluate, recipe.data)
-    parts = build_models(recipe.student, recipe.teacher, recipe.train)
+    parts = build_models(recipe.student, recipe.teacher, recipe.train, splits, initial)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):
         if model is not None:
             model.to(device)
-    held_out = build_data(recipe, parts, pairs).validation
+    held_out = build_data(recipe, parts, splits).validation
     validation = examples_of(held_out, recipe.evaluate.max_sequences)
     texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():

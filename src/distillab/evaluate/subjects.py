@@ -83,9 +83,11 @@ def run_subjects(
     before = student if has_lora(student) else copy.deepcopy(student)
     step = load_student(student, checkpoint).current_step
     origin = section.path or "random weights"
+    if section.init is not None and section.init.source != TEACHER:
+        origin = f"layers of {section.init.source}"
     found = []
     if parts.teacher is not None and source is not None:
-        if section.init is not None:
+        if section.init is not None and section.init.source == TEACHER:
             origin = f"layers of {source.path}"
         reads: list[tuple[str, Side]] = [(TEACHER, "student")]
         if privileged:

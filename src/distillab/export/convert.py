@@ -75,10 +75,10 @@ def evenly_spaced_layers(total: int, keep: int) -> list[int]:
 
 def student_from_teacher(
     teacher: PreTrainedModel | PretrainedLM,
-    layers: int | None = None,
+    layers: int | Sequence[int] | None = None,
     config: ModelConfig | None = None,
 ) -> StudentModel:
-    """由 Qwen2 或 Llama 结构的教师均匀挑出的 ``layers`` 层初始化学生，float32。
+    """由 Qwen2 或 Llama 结构的教师的 ``layers``（均匀挑几层，或一列层号）初始化学生，float32。
 
     Embedding 与最终归一化照抄。``config`` 用来另定 ``max_seq_len`` 与 ``dropout``，宽度必须与教师
     一致；``layers`` 缺省为 ``config.num_layers``，再没有就全部保留。
@@ -95,12 +95,16 @@ def student_from_teacher(
                     f"student.config.{field}={found} differs from the teacher's, "
                     f"expected {expected}: its layers only fit that value"
                 )
-        if layers is not None and layers != config.num_layers:
+        count = len(layers) if isinstance(layers, Sequence) else layers
+        if count not in (None, config.num_layers):
             raise DistillabError(
-                f"init.layers={layers} and student.config.num_layers={config.num_layers} disagree"
+                f"init.layers={count} and student.config.num_layers={config.num_layers} disagree"
             )
-        layers = config.num_layers
-    picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
+        layers = config.num_layers if layers is None else layers
+    if isinstance(layers, Sequence):
+        picks = list(layers)
+    else:
+        picks = evenly_spaced_layers(own.num_layers, own.num_layers if layers is None else layers)
     given = {} if config is None else {name: getattr(config, name) for name in _CHOSEN}
     config = own.keeping(picks).model_copy(update={**given, "num_layers": len(picks)})
     return _load(model.state_dict(), model.config, model.generation_config, config, picks)

@@ -183,9 +183,12 @@ def _models(section: StudentSection, source: ModelSource | None) -> tuple[Planne
     if section.path is not None:
         student = find_shape(section.path)
     elif section.init is not None and section.config is None:
-        assert teacher is not None  # Recipe 已查过
+        own = section.init.source != "teacher"
+        source_model = find_shape(section.init.source) if own else teacher
+        assert source_model is not None  # Recipe 已查过
         assert section.init.layers is not None
-        student = replace(teacher, shape=replace(teacher.shape, num_layers=section.init.layers))
+        shape = replace(source_model.shape, num_layers=section.init.layers)
+        student = replace(source_model, shape=shape)
     else:
         config = section.config or ModelConfig()
         student = Planned(Shape.of(config), config.max_seq_len)

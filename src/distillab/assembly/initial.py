@@ -1,0 +1,105 @@
+"""``student.init`` 变成学生的起点：从哪个模型、留哪些层。
+
+选层要看训练数据，又要前向若干次，所以结果存在缓存里：恢复、几个进程、再来一次都不必再量。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..cache import build_once, cache_dir
+from ..config.model_sections import InitConfig, InitialLayers, ModelConfig
+from ..data.corpus import cache_key
+from ..errors import DistillabError
+from ..export.convert import evenly_spaced_layers, student_from_teacher
+from ..models.importance import block_influence, most_influential
+from ..models.interface import PretrainedLM
+from ..models.student import StudentModel
+from ..models.tokenizer import tokenizer_fingerprint
+from .splits import Sample, Splits
+
+logger = logging.getLogger("distillab")
+
+TOKENS = 8192
+"""量 block influence 用的 token 数：再少，名次相邻的几层会随抽到的文字换来换去。"""
+_FORMAT = 1
+_FILE = "layers.json"
+
+
+def initial_student(
+    init: InitConfig,
+    config: ModelConfig | None,
+    source: PretrainedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits | None,
+    recorded: InitialLayers | None,
+) -> tuple[StudentModel, InitialLayers]:
+    """float32 的学生，与它的各层从 ``source`` 的哪里来；``recorded`` 是这次运行从前选定的。
+
+    要量而没有训练数据（``splits``），层数或层号超出 ``source`` 的，是 ``DistillabError``。
+    """
+    total = int(source.model.config.get_text_config().num_hidden_layers)
+    keep = init.layers or (config or ModelConfig()).num_layers
+    if recorded is not None and recorded.answers(init, keep):
+        chosen = recorded
+    else:
+        with torch.random.fork_rng(devices=[]):  # 缓存里有没有，后面的随机数都相同
+            longest = min((config or source).max_seq_len, source.max_seq_len)
+            sample = None if splits is None else splits.sample(tokenizer, longest, TOKENS)
+            chosen = _choose(init, keep, total, source, tokenizer, sample)
+    student = student_from_teacher(source, chosen.layers, config)
+    logger.info(chosen.line())
+    return student, chosen
+
+
+def _choose(
+    init: InitConfig,
+    keep: int,
+    total: int,
+    source: PretrainedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample | None,
+) -> InitialLayers:
+    even = evenly_spaced_layers(total, keep)  # 层数越界在这里就是错误
+    found: dict[str, Any] = {"source": init.source, "choose": init.choose, "total": total}
+    if isinstance(init.choose, list):
+        if init.choose[-1] >= total:
+            raise DistillabError(
+                f"student.init.choose lists layer {init.choose[-1]}, expected 0 to {total - 1}, "
+                f"the layers of {init.source}"
+            )
+        return InitialLayers(**found, layers=init.choose)
+    if init.choose == "even" or keep == total:
+        return InitialLayers(**found, layers=even)
+    if sample is None:
+        raise DistillabError(
+            f"student.init.choose={init.choose} reads training data, and none was given to "
+            f"build_models; expected its splits, or choose: even"
+        )
+    read = [tokenizer_fingerprint(tokenizer), *sample.key()]
+    key = cache_key([_FORMAT, init.choose, weights_digest(source), *read])
+    directory = cache_dir() / "layers" / key
+    with build_once(directory) as building:
+        if building is not None:
+            rows = sample.rows()
+            scores = block_influence(source, rows)
+            measured = {"scores": scores, "tokens": sum(map(len, rows))}
+            (building / _FILE).write_text(json.dumps(measured))
+    measured = json.loads((directory / _FILE).read_text())
+    return InitialLayers(**found, layers=most_influential(measured["scores"], keep), **measured)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """权重的 sha256，64 位十六进制：有一个数不同就不同，放在哪里无关。"""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        content = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(content)
+    return digest.hexdigest()
