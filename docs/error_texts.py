@@ -19,7 +19,15 @@ PACKAGE = ROOT / "src" / "distillab"
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
 USER_ERRORS = {"DistillabError", "DamagedCheckpoint", "_HopelessError"}
-RECIPE_MODULES = {"schema", "sections", "model_sections", "conversations", "forms", "style"}
+RECIPE_MODULES = {
+    "schema",
+    "sections",
+    "model_sections",
+    "layouts",
+    "conversations",
+    "forms",
+    "style",
+}
 """这些模块里的 ``ValueError`` 会被接住，变成使用者看到的一行。"""
 
 _ENTRY = re.compile(r"^`(?P<text>[^`]+)`(\{[^}]*\})?$", re.MULTILINE)

@@ -31,13 +31,17 @@ LAYOUTS = {
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
-}
-OTHERS = {
-    "a sliding window": ("mistral", {}),
-    "windows in some layers": (
+    "mistral-window": ("mistral", {"sliding_window": 8}),
+    "qwen2-windows": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 24}),
+    "gemma3": ("gemma3_text", {}),
+}
+OTHERS = {
+    "a softcap that transformers ignores": ("gemma3_text", {"attn_logit_softcapping": 5.0}),
+    "attention in both directions": ("gemma2", {"use_bidirectional_attention": True}),
     "another activation": ("llama", {"hidden_act": "gelu"}),
     "frequencies that change with length": (
         "llama",
@@ -88,7 +92,7 @@ def test_hidden_states_are_those_of_transformers(name):
     assert keeps_documents_apart(ours)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "mistral-window", "gemma2", "gemma3"])
 def test_greedy_replies_are_those_of_transformers(name, tiny_tokenizer):
     replies = []
     for model in pair(name):
@@ -101,7 +105,7 @@ def test_greedy_replies_are_those_of_transformers(name, tiny_tokenizer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "gemma3"])
 def test_half_precision_rounds_where_transformers_does(name, dtype):
     family, shape = LAYOUTS[name]
     model = model_of(family, **shape).to(dtype)
@@ -122,14 +126,14 @@ def test_positions_stay_exact_when_the_weights_are_cast():
     assert all(torch.equal(*tables) for tables in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2-untied", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-untied", "qwen3", "gemma2"])
 def test_weights_are_taken_over_not_copied(name):
     theirs = PretrainedLM(model_of(LAYOUTS[name][0], **LAYOUTS[name][1]))
     count, size, blocks = theirs.num_parameters(), storage_bytes(theirs), len(theirs.blocks)
     ours = through_own_blocks(theirs)
     assert (ours.num_parameters(), len(ours.blocks)) == (count, blocks)
     assert storage_bytes(ours) == storage_bytes(ours, theirs) == size
-    assert (ours.head.weight is ours.embedding.weight) == (name == "qwen2")
+    assert (ours.head.weight is ours.embedding.weight) == (name in ("qwen2", "gemma2"))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -155,7 +159,7 @@ def test_weights_of_another_name_are_noticed():
     assert through_own_blocks(model) is model
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3"])
 def test_the_device_is_asked_nothing(name):
     ours, parts = pair(name)[1], examples()
     packed = collate_packed([parts[:3], parts[3:]], pad_id=0).student

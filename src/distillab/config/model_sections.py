@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import nearest
+from .layouts import layout_of
 from .sections import Section
 
 CHOICES = ("influence", "even")
@@ -89,7 +90,7 @@ class ModelConfig(Section):
     scaled_embeddings: bool = Field(
         False, description="Embeddings are multiplied by sqrt(hidden_size) (Gemma)."
     )
-    query_pre_attn_scalar: float | None = Field(
+    query_pre_attn_scalar: int | None = Field(
         None, gt=0, description="Scores are divided by its root; default head_dim (Gemma)."
     )
     attention_softcap: float | None = Field(
@@ -113,6 +114,11 @@ class ModelConfig(Section):
         """每个注意力头的宽度 hd。"""
         return self.head_dim or self.hidden_size // self.num_heads
 
+    @property
+    def layout(self) -> str:
+        """Transformers 里是同样结构的一家的 ``model_type``，见 ``layouts.py``。"""
+        return layout_of(dict(self))
+
     def slides(self, layer: int) -> bool:
         """第 ``layer`` 层只看得见最近的 ``sliding_window`` 个 token。"""
         if self.layer_types is None:
@@ -121,9 +127,12 @@ class ModelConfig(Section):
 
     def keeping(self, layers: Sequence[int]) -> ModelConfig:
         """只留这几层、按此次序的结构；第 i 层是原来的第 ``layers[i]`` 层。"""
-        types = self.layer_types
-        kept = None if types is None else [types[layer] for layer in layers]
-        return self.model_copy(update={"num_layers": len(layers), "layer_types": kept})
+        changed: dict[str, Any] = {"num_layers": len(layers)}
+        if self.layer_types is not None:
+            changed["layer_types"] = [self.layer_types[layer] for layer in layers]
+            if "sliding_attention" not in changed["layer_types"]:
+                changed |= dict.fromkeys(("layer_types", "sliding_window", "rope_local_theta"))
+        return self.model_copy(update=changed)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -152,10 +161,14 @@ class ModelConfig(Section):
         sliding = any(self.slides(layer) for layer in range(self.num_layers))
         if sliding and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention, which needs sliding_window")
-        if self.rope_local_theta is not None and not sliding:
-            raise ValueError(
-                "rope_local_theta belongs to sliding layers: give sliding_window, or drop it"
-            )
+        for name in ("sliding_window", "rope_local_theta"):
+            if getattr(self, name) is not None and not sliding:
+                raise ValueError(f"{name} is given, but no layer slides: drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _some_layout(self) -> ModelConfig:
+        assert self.layout
         return self
 
 

@@ -1,8 +1,7 @@
 """``StudentModel`` 与 Hugging Face checkpoint 互换，以及由教师的若干层初始化学生。
 
-``StudentModel`` 就是 Qwen2 的结构，所以导出的目录不需要本项目也能加载。Llama 的结构是 Qwen2
-去掉 q、k、v 的偏置，导入时偏置取 0 即可；其余结构一律拒绝，见 ``hf_layout.py``。
-导出写成 Qwen2 还是等价的 Llama，取决于 tokenizer，见 ``_write_model``。
+``StudentModel`` 总是 transformers 里某一家的结构，所以导出的目录不需要本项目也能加载；哪几家见
+``config/layouts.py``，设置的互译见 ``models/hf_layout.py``。
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from ..files import replacing_directory
 from ..generate.stops import generation_ids
-from ..models.hf_names import CONFIG_NAMES, hf_name
+from ..models.hf_layout import config_from_hf, hf_config_of
+from ..models.hf_names import hf_name
 from ..models.interface import PretrainedLM, declared_eos
 from ..models.lora import has_lora, merged_copy
 from ..models.pretrained import check_config, one_line_errors, quiet_transformers
 from ..models.student import StudentModel
 from ..vocabulary import Vocabulary
-from .hf_layout import REMEDY, config_from_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 # 权重只在其余的字段相同时才有同样的含义。
 _CHOSEN = ("num_layers", "max_seq_len", "dropout")
 # 没写的与教师不同也是错误；其余没写就是教师的。
@@ -42,7 +42,7 @@ _GENERATION = "generation_config.json"
 
 
 def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> StudentModel:
-    """导入 Qwen2 或 Llama 结构的权重。
+    """导入 Qwen2、Qwen3、Llama、Mistral、Gemma 2、Gemma 3（文字）的权重：全部的层，原来的宽度。
 
     Args:
         model_or_directory: 已加载的 Hugging Face 模型，或含 ``config.json`` 与 safetensors 的目录。
@@ -58,7 +58,7 @@ def from_hf(model_or_directory: PreTrainedModel | PretrainedLM | str | Path) -> 
     else:
         model = _unwrap(model_or_directory)
         hf_config, generation, state = model.config, model.generation_config, model.state_dict()
-    config = config_from_hf(hf_config)
+    config = _layout(hf_config, state)
     return _load(state, hf_config, generation, config, range(config.num_layers))
 
 
@@ -78,13 +78,13 @@ def student_from_teacher(
     layers: int | Sequence[int] | None = None,
     config: ModelConfig | None = None,
 ) -> StudentModel:
-    """由 Qwen2 或 Llama 结构的教师的 ``layers``（均匀挑几层，或一列层号）初始化学生，float32。
+    """由教师的 ``layers``（均匀挑几层，或一列层号）初始化学生，float32；教师同 ``from_hf``。
 
     Embedding 与最终归一化照抄。``config`` 用来另定 ``max_seq_len`` 与 ``dropout``，宽度必须与教师
     一致；``layers`` 缺省为 ``config.num_layers``，再没有就全部保留。
     """
     model = _unwrap(teacher)
-    own = config_from_hf(model.config)
+    own = _layout(model.config, model.state_dict())
     if config is not None:
         for field, expected in own:
             found = getattr(config, field)
@@ -108,6 +108,19 @@ def student_from_teacher(
     given = {} if config is None else {name: getattr(config, name) for name in _CHOSEN}
     config = own.keeping(picks).model_copy(update={**given, "num_layers": len(picks)})
     return _load(model.state_dict(), model.config, model.generation_config, config, picks)
+
+
+def _layout(hf_config: Any, state: Mapping[str, Tensor]) -> ModelConfig:
+    """对方的结构；与 ``config_from_hf`` 只差在偏置上。"""
+    config = config_from_hf(hf_config)
+    if hf_config.model_type == "llama" and not config.qkv_bias:
+        # 由 Llama 来的学生也有 Qwen2.5 的偏置，从 0 起训练；logits 不变。
+        config = config.model_copy(update={"qkv_bias": True})
+    names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(config.num_layers)]
+    if config.o_bias and not any(bool(state[name].any()) for name in names if name in state):
+        # 我们自己导出的：那一家的 o 不能没有偏置。
+        config = config.model_copy(update={"o_bias": False})
+    return config
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -157,21 +170,14 @@ def _load(
             source = hf_name(name, layers, config.post_norms)
             found = state.get(source)
             if found is None:
-                if hf_config.model_type == "llama" and name.endswith("_proj.bias"):
-                    continue  # Llama 没有偏置，等价于偏置为 0，而新建的偏置正是 0。
+                if hf_config.model_type == "llama" and name.endswith(_QKV_BIASES):
+                    continue  # 没有偏置等价于偏置为 0，而新建的偏置正是 0。
                 raise DistillabError(f"{source} is missing from the checkpoint")
             if found.shape != parameter.shape:
                 raise DistillabError(
                     f"{source} has shape {list(found.shape)}, expected {list(parameter.shape)}"
                 )
             parameter.copy_(found)
-    for layer in layers:
-        # 带偏置的 Llama（我们自己也这样导出）在 o_proj 上也有偏置，只有全 0 才等价。
-        bias = state.get(f"model.layers.{layer}.self_attn.o_proj.bias")
-        if bias is not None and bool(bias.any()):
-            raise DistillabError(
-                f"o_proj.bias of layer {layer} is not zero, expected none: {REMEDY}"
-            )
     return student
 
 
@@ -181,7 +187,7 @@ def _load(
 def to_hf_state_dict(
     student: StudentModel, vocabulary: Vocabulary | None = None
 ) -> dict[str, Tensor]:
-    """学生的权重，按 Qwen2 命名，float32，在 CPU 上连续；绑定的 ``lm_head.weight`` 不重复存。
+    """学生的权重，按对方命名，float32，在 CPU 上连续；绑定的 ``lm_head.weight`` 不重复存。
 
     给出训练时的 ``vocabulary`` 时，没有参与的行换成参与的均值。
     """
@@ -197,10 +203,12 @@ def to_hf_state_dict(
             )
         # 填充行从未训练，logit 停在 0 附近，而真实 token 的 logit 可以整体低于 0：别处的采样器
         # 不会裁词表，就会采到没有文字的 id。均值行的 logit 是全体的平均，永远不会最大。
-        embedding = state["model.embed_tokens.weight"].clone()
-        trained = vocabulary.mask(torch.arange(len(embedding)))
-        embedding[~trained] = embedding[trained].mean(0)
-        state["model.embed_tokens.weight"] = embedding
+        trained = vocabulary.mask(torch.arange(student.vocab_size))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in state:
+                weight = state[name].clone()
+                weight[~trained] = weight[trained].mean(0)
+                state[name] = weight
     return state
 
 
@@ -249,34 +257,46 @@ def _write_model(
     student: StudentModel, tokenizer: Any, directory: Path, vocabulary: Vocabulary | None
 ) -> None:
     from safetensors.torch import save_file
-    from transformers import GenerationConfig, LlamaConfig, Qwen2Config
+    from transformers import GenerationConfig
 
     config, state = student.config, to_hf_state_dict(student, vocabulary)
-    special = generation_ids(tokenizer, student)
-    values: dict[str, Any] = {
-        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()},
-        **special,
-        "eos_token_id": tokenizer.eos_token_id,  # 不少读者这里只认一个整数
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-    hf_config: Any
-    if _splits_like_qwen2(tokenizer):
-        hf_config = Qwen2Config(architectures=["Qwen2ForCausalLM"], **values)
-    else:
-        # AutoTokenizer 对 qwen2 目录一律换上 Qwen 的切词规则，别家的 tokenizer 会被悄悄改写。
-        # 带偏置的 Llama 与学生等价，只多一个 o_proj 的偏置，取 0。
-        hf_config = LlamaConfig(architectures=["LlamaForCausalLM"], attention_bias=True, **values)
+    layout = _exported_layout(config, tokenizer)
+    if config.qkv_bias and not config.o_bias and layout != "qwen2":
+        # 别家的四个偏置要么都有、要么都没有：多一个 o 的，取 0。
         for index in range(config.num_layers):
             name = f"model.layers.{index}.self_attn.o_proj.bias"
             state[name] = torch.zeros(config.hidden_size)
+    special = generation_ids(tokenizer, student)
+    hf_config = hf_config_of(
+        config,
+        layout,
+        **special
+        | {
+            "eos_token_id": tokenizer.eos_token_id,  # 不少读者这里只认一个整数
+            "dtype": "float32",
+        },
+    )
     hf_config.save_pretrained(directory)
     # transformers 5 之前的读者（包括不少推理引擎）只认顶层的 rope_theta，缺了就默默用 10000。
     _update_json(directory / "config.json", rope_theta=config.rope_theta)
     GenerationConfig(**special).save_pretrained(directory)
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _exported_layout(config: ModelConfig, tokenizer: Any) -> str:
+    """写成哪一家：``config.layout``，除非 AutoTokenizer 会把 tokenizer 换掉。
+
+    它对 qwen2 目录一律用 Qwen 的切词规则，别家的 tokenizer 会被悄悄改写；带偏置的 Llama 与之等价。
+    """
+    layout = config.layout
+    if layout != "qwen2" or _splits_like_qwen2(tokenizer):
+        return layout
+    if config.sliding_window is None:
+        return "llama"
+    raise DistillabError(
+        f"sliding_window={config.sliding_window} with qkv_bias needs a directory of model_type "
+        "qwen2, where AutoTokenizer applies Qwen2's own splitting rules: this tokenizer has others"
+    )
 
 
 def _write_pretrained(model: Any, ids: dict[str, Any], directory: Path) -> None:

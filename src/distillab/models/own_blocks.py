@@ -1,7 +1,7 @@
-"""Qwen2、Qwen3、Llama 结构的冻结教师经本项目的层来算：内核少，建 mask 时也不等设备。
+"""Qwen、Llama、Mistral、Gemma 结构的冻结教师经本项目的层来算：内核少，建 mask 时也不等设备。
 
-权重是同一块内存，不复制。结构合不合适由配置里的设置与权重的名字决定，装入时再与 transformers 的隐
-状态核对一次；不合适的仍由 transformers 来算，什么都不少。
+权重是同一块内存，不复制。结构合不合适由配置（``hf_layout.py``）与权重的名字决定，装入时再与
+transformers 的隐状态核对一次；不合适的仍由 transformers 来算，什么都不少。
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model_sections import ModelConfig
-from ..errors import reason
+from ..errors import DistillabError, reason
 from .blocks import (
     GQAAttention,
     SwiGLUFFN,
@@ -24,17 +24,12 @@ from .blocks import (
 )
 from .decoder import Decoder
 from .head_fit import relative_error, tolerance
-from .hf_names import CONFIG_NAMES, hf_name
+from .hf_layout import config_from_hf
+from .hf_names import hf_name
 from .interface import PROBE_TOKENS, LanguageModel, PretrainedLM, evaluating
 from .rope import as_bits
 
 logger = logging.getLogger("distillab")
-
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-"""transformers 里与 ``TransformerBlock`` 同样算法的几家。"""
-
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-"""频率不随长度而变的 RoPE；``dynamic`` 与 ``longrope`` 的会变。"""
 
 
 class JoinedAttention(GQAAttention):
@@ -95,14 +90,18 @@ def _joined(*parts: nn.Linear, dtype: torch.dtype | None) -> nn.Linear:
 class SharedDecoder(Decoder):
     """一个 transformers 模型的权重，经本项目的层来算；只做前向，不训练也不存盘。
 
-    ``frequencies: [hd / 2]`` 与 ``factor`` 是它的 RoPE：每步转几弧度，cos 与 sin 再乘几倍。
+    ``rotary`` 是它的 RoPE 模块：频率就用它算好的。
     """
 
-    def __init__(self, config: ModelConfig, frequencies: Tensor, factor: float) -> None:
+    def __init__(self, config: ModelConfig, rotary: nn.Module) -> None:
         with torch.device("meta"):
             super().__init__(config)
-        self.register_buffer("_bits", as_bits(frequencies), persistent=False)
-        self._factor = factor
+        self._factors = {}
+        for local, name in ((False, "full_attention_"), (True, "sliding_attention_")):
+            own = name if hasattr(rotary, f"{name}inv_freq") else ""  # Gemma 3 有两份
+            bits = as_bits(getattr(rotary, f"{own}inv_freq"))
+            self.register_buffer(f"_bits_{local}", bits, persistent=False)
+            self._factors[local] = float(getattr(rotary, f"{own}attention_scaling"))
 
     def join(self) -> SharedDecoder:
         """并起各层里读同样输入的线性层；有 q_norm 与 k_norm 的，q、k、v 并了也要拆开抄出来。"""
@@ -115,10 +114,10 @@ class SharedDecoder(Decoder):
 
     def rotary(self, positions: Tensor, *, local: bool = False) -> tuple[Tensor, Tensor]:
         """``(cos, sin)``，权重的 dtype：与 transformers 的舍入次序一致。"""
-        bits: Tensor = self._bits  # type: ignore[assignment]
+        bits, factor = getattr(self, f"_bits_{local}"), self._factors[local]
         dtype = self.embedding.weight.dtype
         cos, sin = rotation(positions, bits.view(torch.float32))
-        return (cos * self._factor).to(dtype), (sin * self._factor).to(dtype)
+        return (cos * factor).to(dtype), (sin * factor).to(dtype)
 
 
 def joined_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
@@ -149,74 +148,36 @@ def through_own_blocks(model: PretrainedLM) -> LanguageModel:
 def beside(model: PretrainedLM) -> SharedDecoder | None:
     """与 ``model`` 共用参数的 ``SharedDecoder``，``model`` 照常用、照常训练；不合适是 ``None``。"""
     try:
-        why = _unsuitable(model)
+        shared = _shared(model)
+        why = _difference(shared, model)
         if not why:
-            shared = _shared(model)
-            why = _difference(shared, model)
-            if not why:
-                return shared
-    except (AttributeError, ValueError, RuntimeError) as error:  # 别的版本、配置、权重
+            return shared
+    except (DistillabError, AttributeError, ValueError, RuntimeError) as error:  # 配置、权重、版本
         why = reason(error)
     logger.debug(f"{type(model.model).__name__} runs through transformers: {why}")
     return None
 
 
-def _unsuitable(model: PretrainedLM) -> str:
-    """配置里与 ``TransformerBlock`` 不同的一项；没有就是空串。"""
-    hf, head = model.model, model.head
-    config = hf.config
-    if config.model_type not in FAMILIES or not type(hf).__module__.startswith("transformers."):
-        return f"model_type={config.model_type}"
-    rotary = getattr(hf.base_model, "rotary_emb", None)
-    frequencies = getattr(rotary, "inv_freq", None)
-    if frequencies is None:
-        return "no inv_freq"
-    settings: dict[str, tuple[Any, Any]] = {
-        "hidden_act": (config.hidden_act, "silu"),
-        "sliding_window": (getattr(config, "sliding_window", None), None),
-        "layer_types": (
-            set(getattr(config, "layer_types", None) or ()) - {"full_attention"},
-            set(),
-        ),
-        "is_causal": (getattr(config, "is_causal", True), True),
-        "rope_type": (getattr(rotary, "rope_type", None) in FIXED_ROPE, True),
-        "rotary width": (2 * len(frequencies), _head_dim(config)),
-        "quantizer": (getattr(hf, "hf_quantizer", None), None),
-        "head": ((head.bias, head.scale, head.softcap), (None, 1.0, None)),
-    }
-    return next(
-        (
-            f"{name} is {found}, not {own}"
-            for name, (found, own) in settings.items()
-            if found != own
-        ),
-        "",
-    )
-
-
-def _head_dim(config: Any) -> int:
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
-
-
 def _shared(model: PretrainedLM) -> SharedDecoder:
-    """权重就是 ``model`` 的；多一个、少一个、形状不同都是 ``RuntimeError``。"""
-    hf = model.model
+    """权重就是 ``model`` 的；设置不合适，或权重多一个、少一个、形状不同，都是错误。"""
+    hf, head = model.model, model.head
+    config = config_from_hf(hf.config)
+    found = {
+        "module": type(hf).__module__.partition(".")[0],
+        "is_causal": getattr(hf.config, "is_causal", True),
+        "quantizer": getattr(hf, "hf_quantizer", None),
+        "head": (head.bias, head.scale, head.softcap),
+    }
+    own = ("transformers", True, None, (None, 1.0, config.logit_softcap))
+    for (name, value), expected in zip(found.items(), own, strict=True):
+        if value != expected:
+            raise ValueError(f"{name} is {value}, not {expected}")
     state: dict[str, Tensor] = hf.state_dict(keep_vars=True)  # 参数本身：换类型、搬走都只有一份
-    values = {ours: getattr(hf.config, theirs) for ours, theirs in CONFIG_NAMES.items()}
-    first = "model.layers.0."
-    config = ModelConfig(
-        **values,
-        head_dim=_head_dim(hf.config),
-        qk_norm=f"{first}self_attn.q_norm.weight" in state,
-        qkv_bias=f"{first}self_attn.q_proj.bias" in state,
-        o_bias=f"{first}self_attn.o_proj.bias" in state,
-        ffn_bias=f"{first}mlp.gate_proj.bias" in state,
-        tie_embeddings=hf.get_output_embeddings().weight is hf.get_input_embeddings().weight,
-    ).model_copy(update={"max_seq_len": model.max_seq_len})
-    rotary = hf.base_model.rotary_emb
-    decoder = SharedDecoder(config, rotary.inv_freq, float(rotary.attention_scaling))
-    names = {name: hf_name(name, range(config.num_layers)) for name in decoder.state_dict()}
+    tied = hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
+    config = config.model_copy(update={"tie_embeddings": tied, "max_seq_len": model.max_seq_len})
+    decoder = SharedDecoder(config, hf.base_model.rotary_emb)
+    layers = range(config.num_layers)
+    names = {name: hf_name(name, layers, config.post_norms) for name in decoder.state_dict()}
     unknown = state.keys() - set(names.values())
     if unknown:
         raise RuntimeError(f"unexpected {min(unknown)}")
