@@ -52,7 +52,7 @@ def test_the_trace_names_the_phases_and_the_table_the_operators(profiled):
     for phase in set(PHASES) - {"sampling"}:
         assert names.count(PREFIX + phase) == TRACED
     table = (profiled[1] / "steps.txt").read_text()
-    for expected in ("teacher forward", "aten::mm", "peak memory"):
+    for expected in ("teacher forward", "aten::", "peak memory"):  # 哪个算子最久，看机器闲忙
         assert expected in table
 
 
