@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_types import model_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from distillab.config.model_sections import LoraConfig, ModelConfig
 from distillab.config.recipes import load_recipe
 from distillab.config.schema import LossConfig
+from distillab.export.convert import from_hf
 from distillab.loss.buffers import Chunks
 from distillab.loss.chunking import budget_bytes
 from distillab.loss.products import HeadProducts, MixedProducts
@@ -20,7 +22,7 @@ from distillab.models.student import StudentModel
 from distillab.plan.hardware import find_device
 from distillab.plan.memory import Step
 from distillab.plan.plan import plan
-from distillab.plan.shapes import SHAPES, Shape
+from distillab.plan.shapes import SHAPES, Shape, from_config
 from distillab.targets import Head, HiddenTargets
 
 TINY = ModelConfig(
@@ -49,9 +51,40 @@ def test_parameters_are_those_of_the_transformers_model(name):
     assert SHAPES[name].parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_parameters_are_those_of_the_student():
-    model = StudentModel(TINY)
-    assert Shape.of(TINY).parameters == sum(p.numel() for p in model.parameters())
+GEMMA = {"norm_unit_offset": True, "post_norms": True, "scaled_embeddings": True}
+OPTIONS = {
+    "qwen2": {},
+    "llama": {"o_bias": True, "ffn_bias": True, "tie_embeddings": False},
+    "qwen3": {"qk_norm": True, "head_dim": 12, "qkv_bias": False},
+    "gemma2": {**GEMMA, "qkv_bias": False, "attention_softcap": 50.0},
+    "gemma3": {**GEMMA, "qkv_bias": False, "qk_norm": True, "sliding_window": 16},
+}
+
+
+@pytest.mark.parametrize("layout", OPTIONS)
+def test_parameters_are_those_of_the_student(layout):
+    config = ModelConfig(**{**dict(TINY), **OPTIONS[layout]})
+    model = StudentModel(config)
+    assert Shape.of(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+    ],
+)
+def test_a_config_file_gives_the_parameters_of_its_model(kind, options):
+    model = model_of(kind, **options)
+    shape = from_config(model.config.to_dict(), kind).shape
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.softcapped == (kind == "gemma2")
+    assert shape.sliding_window == getattr(from_hf(model).config, "sliding_window", None)
+    assert shape.copied().parameters == from_hf(model).num_parameters()
 
 
 def kept_bytes(model, *inputs):
@@ -70,12 +103,14 @@ def kept_bytes(model, *inputs):
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("layout", OPTIONS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_autograd_keeps(precision):
+def test_activations_are_what_autograd_keeps(precision, layout):
     batch, length = 4, 48
+    config = ModelConfig(**{**dict(TINY), **OPTIONS[layout]})
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        found = kept_bytes(StudentModel(TINY), torch.randint(0, 100, (batch, length)))
-    parts = Step(Shape.of(TINY), None, batch, length, precision=precision).moments()["loss"]
+        found = kept_bytes(StudentModel(config), torch.randint(0, 100, (batch, length)))
+    parts = Step(Shape.of(config), None, batch, length, precision=precision).moments()["loss"]
     expected = parts["student activations"] + parts.get("autocast weights", 0)
     assert found == pytest.approx(expected, rel=0.03)
 

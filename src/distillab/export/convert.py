@@ -113,8 +113,8 @@ def student_from_teacher(
 def _layout(hf_config: Any, state: Mapping[str, Tensor]) -> ModelConfig:
     """对方的结构；与 ``config_from_hf`` 只差在偏置上。"""
     config = config_from_hf(hf_config)
-    if hf_config.model_type == "llama" and not config.qkv_bias:
-        # 由 Llama 来的学生也有 Qwen2.5 的偏置，从 0 起训练；logits 不变。
+    if config.layout == "llama" and not config.qkv_bias:
+        # 由 Llama（与没有窗口的 Mistral）来的学生也有 Qwen2.5 的偏置，从 0 起训练；logits 不变。
         config = config.model_copy(update={"qkv_bias": True})
     names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(config.num_layers)]
     if config.o_bias and not any(bool(state[name].any()) for name in names if name in state):
@@ -170,7 +170,7 @@ def _load(
             source = hf_name(name, layers, config.post_norms)
             found = state.get(source)
             if found is None:
-                if hf_config.model_type == "llama" and name.endswith(_QKV_BIASES):
+                if name.endswith(_QKV_BIASES) and not config_from_hf(hf_config).qkv_bias:
                     continue  # 没有偏置等价于偏置为 0，而新建的偏置正是 0。
                 raise DistillabError(f"{source} is missing from the checkpoint")
             if found.shape != parameter.shape:

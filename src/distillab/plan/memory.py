@@ -176,9 +176,8 @@ class Step:
             width = self.teacher.hidden_size * BYTES[self.teacher_precision]
             targets = {"teacher forward": self.response_rows * width}
 
-        masked = self.seq_len if self.padded else 0
         layer = self.tokens * student.activations(
-            self.precision, masked=masked, lora_rank=self.lora_rank
+            self.precision, self.seq_len, padded=self.padded, lora_rank=self.lora_rank
         )
         ends = self.tokens * student.hidden_size * (4 + 4 * full)  # 最后的 norm
         stream = BYTES[self.base_precision]  # 残差流与权重同类型
@@ -253,7 +252,8 @@ class Step:
         hidden, wide = self.teacher.hidden_size, self.teacher.intermediate_size
         kept = self.response_rows * hidden * size
         mask = self.batch_size * (self.teacher_seq_len or self.seq_len) ** 2 * size * self.padded
-        return self.teacher_tokens * (3 * hidden + 3 * wide) * size + kept + mask
+        scores = self.teacher.scores(self.teacher_seq_len or self.seq_len, size)
+        return self.teacher_tokens * ((3 * hidden + 3 * wide) * size + scores) + kept + mask
 
     def _sampling(self, device: str) -> int:
         """KV cache，换成采样用的一份权重，与最后一个位置的 logits。"""

@@ -193,9 +193,7 @@ def _models(section: StudentSection, source: ModelSource | None) -> tuple[Planne
         config = section.config or ModelConfig()
         student = Planned(Shape.of(config), config.max_seq_len)
     if section.init is not None:
-        # 由教师裁剪的是 StudentModel：输出层与 embedding 绑定，q、k、v 有偏置。
-        shape = replace(student.shape, tied=True, qkv_bias=True, qk_norm=False)
-        student = replace(student, shape=shape)
+        student = replace(student, shape=student.shape.copied())
     return student, teacher
 
 

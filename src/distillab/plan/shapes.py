@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,11 @@ BYTES = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2})
 
 @dataclass(frozen=True)
 class Shape:
-    """Qwen2 / Qwen3 / Llama 一类 decoder 的形状。"""
+    """Qwen、Llama、Gemma 一类 decoder 的形状。
+
+    滑动窗口不省运算，也不省 KV cache：我们的层照样存下全部键值，只是 mask 挡住；transformers 的教师
+    会省一些。
+    """
 
     hidden_size: int
     num_layers: int
@@ -35,6 +39,11 @@ class Shape:
     tied: bool = True  # 输出层与 embedding 共用权重
     qkv_bias: bool = False  # q、k、v 有偏置（Qwen2）
     qk_norm: bool = False  # q、k 各有一个 RMSNorm（Qwen3）
+    o_bias: bool = False  # 输出投影有偏置
+    ffn_bias: bool = False
+    post_norms: bool = False  # attention 与 FFN 的输出也各有一个 RMSNorm（Gemma）
+    softcapped: bool = False  # 注意力的分数要收进一个范围，只好写出来（Gemma 2）
+    sliding_window: int | None = None  # 有的层只看这么多个 token
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
@@ -43,7 +52,15 @@ class Shape:
             config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads,
             config.head_width, config.intermediate_size, config.vocab_size,
             tied=config.tie_embeddings, qkv_bias=config.qkv_bias, qk_norm=config.qk_norm,
+            o_bias=config.o_bias, ffn_bias=config.ffn_bias, post_norms=config.post_norms,
+            softcapped=config.attention_softcap is not None,
+            sliding_window=config.sliding_window,
         )  # fmt: skip
+
+    def copied(self) -> Shape:
+        """由它来的学生：结构相同，只是 Llama 的添上 q、k、v 的偏置，见 ``export/convert.py``。"""
+        plain = not (self.qk_norm or self.post_norms or self.sliding_window)
+        return replace(self, qkv_bias=True) if plain else self
 
     @property
     def query_size(self) -> int:
@@ -62,6 +79,11 @@ class Shape:
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def block_norms(self) -> int:
+        """一层里在残差流上的 RMSNorm。"""
+        return 4 if self.post_norms else 2
+
+    @property
     def head_parameters(self) -> int:
         """输出层 ``[V, H]`` 的参数。"""
         return self.vocab_size * self.hidden_size
@@ -69,31 +91,45 @@ class Shape:
     @property
     def parameters(self) -> int:
         """全部参数，绑定的只数一次。"""
-        block = self.block_matmuls + 2 * self.hidden_size
+        block = self.block_matmuls + self.block_norms * self.hidden_size
         block += (self.query_size + 2 * self.kv_size) * self.qkv_bias
+        block += self.hidden_size * self.o_bias
+        block += (2 * self.intermediate_size + self.hidden_size) * self.ffn_bias
         block += 2 * self.head_dim * self.qk_norm
         ends = self.head_parameters * (1 if self.tied else 2) + self.hidden_size
         return self.num_layers * block + ends
 
-    def activations(self, precision: str, *, masked: int = 0, lora_rank: int | None = None) -> int:
-        """一层为一个 token 留给反向的字节数。
+    def activations(
+        self, precision: str, length: int, *, padded: bool = False, lora_rank: int | None = None
+    ) -> int:
+        """一层为 ``length`` 个 token 的序列里的一个留给反向的字节数。
 
         RMSNorm 在 float32 里算，其余是计算精度。autocast 为每个 Linear 各转换一次输入，所以半精度时
-        q、k、v 的输入有三份，gate、up 的有两份。冻结的 RMSNorm 不必留归一化后的。``masked`` 是有
-        padding 时的序列长度 T（每层各留一份转成数的 mask，键值头也复制到与查询头一样多），没有则为
-        0；``lora_rank``：只训练秩为它的 adapter。
+        q、k、v 的输入有三份，gate、up 的有两份。冻结的 RMSNorm 不必留归一化后的。``padded``：有
+        padding，每层各留一份转成数的 mask，键值头也复制到与查询头一样多，窗口容不下时也是这样；
+        ``lora_rank``：只训练秩为它的 adapter。
         """
         h, q, kv, i = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         size = BYTES[precision]
-        norms = 2 * (2 if lora_rank is None else 1) * h * 4  # 两个 norm 各留输入与归一化后的
+        beyond = self.sliding_window is not None and length > self.sliding_window
+        masked = length if (padded or beyond) and not self.softcapped else 0
+        norms = self.block_norms * (2 if lora_rank is None else 1) * h * 4  # 输入与归一化后的
         inputs = 2 * h if precision == "fp32" else 5 * h
-        attention = 2 * q + 2 * (q if masked else kv)  # q、k、v，输出也是 o 的输入
+        attention = 2 * q + 2 * (q if masked or self.softcapped else kv)  # q、k、v，与 o 的输入
         gates = 4 * i  # gate、silu(gate)、up、它们的积
         log_sums = self.num_heads * 4
         heads = (q + kv) * (4 + size) * self.qk_norm  # q、k 各自归一化之前与之后
         adapters = 7 * (lora_rank or 0) * size
         kept = (inputs + attention + gates + masked) * size
-        return norms + kept + log_sums + heads + adapters
+        return norms + kept + log_sums + heads + adapters + self.scores(length, size)
+
+    def scores(self, length: int, size: int) -> int:
+        """一层为一个 token 写出来的注意力分数，字节；``size`` 是计算精度的。
+
+        tanh 之后的，float32 的权重，半精度时还有转回来的；SDPA 不写。
+        """
+        copies = 4 + size + size * (size < 4)
+        return self.num_heads * length * copies * self.softcapped
 
     def forward_operations(self, tokens: int, seq_len: int) -> float:
         """模型体前向 ``tokens`` 个 token 的浮点运算；因果注意力平均看序列 ``seq_len`` 的一半。"""
@@ -177,6 +213,8 @@ def from_config(config: Mapping[str, Any], source: str) -> Planned:
         )
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     kind = str(config.get("model_type", ""))
+    gemma = kind.startswith(("gemma2", "gemma3"))
+    bias = bool(config.get("attention_bias", kind == "qwen2"))
     shape = Shape(
         hidden_size=hidden,
         num_layers=config["num_hidden_layers"],
@@ -186,10 +224,21 @@ def from_config(config: Mapping[str, Any], source: str) -> Planned:
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
-        qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
-        qk_norm=kind.startswith("qwen3"),
+        qkv_bias=bias,
+        qk_norm=kind.startswith(("qwen3", "gemma3")),
+        o_bias=bias and kind != "qwen2",
+        ffn_bias=bool(config.get("mlp_bias")),
+        post_norms=gemma,
+        softcapped=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
+        sliding_window=_window(config),
     )
     return Planned(shape, config.get("max_position_embeddings") or 2**31 - 1)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Qwen 的配置总写着窗口，用不用另说。"""
+    used = config.get("use_sliding_window", "qwen" not in str(config.get("model_type")))
+    return config.get("sliding_window") if used else None
 
 
 def _hub_config(repository: str) -> Path:
@@ -224,5 +273,10 @@ def _from_gguf(path: Path) -> Planned:
             tied="output.weight" not in names,
             qkv_bias="blk.0.attn_q.bias" in names,
             qk_norm="blk.0.attn_q_norm.weight" in names,
+            o_bias="blk.0.attn_output.bias" in names,
+            ffn_bias="blk.0.ffn_gate.bias" in names,
+            post_norms="blk.0.post_attention_norm.weight" in names,
+            softcapped=f"{kind}.attn_logit_softcapping" in values,
+            sliding_window=values.get(f"{kind}.attention.sliding_window"),
         )
         return Planned(shape, values[f"{kind}.context_length"])
