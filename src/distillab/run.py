@@ -76,7 +76,7 @@ def train(
     ``DistillationTrainer.train``；``profile`` 剖析前面的几步。Ctrl-C 与 SIGTERM 抛出时检查点已存。
     """
     with RunDirectory(RUNS / recipe.name) as run:
-        recipe = run.dated(recipe)
+        recipe = run.keeping_choice(run.dated(recipe))
         if main_process():  # 只有它管理目录
             run.open(recipe, resume)
         if (done := run.summary) is not None:

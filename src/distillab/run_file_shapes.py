@@ -38,7 +38,7 @@ RECIPE: Shape = {
     "name": TEXT,
     "description": TEXT,
     "teacher": {"path": TEXT},
-    "student": {"path": TEXT, "init": {"layers": NUMBER}},
+    "student": {"path": TEXT, "init": {"from": TEXT, "layers": NUMBER}},
     "data": {"source": TEXT, "responses": TEXT, "teacher_source": TEXT, "experience": TEXT},
     "responses": {"student_fraction": NUMBER, "final_student_fraction": NUMBER},
     "loss": {"divergence": TEXT, "alpha": NUMBER, "temperature": NUMBER, "beta": NUMBER,
@@ -74,6 +74,8 @@ EVALUATION: Shape = {
     "samples": [{"prompt!": TEXT, "*": TEXT}],
 }  # fmt: skip
 ENVIRONMENT: Shape = {}
+INITIAL: Shape = {"source!": TEXT, "total!": NUMBER, "layers!": [NUMBER], "scores": [NUMBER],
+                  "removed": [NUMBER], "losses": [NUMBER], "tokens": NUMBER}  # fmt: skip
 SAMPLES_ROW: Shape = {"prompt": TEXT, "student": TEXT}
 ANSWERS_ROW: Shape = {"id": TEXT, "question": TEXT, "answer": TEXT, "response!": TEXT,
                       "correct!": FLAG}  # fmt: skip

@@ -24,7 +24,7 @@ from distillab.report.charts import (
 from distillab.report.measures import headline, measures
 from distillab.report.page import page, watch_report, write_report
 from distillab.report.run_data import read_run, read_runs
-from distillab.report.tables import answers, costs, method, results, samples
+from distillab.report.tables import answers, costs, initial_layers, method, results, samples
 from distillab.report.terminal_tables import runs_table
 
 
@@ -66,6 +66,31 @@ def test_a_model_with_another_tokenizer_agrees_with_nobody(kd):
     measured = measures(read_run(kd))["forward_kl", "validation"]
     assert set(measured.values) == {"student_before", "student_after"}
     assert page(read_runs([kd]))
+
+
+def test_the_layers_that_a_student_began_with_stand_beside_their_scores(kd, ce):
+    record = {"source": "teacher", "choose": "influence", "total": 3, "layers": [0, 2],
+              "scores": [1.0, 0.0123, 0.25], "tokens": 8192}  # fmt: skip
+    (kd / "initial.json").write_text(json.dumps(record))
+    record |= {"choose": "greedy", "layers": [0], "scores": [], "removed": [2, 1],
+               "losses": [3.5, 4.25], "tokens": 1024}  # fmt: skip
+    (ce / "initial.json").write_text(json.dumps(record))
+    found = initial_layers(read_runs([kd, ce]))
+    said = [[(cell["kept"], cell["said"]) for cell in row] for row in found["rows"]]
+    assert said == [
+        [(True, "1.0000"), (True, "")],
+        [(False, "0.0123"), (False, "removed 2: 4.250")],
+        [(True, "0.2500"), (False, "removed 1: 3.500")],
+    ]
+    assert found["notes"][0] == (
+        "2 of the 3 layers of teacher, by block influence on 8,192 training tokens"
+    )
+    shown = page(read_runs([kd, ce]))
+    assert "Where the student started" in shown
+    assert "✓ 1.0000" in shown
+    (kd / "initial.json").unlink()
+    (ce / "initial.json").unlink()
+    assert "Where the student started" not in page(read_runs([kd, ce]))
 
 
 def test_gap_closed_of_perplexity_is_in_nats(ce):

@@ -17,8 +17,8 @@ from ..cache import build_once, cache_dir
 from ..config.model_sections import InitConfig, InitialLayers, ModelConfig
 from ..data.corpus import cache_key
 from ..errors import DistillabError
-from ..export.convert import evenly_spaced_layers, student_from_teacher
-from ..models.importance import block_influence, most_influential
+from ..export.convert import evenly_spaced_layers, from_hf, student_from_teacher
+from ..models.importance import block_influence, greedy_removal, most_influential
 from ..models.interface import PretrainedLM
 from ..models.student import StudentModel
 from ..models.tokenizer import tokenizer_fingerprint
@@ -26,8 +26,8 @@ from .splits import Sample, Splits
 
 logger = logging.getLogger("distillab")
 
-TOKENS = 8192
-"""量 block influence 用的 token 数：再少，名次相邻的几层会随抽到的文字换来换去。"""
+INFLUENCE_TOKENS, GREEDY_TOKENS = 8192, 1024
+"""量层用的 token 数：再少，名次相邻的几层会随抽到的文字换来换去；贪心的要前向几百次。"""
 _FORMAT = 1
 _FILE = "layers.json"
 
@@ -51,7 +51,8 @@ def initial_student(
     else:
         with torch.random.fork_rng(devices=[]):  # 缓存里有没有，后面的随机数都相同
             longest = min((config or source).max_seq_len, source.max_seq_len)
-            sample = None if splits is None else splits.sample(tokenizer, longest, TOKENS)
+            tokens = GREEDY_TOKENS if init.choose == "greedy" else INFLUENCE_TOKENS
+            sample = None if splits is None else splits.sample(tokenizer, longest, tokens)
             chosen = _choose(init, keep, total, source, tokenizer, sample)
     student = student_from_teacher(source, chosen.layers, config)
     logger.info(chosen.line())
@@ -82,17 +83,33 @@ def _choose(
             f"student.init.choose={init.choose} reads training data, and none was given to "
             f"build_models; expected its splits, or choose: even"
         )
+    measured = _measured(init.choose, keep, source, tokenizer, sample)
+    if "scores" in measured:
+        layers = most_influential(measured["scores"], keep)
+    else:
+        layers = sorted(set(range(total)) - set(measured["removed"]))
+    return InitialLayers(**found, layers=layers, **measured)
+
+
+def _measured(
+    how: str, keep: int, source: PretrainedLM, tokenizer: PreTrainedTokenizerBase, sample: Sample
+) -> dict[str, Any]:
+    """``InitialLayers`` 里量出来的几项；同样的权重、数据与种子，只量一次。"""
     read = [tokenizer_fingerprint(tokenizer), *sample.key()]
-    key = cache_key([_FORMAT, init.choose, weights_digest(source), *read])
+    key = cache_key([_FORMAT, how, how == "greedy" and keep, weights_digest(source), *read])
     directory = cache_dir() / "layers" / key
     with build_once(directory) as building:
         if building is not None:
             rows = sample.rows()
-            scores = block_influence(source, rows)
-            measured = {"scores": scores, "tokens": sum(map(len, rows))}
+            measured: dict[str, Any] = {"tokens": sum(map(len, rows))}
+            if how == "greedy":
+                full = from_hf(source).to("cuda" if torch.cuda.is_available() else "cpu")
+                measured["removed"], measured["losses"] = greedy_removal(full, rows, keep)
+            else:
+                measured["scores"] = block_influence(source, rows)
             (building / _FILE).write_text(json.dumps(measured))
-    measured = json.loads((directory / _FILE).read_text())
-    return InitialLayers(**found, layers=most_influential(measured["scores"], keep), **measured)
+    found: dict[str, Any] = json.loads((directory / _FILE).read_text())
+    return found
 
 
 def weights_digest(model: torch.nn.Module) -> str:

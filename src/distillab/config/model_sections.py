@@ -14,7 +14,7 @@ from ..errors import nearest
 from .layouts import layout_of
 from .sections import Section
 
-CHOICES = ("influence", "even")
+CHOICES = ("influence", "greedy", "even")
 """``student.init.choose``：怎样挑层，除了一一列出。"""
 
 
@@ -196,10 +196,11 @@ class InitConfig(Section):
         alias="from", min_length=1, description="teacher, or the path of another model."
     )
     layers: int | None = Field(None, gt=0, description="Layers kept.")
-    choose: Literal["influence", "even"] | list[int] = Field(
+    choose: Literal["influence", "greedy", "even"] | list[int] = Field(
         "even",
-        description="Which layers: those that change the hidden state most (measured on training "
-        "text), evenly spaced ones, or a list counted from 0.",
+        description="Which layers: those that change the hidden state most, those left when the "
+        "one whose absence costs least is removed, again and again (both measured on training "
+        "data), evenly spaced ones, or a list counted from 0.",
     )
 
     @field_validator("choose", mode="before")
@@ -232,8 +233,9 @@ class InitConfig(Section):
 class InitialLayers(Section):
     """一次运行的学生从哪些层开始：运行目录里的 ``initial.json``，恢复、评测与导出时照它重建。
 
-    ``total`` 是来源的层数，``layers`` 是留下的；``scores`` 是各层的分数，没有量过是空的；``tokens``
-    是量时用的 token 数。
+    ``total`` 是来源的层数，``layers`` 是留下的；``scores`` 是各层的 block influence，``removed`` 与
+    ``losses`` 是贪心依次拿掉的层与拿掉后的损失（nat 每 token），没有量过的是空的；``tokens`` 是量时
+    用的 token 数。
     """
 
     source: str
@@ -241,6 +243,8 @@ class InitialLayers(Section):
     total: int
     layers: list[int]
     scores: list[float] = Field([])
+    removed: list[int] = Field([])
+    losses: list[float] = Field([])
     tokens: int = 0
 
     def answers(self, init: InitConfig, keep: int) -> bool:
@@ -250,10 +254,12 @@ class InitialLayers(Section):
 
     def line(self) -> str:
         """给日志的一行英文。"""
-        how = {"even": "evenly spaced", "influence": "by block influence"}.get(
-            str(self.choose), "as listed"
-        )
-        measured = f" on {self.tokens:,} training tokens" if self.scores else ""
+        how = {
+            "even": "evenly spaced",
+            "influence": "by block influence",
+            "greedy": "by greedy removal",
+        }.get(str(self.choose), "as listed")
+        measured = f" on {self.tokens:,} training tokens" if self.tokens else ""
         return (
             f"student: layers {', '.join(map(str, self.layers))} of the {self.total} of "
             f"{self.source}, {how}{measured}"
@@ -295,6 +301,16 @@ class StudentSection(Section):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Digest of path.")
     trust_remote_code: bool = Field(False, description="Run model code from path.")
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters of path only.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _saved_before_there_was_a_choice(cls, values: Any) -> Any:
+        # 从前存进运行目录的配方写着每一个键，唯独没有 choose：那时都是均匀的。
+        if isinstance(values, dict) and {"config", "path", "tokenizer", "sha256"} <= values.keys():
+            init = values.get("init")
+            if isinstance(init, dict) and "choose" not in init:
+                return {**values, "init": {**init, "choose": "even"}}
+        return values
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:

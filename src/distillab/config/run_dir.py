@@ -114,6 +114,17 @@ class RunDirectory:
         day = day or date.today()
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": day})})
 
+    def keeping_choice(self, recipe: Recipe) -> Recipe:
+        """没有写怎样挑层的配方，恢复时照上次的：缺省会变，运行开始时的不变。"""
+        init, saved = recipe.student.init, None
+        with suppress(DistillabError):
+            saved = self.recipe.student.init if self.recipe_file.exists() else None
+        if init is None or saved is None or "choose" in init.model_fields_set:
+            return recipe
+        init = init.model_copy(update={"choose": saved.choose})
+        student = recipe.student.model_copy(update={"init": init})
+        return recipe.model_copy(update={"student": student})
+
     def _saved_day(self) -> date | None:
         with suppress(DistillabError):
             return self.recipe.data.today if self.recipe_file.exists() else None

@@ -34,7 +34,17 @@ from .charts import (
 )
 from .measures import Key, difference, duration, headline, measures, memory, number
 from .run_data import RunData, finite, read_runs, signature
-from .tables import answers, costs, flat, method, model_name, results, samples, shown
+from .tables import (
+    answers,
+    costs,
+    flat,
+    initial_layers,
+    method,
+    model_name,
+    results,
+    samples,
+    shown,
+)
 
 logger = logging.getLogger("distillab")
 
@@ -121,6 +131,7 @@ def page(runs: Sequence[RunData], reload_seconds: float | None = None) -> str:
         results=results(runs),
         sections=sections,
         figures={"axes": axes(runs), "charts": drawn},
+        initial=initial_layers(runs),
         samples=samples(runs),
         answers=answers(runs),
         differences=_differences(runs),

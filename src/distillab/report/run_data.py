@@ -18,8 +18,8 @@ from ..figures import AFTER, RUN_MODELS
 from ..parsing import parse_json, parse_yaml
 from ..run_file_shapes import check, read_metrics
 
-FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.jsonl",
-         "evaluation.json", "checks/*.json", "checks/*.jsonl")  # fmt: skip
+FILES = ("recipe.yaml", "environment.json", "initial.json", "metrics.jsonl", "summary.json",
+         "samples.jsonl", "evaluation.json", "checks/*.json", "checks/*.jsonl")  # fmt: skip
 """报告读的全部文件，相对于运行目录；除了头一个都可以没有。"""
 
 
@@ -38,6 +38,7 @@ class RunData:
     recipe_text: str
     rows: list[dict[str, Any]]
     environment: dict[str, Any]
+    initial: dict[str, Any]
     summary: dict[str, Any]
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -135,6 +136,7 @@ def read_run(path: Path) -> RunData:
         recipe_text=text,
         rows=rows,
         environment=_object(path / "environment.json", shapes.ENVIRONMENT),
+        initial=_object(path / "initial.json", shapes.INITIAL),
         summary=_object(path / "summary.json", shapes.SUMMARY),
         evaluation=_object(path / "evaluation.json", shapes.EVALUATION),
         samples=_lines(path / "samples.jsonl", shapes.SAMPLES_ROW),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
@@ -93,7 +94,9 @@ def method(run: RunData) -> list[tuple[str, str]]:
         objective = f"{alpha:g} {divergence} + {1 - alpha:g} cross-entropy"
     teacher = run.get("teacher.path")
     view = "reads experience that the student never sees" if privileged else "same prompt"
-    layers = f"{run.get('student.init.layers', 'some')} layers of the teacher"
+    origin = run.get("student.init.from", TEACHER)
+    kept = f"{run.get('student.init.layers', 'some')} layers"
+    layers = f"{kept} of {'the teacher' if origin == TEACHER else origin}"
     student = run.get("student.path") or (layers if run.get("student.init") else "from scratch")
     return [
         ("responses", said),
@@ -102,6 +105,42 @@ def method(run: RunData) -> list[tuple[str, str]]:
         ("teacher", str(teacher or "none")),
         ("student", str(student) + (", LoRA" if run.get("student.lora") else "")),
     ]
+
+
+CHOSEN = {"even": "evenly spaced", "influence": "by block influence", "greedy": "by greedy removal"}
+"""``student.init.choose`` 给人看的说法；列出来的是 ``as listed``。"""
+MOST_LAYERS = 1000
+"""表里至多这么多层：文件里的数不一定可信。"""
+
+
+def initial_layers(runs: Sequence[RunData]) -> dict[str, Any]:
+    """学生由哪些层开始：每层一行，每次运行一列，``notes`` 说各列是怎样选的；都没有裁剪就没有行。"""
+    cut = [run for run in runs if run.initial]
+    columns, notes = [], []
+    for run in cut:
+        found = run.initial
+        total, layers = int(found["total"]), set(found["layers"])
+        how = CHOSEN.get(str(found.get("choose")), "as listed")
+        on = f" on {found['tokens']:,} training tokens" if found.get("tokens") else ""
+        notes.append(f"{len(layers)} of the {total} layers of {found['source']}, {how}{on}")
+        said = {layer: f"{score:.4f}" for layer, score in enumerate(found.get("scores", []))}
+        losses = zip(found.get("removed", []), found.get("losses", []), strict=False)
+        for turn, (layer, loss) in enumerate(losses, start=1):
+            said[layer] = f"removed {turn}: {loss:.3f}"
+        columns.append(
+            [
+                {"kept": layer in layers, "said": said.get(layer, "")}
+                for layer in range(min(total, MOST_LAYERS))
+            ]
+        )
+    return {
+        "labels": [run.label for run in cut],
+        "colors": [list(runs).index(run) for run in cut],
+        "rows": list(zip_longest(*columns)),
+        "notes": notes,
+        "scored": any(run.initial.get("scores") for run in cut),
+        "removed": any(run.initial.get("removed") for run in cut),
+    }
 
 
 def samples(runs: Sequence[RunData]) -> list[dict[str, Any]]:
