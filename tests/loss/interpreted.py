@@ -150,18 +150,75 @@ def test_distributions_far_apart(name):
     torch.testing.assert_close(gradients, exact.float(), rtol=1e-5, atol=1e-7)
 
 
+def shuffle(rows, seed):
+    """一行一个样：尖的、平的、相近的、错开了一个常数的。"""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high: low + (high - low) * torch.rand((), generator=generator)  # noqa: E731
+    rows.labels = torch.randint(VOCAB, (rows.count,), generator=generator)
+    for student, teacher in zip(rows.student, rows.teacher, strict=True):
+        teacher.normal_(generator=generator).mul_(10 ** uniform(-2, 1.5))
+        student.normal_(generator=generator).mul_(10 ** uniform(-2, 1.5))
+        if uniform(0, 1) < 0.4:
+            student.mul_(10 ** uniform(-6, 0) / student.std()).add_(teacher)
+        if uniform(0, 1) < 0.3:
+            token = torch.randint(VOCAB, (), generator=generator)
+            student[token] += uniform(0, 40)
+            teacher[token] += uniform(0, 40)
+        elif uniform(0, 1) < 0.5:
+            (student if uniform(0, 1) < 0.5 else teacher)[8] += uniform(0, 40)
+        if uniform(0, 1) < 0.3:
+            student += uniform(-50, 50)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_random_rows_keep_their_digits(name):
+    """float32 的一行，六位；教师与标签的几乎确定、两个模型的几乎一致，都不由 1 减出来。"""
+    for seed, (alpha, temperature) in enumerate([(1.0, 1.0), (0.3, 1.0), (0.3, 2.0), (1.0, 5.0)]):
+        loss = LossConfig(
+            divergence=name, alpha=alpha, temperature=temperature,
+            label_smoothing=0.1 * (temperature == 2), **DIVERGENCES[name],
+        )  # fmt: skip
+        rows = Rows(loss, 8 * (None,))
+        shuffle(rows, seed)
+        if alpha == 1:
+            rows.labels = None
+        (values, gradients), (expected, exact) = rows.found(), rows.exact()
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-8)
+        for left, right in zip(gradients, exact, strict=True):
+            assert (left - right).norm() < 1e-4 * right.norm() + 5e-8
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_reverse_kl"])
 @pytest.mark.parametrize("sharp", ["student", "teacher"])
-def test_a_sharp_and_a_flat_distribution(sharp, monkeypatch):
-    """两个归一化项相差两万倍：之比的对数不能由 ``1 + (比 - 1)`` 来算。"""
+def test_a_sharp_and_a_flat_distribution(sharp, name, monkeypatch):
+    """两个归一化项相差两万倍，学生几乎只给一个 token：梯度是 h 与它的平均之差，两个约 10 的数。"""
     monkeypatch.setattr(kernels, "BLOCK", 1024)
     monkeypatch.setitem(globals(), "VOCAB", 20_001)
     monkeypatch.setitem(globals(), "STRIDE", 20_032)
-    loss = LossConfig(divergence="reverse_kl", alpha=1.0, temperature=1.0)
+    loss = LossConfig(divergence=name, alpha=1.0, temperature=1.0, **DIVERGENCES[name])
     rows = Rows(loss, seed=4, labels=False)
     flat = "teacher" if sharp == "student" else "student"
     getattr(rows, flat).mul_(1e-3)
     getattr(rows, sharp)[:, 77] += 18
-    compare(rows, (0.02,))  # 学生几乎只给一个 token：梯度是 d 与它的平均之差，两个约 10 的数
+    compare(rows, (1e-5,))
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_reverse_kl"])
+def test_models_a_constant_apart(name):
+    """两个模型相近，学生的 logits 却整个高出 47.3：舍入只有 logits 自己的。"""
+    loss = LossConfig(divergence=name, alpha=1.0, temperature=0.5, **DIVERGENCES[name])
+    rows = Rows(loss, (0.02, 0.02), seed=5, labels=False, far=3.0)
+    rows.student += 47.3
+    found, (_, exact) = rows.found()[1], rows.exact()
+    for left, right in zip(found, exact, strict=True):
+        assert relative(left, right) < 2e-6
+
+
+def test_a_label_that_is_almost_certain():
+    """CE 与它的梯度都是 ``1 - q``，约 1e-6，不由 1 减出来。"""
+    rows = Rows(LossConfig(alpha=0.0))
+    rows.student[0, 199] = rows.student.max() + 14
+    compare(rows, (1e-6,))
 
 
 def test_no_teacher_and_label_metrics():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..limits import MANY_ROWS, MANY_STEPS
+from ..loss.products import MixedProducts
 from ..models.interface import LanguageModel
 from ..models.kv_cache import autocast_dtype
 from ..models.lora import adapters_off, is_plain_float32, mergeable_layers, merged_weight
@@ -76,12 +77,14 @@ def sampling_logits(head: Head) -> Callable[[Tensor], Tensor]:
     compute = autocast_dtype(device) or head.weight.dtype
     if device.type != "cuda" or compute not in (torch.float16, torch.bfloat16):
         return head.logits
-    weight = head.weight.detach().to(compute)
+    products = MixedProducts(compute)
+    weight = products.weight(head.weight)
 
     def logits(hidden: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            rows = hidden.to(compute)
-            return head.finish(torch.mm(rows, weight.T, out_dtype=torch.float32))
+            out = hidden.new_empty(len(hidden), len(weight), dtype=products.dtype)
+            products.logits(products.rows(hidden), weight, out)
+            return head.finish(out)
 
     return logits
 

@@ -45,9 +45,9 @@ def log1p(y):
 
 @triton.jit
 def log_ratio(a, b):
-    """``log(a / b)``，两个正数相近时也准，相差几个数量级时也准。"""
-    y = (a - b) / b
-    return tl.where(tl.abs(y) < SMALL, log1p(y), tl.log(a / b))
+    """``log((1 + a) / (1 + b))``：相近时、接近 0 时、相差几个数量级时都准。"""
+    y = (a - b) / (1 + b)
+    return tl.where(tl.abs(y) < SMALL, log1p(y), tl.log((1 + a) / (1 + b)))
 
 
 @triton.jit
@@ -70,52 +70,82 @@ def finish(product, bias, offsets, inside, SCALE: tl.constexpr, SOFTCAP: tl.cons
 
 
 @triton.jit
+def grown(x, top, rest, RATE: tl.constexpr):
+    """在线的 ``rest = Σ exp(x - max) - 1`` 读进 x；返回 ``(x 是不是新的 max, x 与 max 中小的缩小
+    多少, 旧的各项缩小多少, 新的 rest)``。
+
+    少记那个 1：几乎确定的分布只有它之外的一点，``1 + rest`` 装不下。
+    """
+    above = x > top
+    decay = tl.exp2(-tl.abs(x - top) * RATE)
+    old = tl.where(above, decay, 1.0)
+    return above, decay, old, rest * old + decay
+
+
+@triton.jit
+def together(top, rest, lanes, RATE: tl.constexpr):
+    """各 lane 的 ``rest`` 合成一行的，仍少记一个 1；返回 ``(max 是不是这条, 各缩小多少, 和)``。"""
+    first = lanes == tl.argmax(top, 0)
+    decay = tl.exp2((top - tl.max(top, 0)) * RATE)
+    return first, decay, tl.sum((rest + tl.where(first, 0.0, 1.0)) * decay, 0)
+
+
+@triton.jit
 def contribution(
-    s, t, top, teacher_top, shift, share, teacher_share,
+    s, t, top, teacher_top, apart, tops, ratio, star, share, teacher_share,
     DIVERGENCE: tl.constexpr, MIX: tl.constexpr, COLD: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
     """``(f, h, p, q)``，含义见 ``rows.elementwise``；没有概率的列上 f、p、q 是 0。
 
-    以 p、q 中较大的 ``big`` 为单位：另一个是 ``big (1 + e)``，``e = expm1(x)``，``x = -|d|``。每个
-    f 都写成 ``big`` 乘一个二阶小量，不经过一阶的项。
+    ``u = s - apart - t``；``tops`` 是两个 top 之间的，``star`` 是学生的 top 那一列的，那里的 h 在
+    ``reverse_kl`` 已经减去。以 p、q 中较大的 ``big`` 为单位：另一个是 ``big (1 + e)``，
+    ``e = expm1(x)``，``x = -|d|``。每个 f 都写成 ``big`` 乘一个二阶小量，不经过一阶的项。
     """
-    d = (s - t) * COLD - shift
+    u = s - apart - t
     if GAPS:
-        d = tl.where(s > float("-inf"), d, 0.0)
+        u = tl.where(s > float("-inf"), u, 0.0)
+    d = (u - tops) * COLD - ratio
     more = d > 0  # 学生给的更多
     x = -tl.abs(d)
-    ratio = tl.exp2(x * LOG2_E)
+    lower = tl.exp2(x * LOG2_E)
     small = x > -SMALL
-    rest = tl.where(small, x * x * expm1_rest(x), ratio - 1 - x)  # e - x
-    e = tl.where(small, x + rest, ratio - 1)
-    turn = e * x - rest  # (1 + e) x - e
+    curve = x * x * expm1_rest(x)
+    e = tl.where(small, x + curve, lower - 1)
+    rest = tl.where(small, curve, e - x)  # e - x
+    turn = tl.where(small, e * x - curve, lower * x - e)  # (1 + e) x - e
     big = tl.exp2(tl.where(more, s - top, t - teacher_top) * (COLD * LOG2_E))
     big *= tl.where(more, share, teacher_share)
-    p, q = tl.where(more, big * ratio, big), tl.where(more, big, big * ratio)
+    p, q = tl.where(more, big * lower, big), tl.where(more, big, big * lower)
     if DIVERGENCE == "forward_kl":
         f = big * tl.where(more, turn, rest)
         h = tl.where(more, -big * e, big * e)
     elif DIVERGENCE == "reverse_kl":
         f = big * tl.where(more, rest, turn)
-        h = d
-    else:  # m = W p + (1-W) q = big (1 + y)
-        W: tl.constexpr = 1 - MIX if DIVERGENCE == "skew_reverse_kl" else MIX
-        y = e * tl.where(more, W, 1 - W)
+        h = (u - star) * COLD
+    elif DIVERGENCE == "jsd":  # m = W p + (1-W) q = big (1 + y)
+        y = e * tl.where(more, MIX, 1 - MIX)
         below = y * y * log1p_rest(y)  # y - log1p(y)
-        if (W if W > 0.5 else 1 - W) > 0.5:  # 否则 y 不会小于 -SMALL
+        if (MIX if MIX > 0.5 else 1 - MIX) > 0.5:  # 否则 y 不会小于 -SMALL
             below = tl.where(y > -SMALL, below, y - tl.log2(1 + y) * LN_2)
         log = y - below
-        b = tl.where(more, -log, x - log)  # log q - log m
-        if DIVERGENCE == "jsd":
-            # (1 + y) log1p(y) - y = y² - (1 + y) below
-            f = big * (tl.where(more, W, 1 - W) * turn - (y * y - (1 + y) * below))
-            h = (1 - W) * b
+        # (1 + y) log1p(y) - y = y² - (1 + y) below
+        f = big * (tl.where(more, MIX, 1 - MIX) * turn - (y * y - (1 + y) * below))
+        h = (1 - MIX) * tl.where(more, -log, x - log)  # log q - log m
+    else:  # m = W p + (1-W) q = big (1 + y) = 较小的 / (1 + z)；f 只要自己那一个与 m 之比
+        FORWARD: tl.constexpr = DIVERGENCE == "skew_forward_kl"
+        lesser = more if FORWARD else d <= 0
+        W: tl.constexpr = MIX if FORWARD else 1 - MIX
+        y = e * tl.where(more, W, 1 - W)
+        share_of_big = 1 / (1 + y)
+        z = (1 - MIX) * e * share_of_big
+        r = tl.where(lesser, z, y)
+        below = r * r * log1p_rest(r)  # r - log1p(r)
+        log = tl.log2(1 + y) * LN_2
+        below = tl.where(r > -SMALL, below, r - tl.where(lesser, x - log, log))
+        # (1 + z) log1p(z) - z = z² - (1 + z) below，1 + z = (1 + e) / (1 + y)
+        f = big * tl.where(lesser, (1 + y) * z * z - lower * below, below)
+        if FORWARD:
+            h = (1 - W) * tl.where(more, -z, y * share_of_big)
         else:
-            mixed = turn + below - e * log
-            if DIVERGENCE == "skew_forward_kl":
-                f = big * tl.where(more, mixed, below)
-                h = (1 - W) * tl.where(more, -(1 - W) * e, y) / (1 + y)
-            else:
-                f = big * tl.where(more, below, mixed)
-                h = b - MIX * tl.where(more, -y, W * e) / (1 + y)
+            h = tl.where(lesser, (1 - MIX) * z - below, below - y * (1 - MIX * share_of_big))
     return f, h, p, q

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel_math import LOG2_E, contribution, finish, log1p, log_ratio
+from .kernel_math import LOG2_E, contribution, finish, grown, log1p, log_ratio, together
 from .rows import RowSpec, RowValues
 
 BLOCK = 1024
@@ -63,51 +63,51 @@ def _pair(student, teacher, bias, teacher_bias, offsets, stride, vocab,
 
 
 @triton.jit
-def _grown(x, top, RATE: tl.constexpr):
-    """读进 x 之后，在线的 ``Σ exp(x - max)`` 里旧的和与新的一项各乘多少。"""
-    decay = tl.exp2(-tl.abs(x - top) * RATE)
-    return tl.where(x > top, decay, 1.0), tl.where(x > top, 1.0, decay)
-
-
-@triton.jit
 def _measure(
-    s, t, top, mass, plain_mass, logit_sum, moment,
-    teacher_top, teacher_mass, teacher_plain_mass, lead,
-    DIVERGENCE: tl.constexpr, COLD: tl.constexpr, DISTILS: tl.constexpr, APART: tl.constexpr,
-    SMOOTHS: tl.constexpr, GAPS: tl.constexpr,
+    student, teacher, bias, teacher_bias, offsets, stride, vocab,
+    top, rest, plain_rest, logit_sum, partner, moment,
+    teacher_top, teacher_rest, teacher_plain_rest, lead,
+    DIVERGENCE: tl.constexpr, COLD: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr, APART: tl.constexpr,
+    SMOOTHS: tl.constexpr, GAPS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """第一遍的一段，返回更新了的九个状态，都是每条 lane 一个。"""
-    old, new = _grown(s, top, COLD * LOG2_E)
-    mass = mass * old + new
-    if DISTILS:
-        u = (s - t) * COLD
+    """第一遍的一段，返回更新了的十个状态，都是每条 lane 一个。"""
+    s, t, _slope = _pair(student, teacher, bias, teacher_bias, offsets, stride, vocab,
+                         SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, TAIL)  # fmt: skip
+    if APART:
+        _above, _decay, _old, plain_rest = grown(s, top, plain_rest, LOG2_E)
+    above, decay, old, new_rest = grown(s, top, rest, COLD * LOG2_E)
+    if teacher is not None:
+        u = s - t
         if GAPS:  # 没有概率的列上 -inf - -inf
             u = tl.where(s > float("-inf"), u, 0.0)
-        if DIVERGENCE == "reverse_kl":
-            moment = moment * old + new * u
-    if APART:
-        old, new = _grown(s, top, LOG2_E)
-        plain_mass = plain_mass * old + new
+        if DIVERGENCE == "reverse_kl":  # max 处的 u 是零点；max 换了，零点也换
+            weight = tl.where(above, -1.0 - rest, 1.0)
+            moment = moment * old + decay * weight * (u - (top - partner))
+        if DIVERGENCE != "forward_kl":
+            partner = tl.where(above, t, partner)
+    rest = new_rest
     top = tl.maximum(top, s)
     if SMOOTHS:
         logit_sum += tl.where(s > float("-inf"), s, 0.0)
-    if DISTILS:
-        old, new = _grown(t, teacher_top, COLD * LOG2_E)
-        teacher_mass = teacher_mass * old + new
-        near = tl.where(tl.abs(u) < CLOSE, u + u * (0.5 * u), float("nan"))
-        lead = lead * old + new * near
+    if teacher is not None:
         if APART:
-            old, new = _grown(t, teacher_top, LOG2_E)
-            teacher_plain_mass = teacher_plain_mass * old + new
+            _above, _decay, _old, teacher_plain_rest = grown(
+                t, teacher_top, teacher_plain_rest, LOG2_E
+            )
+        above, decay, old, teacher_rest = grown(t, teacher_top, teacher_rest, COLD * LOG2_E)
+        u *= COLD
+        near = tl.where(tl.abs(u) < CLOSE, u + u * (0.5 * u), float("nan"))
+        lead = lead * old + tl.where(above, 1.0, decay) * near
         teacher_top = tl.maximum(teacher_top, t)
-    return (top, mass, plain_mass, logit_sum, moment,
-            teacher_top, teacher_mass, teacher_plain_mass, lead)  # fmt: skip
+    return (top, rest, plain_rest, logit_sum, partner, moment,
+            teacher_top, teacher_rest, teacher_plain_rest, lead)  # fmt: skip
 
 
 @triton.jit
 def _weigh(
-    student, teacher, gradient, bias, teacher_bias, offsets, stride, vocab, label, present,
-    top, teacher_top, shift, share, teacher_share, plain_share, centre,
+    student, teacher, gradient, bias, teacher_bias, offsets, stride, vocab, label, miss, present,
+    top, teacher_top, apart, tops, ratio, star, share, teacher_share, plain_share, origin, centre,
     worth, surprise, hits, pull,
     DIVERGENCE: tl.constexpr, MIX: tl.constexpr, ALPHA: tl.constexpr, TEMPERATURE: tl.constexpr,
     SMOOTHING: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -120,8 +120,11 @@ def _weigh(
                         SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, TAIL)  # fmt: skip
     d_logits, q = s * 0, s * 0
     if teacher is not None:
-        f, h, p, q = contribution(s, t, top, teacher_top, shift, share, teacher_share,
-                                   DIVERGENCE, MIX, 1 / TEMPERATURE, GAPS)  # fmt: skip
+        f, h, p, q = contribution(
+            s, t, top, teacher_top, apart, tops, ratio, star, share, teacher_share,
+            DIVERGENCE, MIX, 1 / TEMPERATURE, GAPS,
+        )  # fmt: skip
+        h -= origin
         if SUMS:
             below = t - teacher_top
             worth += f
@@ -134,9 +137,9 @@ def _weigh(
         if ALPHA < 1:
             if APART or teacher is None:
                 q = tl.exp2((s - top) * LOG2_E) * plain_share
+            q = tl.where(offsets == label, miss, q)
             if SMOOTHING > 0:
                 q -= SMOOTHING / present
-            q -= tl.where(offsets == label, 1.0 - SMOOTHING, 0.0)
             d_logits += (1 - ALPHA) * q
         d_logits *= slope * FACTOR
         if GAPS:
@@ -179,113 +182,109 @@ def distil_rows(
     nothing = tl.zeros([BLOCK], tl.float32)
 
     top, teacher_top = nothing + LOWEST, nothing + LOWEST
-    mass, plain_mass, logit_sum, moment = nothing, nothing, nothing, nothing
-    teacher_mass, teacher_plain_mass, lead = nothing, nothing, nothing
-    for block in range(0, whole):
-        s, t, _slope = _pair(
-            student, teacher, bias, teacher_bias, block * BLOCK + lanes, stride, vocab,
-            SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, False,
-        )  # fmt: skip
-        (top, mass, plain_mass, logit_sum, moment,
-         teacher_top, teacher_mass, teacher_plain_mass, lead) = _measure(
-            s, t, top, mass, plain_mass, logit_sum, moment,
-            teacher_top, teacher_mass, teacher_plain_mass, lead,
-            DIVERGENCE, COLD, DISTILS, APART, SMOOTHING > 0, HOLES,
-        )  # fmt: skip
-    s, t, _slope = _pair(
-        student, teacher, bias, teacher_bias, whole * BLOCK + lanes, stride, vocab,
-        SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, True,
-    )  # fmt: skip
-    (top, mass, plain_mass, logit_sum, moment,
-     teacher_top, teacher_mass, teacher_plain_mass, lead) = _measure(
-        s, t, top, mass, plain_mass, logit_sum, moment,
-        teacher_top, teacher_mass, teacher_plain_mass, lead,
-        DIVERGENCE, COLD, DISTILS, APART, SMOOTHING > 0, True,
-    )  # fmt: skip
+    rest, plain_rest, logit_sum, partner, moment = nothing, nothing, nothing, nothing, nothing
+    teacher_rest, teacher_plain_rest, lead = nothing, nothing, nothing
+    for part in tl.static_range(0, 2):  # 整块的，不足一块的
+        for index in range(0, 1 if part == 1 else whole):
+            block = whole if part == 1 else index
+            (top, rest, plain_rest, logit_sum, partner, moment,
+             teacher_top, teacher_rest, teacher_plain_rest, lead) = _measure(
+                student, teacher, bias, teacher_bias, block * BLOCK + lanes, stride, vocab,
+                top, rest, plain_rest, logit_sum, partner, moment,
+                teacher_top, teacher_rest, teacher_plain_rest, lead,
+                DIVERGENCE, COLD, SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP,
+                APART, SMOOTHING > 0, HOLES or part == 1, part == 1,
+            )  # fmt: skip
 
     highest = tl.max(top, 0)
-    decay = tl.exp2((top - highest) * (COLD * LOG2_E))
-    mass_sum = tl.sum(mass * decay, 0)
-    plain_sum, share = mass_sum, 1 / mass_sum
+    first, decay, rest_sum = together(top, rest, lanes, COLD * LOG2_E)
+    plain_sum, share = rest_sum, 1 / (1 + rest_sum)
     if APART:
-        plain_sum = tl.sum(plain_mass * tl.exp2((top - highest) * LOG2_E), 0)
-    plain_share = 1 / plain_sum
+        _first, _decay, plain_sum = together(top, plain_rest, lanes, LOG2_E)
+    plain_share = 1 / (1 + plain_sum)
     divergence, cross_entropy, teacher_cross_entropy, entropy, agreement = 0.0, 0.0, 0.0, 0.0, 0.0
-    teacher_highest, teacher_share, shift, centre = 0.0, 0.0, 0.0, 0.0
+    teacher_highest, teacher_share, apart, tops, ratio, star, origin, centre = (
+        0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
+    )  # fmt: skip
     if DISTILS:
         teacher_highest = tl.max(teacher_top, 0)
-        teacher_decay = tl.exp2((teacher_top - teacher_highest) * (COLD * LOG2_E))
-        teacher_sum = tl.sum(teacher_mass * teacher_decay, 0)
-        teacher_plain_sum, teacher_share = teacher_sum, 1 / teacher_sum
+        _first, teacher_decay, teacher_sum = together(
+            teacher_top, teacher_rest, lanes, COLD * LOG2_E
+        )
+        teacher_plain_sum, teacher_share = teacher_sum, 1 / (1 + teacher_sum)
         if APART:
-            teacher_plain_sum = tl.sum(
-                teacher_plain_mass * tl.exp2((teacher_top - teacher_highest) * LOG2_E), 0
+            _first, _decay, teacher_plain_sum = together(
+                teacher_top, teacher_plain_rest, lanes, LOG2_E
             )
-        shift = (highest - teacher_highest) * COLD
-        shift += log_ratio(mass_sum, teacher_sum)
+        # d 是 u - tops 与归一化项之比 ratio 之差；apart 是 tops 的整数部分，从 s 里减去它没有舍入
+        ratio = log_ratio(rest_sum, teacher_sum)
+        apart = tl.floor(highest - teacher_highest + ratio * TEMPERATURE + 0.5)
+        tops = highest - apart - teacher_highest
         lead_mean = tl.sum(lead * teacher_decay, 0) * teacher_share
-        shift = tl.where(lead_mean == lead_mean, log1p(lead_mean), shift)
-        centre = tl.sum(moment * decay, 0) * share - shift  # E_q[d]，reverse_kl 才用
+        near = log1p(lead_mean) - (highest - teacher_highest) * COLD
+        ratio = tl.where(lead_mean == lead_mean, near, ratio)
+        # 学生最大的一列上教师的 logit：h 从这一列算起，几乎确定的学生的梯度全是别处与它之差
+        there = tl.sum(tl.where(first, partner, 0.0), 0)
+        star = highest - apart - there
+        if DIVERGENCE == "reverse_kl":
+            moment += (1 + rest) * (top - partner - (highest - there))
+            centre = tl.sum(moment * decay, 0) * (share * COLD)  # E_q[d] 减去最大那一列的 d
 
-    label = 0
+    label, miss = 0, 0.0
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32)
         logit, teacher_logit, _unused = _pair(
             student, teacher, bias, teacher_bias, label + tl.zeros([1], tl.int32), stride, vocab,
             SCALE, SOFTCAP, TEACHER_SCALE, TEACHER_SOFTCAP, False,
         )  # fmt: skip
-        log_sum = log_ratio(plain_sum, 1.0)
-        cross_entropy = log_sum + (highest - tl.sum(logit, 0))
+        log_sum = log1p(plain_sum)
+        behind = highest - tl.sum(logit, 0)
+        cross_entropy = log_sum + behind
+        # q - 1：标签最可能时正是 -rest / (1 + rest)
+        miss = (tl.exp2(-behind * LOG2_E) - 1 - plain_sum) * plain_share + SMOOTHING
         if SMOOTHING > 0:
             average = log_sum + (highest - tl.sum(logit_sum, 0) / present)
             cross_entropy = (1 - SMOOTHING) * cross_entropy + SMOOTHING * average
         if DISTILS:
-            teacher_log_sum = log_ratio(teacher_plain_sum, 1.0)
+            teacher_log_sum = log1p(teacher_plain_sum)
             teacher_cross_entropy = teacher_log_sum + (teacher_highest - tl.sum(teacher_logit, 0))
+
+    values += row
+    tl.store(values + rows, cross_entropy)
+    tl.store(values + 2 * rows, teacher_cross_entropy)
 
     # 其余的 divergence 要先知道 E_q[h]，才写得出梯度：先只求和，再读一遍
     ONCE: tl.constexpr = DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl"
     LAST: tl.constexpr = 1 if DISTILS and (LEARNS and not ONCE) else 0
+    if LAST:
+        _f, origin, _p, _q = contribution(
+            highest, there, highest, teacher_highest, apart, tops, ratio, star, share,
+            teacher_share, DIVERGENCE, MIX, COLD, False,
+        )  # fmt: skip
     worth, surprise, pull = nothing, nothing, nothing
     hits = nothing + LOWEST
-    # 上一遍最后读的还在缓存里，这一遍从那里读起：方向因而相反
+    # 上一遍最后读的还在缓存里，这一遍从那里读起：方向因而相反，不足一块的先读
     for step in tl.static_range(0, LAST + 1 if DISTILS or LEARNS else 0):
-        if step == 0:
-            worth, surprise, hits, pull = _weigh(
-                student, teacher, gradient, bias, teacher_bias, whole * BLOCK + lanes, stride,
-                vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull,
-                DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
-                TEACHER_SOFTCAP, FACTOR, APART, True, True, step == 0, LEARNS and step == LAST,
-            )  # fmt: skip
-        for index in range(0, whole):
-            block = whole - 1 - index if step == 0 else index
-            worth, surprise, hits, pull = _weigh(
-                student, teacher, gradient, bias, teacher_bias, block * BLOCK + lanes, stride,
-                vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull,
-                DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
-                TEACHER_SOFTCAP, FACTOR, APART, HOLES, False, step == 0, LEARNS and step == LAST,
-            )  # fmt: skip
-        if step == 1:
-            worth, surprise, hits, pull = _weigh(
-                student, teacher, gradient, bias, teacher_bias, whole * BLOCK + lanes, stride,
-                vocab, label, present, highest, teacher_highest, shift, share, teacher_share,
-                plain_share, centre, worth, surprise, hits, pull,
-                DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
-                TEACHER_SOFTCAP, FACTOR, APART, True, True, step == 0, LEARNS and step == LAST,
-            )  # fmt: skip
+        for part in tl.static_range(0, 2):
+            for index in range(0, 1 if part == step else whole):
+                block = index if step == 1 else whole - 1 - index
+                block = whole if part == step else block
+                worth, surprise, hits, pull = _weigh(
+                    student, teacher, gradient, bias, teacher_bias, block * BLOCK + lanes, stride,
+                    vocab, label, miss, present, highest, teacher_highest, apart, tops, ratio, star,
+                    share, teacher_share, plain_share, origin, centre, worth, surprise, hits, pull,
+                    DIVERGENCE, MIX, ALPHA, TEMPERATURE, SMOOTHING, SCALE, SOFTCAP, TEACHER_SCALE,
+                    TEACHER_SOFTCAP, FACTOR, APART, HOLES or part == step, part == step,
+                    step == 0, LEARNS and step == LAST,
+                )  # fmt: skip
         if step < LAST:
             centre = tl.sum(pull, 0)
 
     if DISTILS:
         divergence = tl.sum(worth, 0)
-        entropy = log_ratio(teacher_sum, 1.0) + tl.sum(surprise, 0) * COLD
+        entropy = log1p(teacher_sum) + tl.sum(surprise, 0) * COLD
         agreement = tl.where(tl.max(hits, 0) == 0, 1.0, 0.0)
-    values += row
     tl.store(values, divergence)
-    tl.store(values + rows, cross_entropy)
-    tl.store(values + 2 * rows, teacher_cross_entropy)
     tl.store(values + 3 * rows, entropy)
     tl.store(values + 4 * rows, agreement)
 
