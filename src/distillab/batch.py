@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import compress, pairwise
 
 import torch
@@ -79,6 +79,10 @@ class Tokens:
         return [self.ids[position] for position in self.response]
 
 
+Segment = tuple[range, range]
+"""``(学生, 教师)`` 的位置：两边的这些 token 应当是同样的文字。"""
+
+
 @dataclass(frozen=True)
 class Example:
     """一条训练数据：学生与教师各自读到的序列，response 相同。
@@ -86,6 +90,7 @@ class Example:
     Attributes:
         student: 学生的视角。
         teacher: 教师的视角；没有特权信息时就是 ``student``。
+        segments: 分词器不同时，两个视角里同样的文字在哪里；``None`` 为 token 相同。
 
     Raises:
         ValueError: 两个视角的 response 不同。
@@ -93,6 +98,7 @@ class Example:
 
     student: Tokens
     teacher: Tokens
+    segments: tuple[Segment, ...] | None = None
 
     @property
     def views(self) -> tuple[Tokens, ...]:
@@ -100,11 +106,39 @@ class Example:
         return (self.student,) if self.teacher is self.student else (self.student, self.teacher)
 
     def __post_init__(self) -> None:
-        if self.teacher is not self.student and self.student.labels != self.teacher.labels:
+        same = self.teacher is self.student or self.segments is not None
+        if not same and self.student.labels != self.teacher.labels:
             raise ValueError(
                 f"the two views of an example must share one response, found "
                 f"{len(self.student.response)} and {len(self.teacher.response)} tokens"
             )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """分词器不同时，教师的标签与两边的各段：一段是两种切法都在其两头断开的最短的文字。
+
+    Attributes:
+        teacher_labels: ``[P_t]``，int64，教师的 response token。
+        student_chunk: ``[P]``，int64，学生的每个 response token 在第几段；没有对上的是 ``C``。
+        teacher_chunk: ``[P_t]``，同上，教师的。
+        student_first: ``[C]``，int64，各段的第一个 token 是学生的第几个 response token。
+        teacher_first: ``[C]``，同上，教师的。
+    """
+
+    teacher_labels: Tensor
+    student_chunk: Tensor
+    teacher_chunk: Tensor
+    student_first: Tensor
+    teacher_first: Tensor
+
+    def __len__(self) -> int:
+        """段数 ``C``。"""
+        return len(self.student_first)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Alignment:
+        """对每个张量施加 ``function``。"""
+        return Alignment(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -123,6 +157,7 @@ class Batch:
         student: 学生的视角。
         teacher: 教师的视角；prompt 与长度可以不同，``P`` 必须相同。
         labels: ``[P]``，int64，response token；不含 ``IGNORE_INDEX``。
+        alignment: 分词器不同时教师的标签，与两边怎样对上；那时教师的行数是它自己的 ``P_t``。
         examples: 这一批由哪些 ``Example`` 拼成，留在主机上；文本块没有。
         failed: 本该在这一批、读不出或拼不进去的。
 
@@ -135,10 +170,11 @@ class Batch:
     labels: Tensor
     examples: tuple[Example, ...] | None = None
     failed: tuple[FailedRow, ...] = ()
+    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.student.index), len(self.teacher.index), len(self.labels))
-        if len(set(sizes)) != 1:
+        if len(set(sizes)) != 1 and self.alignment is None:
             raise ValueError(
                 f"a batch has one row per response token in both views, found "
                 f"{sizes[0]} student rows, {sizes[1]} teacher rows and {sizes[2]} labels"
@@ -152,7 +188,8 @@ class Batch:
         """对每个张量施加 ``function``；两个视角是同一个对象时只做一次。"""
         student = self.student.map(function)
         teacher = student if self.teacher is self.student else self.teacher.map(function)
-        return Batch(student, teacher, function(self.labels), self.examples, self.failed)
+        aligned = None if self.alignment is None else self.alignment.map(function)
+        return Batch(student, teacher, function(self.labels), self.examples, self.failed, aligned)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """搬到 ``device``；Accelerate 的 DataLoader 会调用它。去 GPU 的先锁页，主机总是不等。"""
@@ -229,27 +266,8 @@ def _collated(
     ]
 
     def view(side: Callable[[Example], Tokens]) -> View:
-        length = max(sum(len(side(example).ids) for example in row) for row in rows)
-        ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-        mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-        index: list[int] = []
-        kept = iter(keep)
-        for number, row in enumerate(rows):
-            start = 0
-            for tokens in map(side, row):
-                end = start + len(tokens.ids)
-                ids[number, start:end] = torch.tensor(tokens.ids)
-                mask[number, start:end] = 1
-                positions[number, start:end] = torch.arange(end - start)
-                # 位置 t 的 token 由 t - 1 处的 hidden state 预测
-                before = number * length + start - 1
-                index += [before + place for place in compress(tokens.response, next(kept))]
-                start = end
-            positions[number, start:] = torch.arange(length - start)
-        predicting = torch.tensor(index, dtype=torch.long)
-        if packed:
-            return View(ids, None, predicting, positions)
-        return View(ids, None if bool(mask.all()) else mask, predicting)
+        return collate_view([[side(example) for example in row] for row in rows], keep, pad_id,
+                            packed=packed)  # fmt: skip
 
     student = view(lambda example: example.student)
     same = all(example.teacher is example.student for example in examples)
@@ -258,3 +276,37 @@ def _collated(
         token for part, kept in zip(responses, keep, strict=True) for token in compress(part, kept)
     ]
     return Batch(student, teacher, torch.tensor(labels, dtype=torch.long), tuple(examples))
+
+
+def collate_view(
+    rows: Sequence[Sequence[Tokens]],
+    keep: Iterable[Sequence[bool]] | None,
+    pad_id: int,
+    *,
+    packed: bool,
+) -> View:
+    """一个视角：每行首尾相接地放几条（不是 ``packed`` 时只有一条），右边 padding；``keep`` 是逐条
+    的、哪几个 response token 要预测，``None`` 为全部。
+    """
+    length = max(sum(len(tokens.ids) for tokens in row) for row in rows)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    index: list[int] = []
+    kept = None if keep is None else iter(keep)
+    for number, row in enumerate(rows):
+        start = 0
+        for tokens in row:
+            end = start + len(tokens.ids)
+            ids[number, start:end] = torch.tensor(tokens.ids)
+            mask[number, start:end] = 1
+            positions[number, start:end] = torch.arange(end - start)
+            # 位置 t 的 token 由 t - 1 处的 hidden state 预测
+            before = number * length + start - 1
+            places = tokens.response if kept is None else compress(tokens.response, next(kept))
+            index += [before + place for place in places]
+            start = end
+        positions[number, start:] = torch.arange(length - start)
+    predicting = torch.tensor(index, dtype=torch.long)
+    if packed:
+        return View(ids, None, predicting, positions)
+    return View(ids, None if bool(mask.all()) else mask, predicting)

@@ -88,7 +88,12 @@ def train(
         _ = splits.pairs  # 写错的数据不必等几十亿参数装好才发现
         tasks = load_tasks(recipe.evaluate, recipe.data)
         parts = parts or build_models(
-            recipe.student, recipe.teacher, recipe.train, splits, run.initial
+            recipe.student,
+            recipe.teacher,
+            recipe.train,
+            splits,
+            run.initial,
+            across=recipe.loss.across,
         )
         if parts.initial is not None and main_process():
             run.write_initial(parts.initial)
@@ -123,6 +128,8 @@ def train(
                 "peak_memory_bytes": peak_memory_bytes(),
                 "parameters": parameters,
             }
+            if trainer.across.audit is not None:
+                summary["alignment"] = trainer.across.audit
             if prompts := recipe.evaluate.prompts:
                 asked = sample_prompts(recipe.evaluate, recipe.data, parts.tokenizer)
                 texts = continued(parts.student, parts.tokenizer, asked, recipe.evaluate)
@@ -207,7 +214,12 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
         else:
             sweep(filter(idle, leftovers(target.parent, target.name)))
         parts = build_models(
-            recipe.student, recipe.teacher, recipe.train, Splits(recipe), run.initial
+            recipe.student,
+            recipe.teacher,
+            recipe.train,
+            Splits(recipe),
+            run.initial,
+            across=recipe.loss.across,
         )
         state = load_student(parts.student, path)
         metrics, after = _recorded(run)
@@ -242,10 +254,12 @@ def _recorded(run: RunDirectory) -> tuple[dict[str, Metrics], dict[int, Metrics]
     validation: dict[int, Metrics] = {}
     null = {"perplexity": math.nan, "cross_entropy": math.nan}  # 不是有限值的写成了 null
     for row in read_metrics(run.metrics_file):
-        if not row.keys() >= Metrics.__annotations__.keys():
+        if not row.keys() >= Metrics.__required_keys__:
             continue
         metrics: Any = {
-            key: null.get(key) if row[key] is None else row[key] for key in Metrics.__annotations__
+            key: null.get(key) if row[key] is None else row[key]
+            for key in Metrics.__annotations__
+            if key in row
         }
         if row["kind"] == "reference":
             reference[row["model"]] = metrics

@@ -75,6 +75,22 @@ class Vocabulary:
         return frozenset(self.missing)
 
 
+@dataclass(frozen=True)
+class SharedTokens:
+    """两个分词器里同样文字的 token：``student[i]`` 与 ``teacher[i]`` 是同一个，id 不必相同。
+
+    ``weight`` 是它们占教师词表的份额。
+    """
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    weight: float
+
+    def ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``device`` 上的 ``(学生的, 教师的)``，都是 ``[M]``，int64。"""
+        return _tensor(self.student, device), _tensor(self.teacher, device)
+
+
 @functools.lru_cache(maxsize=16)
 def _tensor(missing: tuple[int, ...], device: torch.device) -> Tensor:
     """每一步都要用到，设备上只放一份。"""

@@ -156,7 +156,7 @@ def test_missing_file_is_named():
         ("train: {precision: fp8}", "{}: train.precision: found 'fp8'; choose from auto, bf16, fp16, fp32"),
         ("loss: {divergence: forward-kl}", "{}: loss.divergence: found 'forward-kl'; did you mean 'forward_kl'?"),
         ("loss: {beta: 0.5}", "{}: loss: beta belongs to jsd, but divergence is forward_kl"),
-        ("loss: 3", "{}: loss: found 3, expected a mapping with keys divergence, alpha, temperature, beta, skew, label_smoothing"),
+        ("loss: 3", "{}: loss: found 3, expected a mapping with keys divergence, alpha, temperature, beta, skew, tau, label_smoothing"),
         ("student: {init: {from: teacher, layer: 3}}", "{}: unknown key 'student.init.layer'; did you mean 'layers'?"),
         ("teacher: null", "{}: loss.alpha=0.5 needs a teacher: set teacher.path, or loss.alpha to 0"),
         ("student: {config: {num_heads: 7}}", "{}: student.config: hidden_size=512 is not divisible by num_heads=7"),

@@ -143,7 +143,7 @@ CASES = {
     "tokenizer: teacher and student disagree": (
         (*NEW, SET, "student.tokenizer=./other"), other_tokenizer,
         "student and teacher tokenizers disagree on 2 shared ids: id 48 is 'R' for the student and "
-        "'Q' for the teacher; expected one vocabulary"),
+        "'Q' for the teacher; expected one vocabulary, or loss.divergence: alm"),
     "tokenizer: none in the directory": (NEW, no_tokenizer, "'teacher' holds no tokenizer.json"),
 }  # fmt: skip
 

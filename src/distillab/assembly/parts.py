@@ -21,6 +21,7 @@ from ..config.model_sections import (
 )
 from ..config.schema import Precision, TrainingConfig
 from ..data.left_out import check_left_out
+from ..data.sides import Side, Sides
 from ..distributed.engine import DTYPES, resolve_precision
 from ..figures import TEACHER
 from ..generate.stops import stop_ids
@@ -49,7 +50,7 @@ class Parts:
 
     关掉 adapter 的学生就是教师时，``teacher`` 就是 ``student`` 那个对象；``vocabulary`` 是两边定义
     相同的 token；``shard_teacher`` 说训练时教师的权重分不分到各进程；``initial`` 说学生由哪些层来，
-    不是裁剪出的没有。
+    不是裁剪出的没有。教师用自己的分词器时，两个分词器在 ``sides`` 里，``vocabulary`` 只是学生的。
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,17 @@ class Parts:
     vocabulary: Vocabulary
     shard_teacher: bool = False
     initial: InitialLayers | None = None
+    sides: Sides | None = None
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
+        """教师读写用的分词器。"""
+        return self.tokenizer if self.sides is None else self.sides.teacher.tokenizer
+
+    @property
+    def teacher_vocabulary(self) -> Vocabulary:
+        """教师有概率的 token。"""
+        return self.vocabulary if self.sides is None else own_vocabulary(self.teacher_tokenizer)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -89,10 +101,13 @@ def build_models(
     train: TrainingConfig,
     splits: Splits | None = None,
     recorded: InitialLayers | None = None,
+    *,
+    across: bool = False,
 ) -> Parts:
     """装配 tokenizer、教师与学生；来源读不到、彼此不符的都在这里就是 ``DistillabError``。
 
-    ``splits`` 是这份配方的数据，学生要看着它选层时才读；``recorded`` 是这次运行从前选定的层。
+    ``splits`` 是这份配方的数据，学生要看着它选层时才读；``recorded`` 是这次运行从前选定的层；
+    ``across``：教师用自己的分词器，与学生的不必相同。
     """
     set_seed(train.seed)
     precision = train.precision
@@ -103,7 +118,11 @@ def build_models(
         return Parts(tokenizer, None, model, own_vocabulary(tokenizer), initial=initial)
     theirs = _tokenizer(teacher)
     tokenizer = _tokenizer(student) if _own_tokenizer(student) else theirs
-    if tokenizer is theirs:
+    sides = None
+    if across:
+        vocabulary = own_vocabulary(tokenizer)
+        sides = Sides(Side(tokenizer, "student"), Side(theirs, "teacher"))
+    elif tokenizer is theirs:
         vocabulary = own_vocabulary(tokenizer)
     else:
         vocabulary = shared_vocabulary(tokenizer, theirs)
@@ -117,7 +136,9 @@ def build_models(
     frozen: LanguageModel
     if loaded is not None:
         frozen = _frozen(loaded).to(frozen_dtype(teacher, precision))
-        if isinstance(model, StudentModel):  # 它没有自己的配置：停在哪里也跟教师学
+        if isinstance(model, StudentModel) and (
+            sides is None or tokenizer is theirs
+        ):  # 它没有自己的配置：停在哪里也跟教师学
             model.eos_token_ids = frozenset(i for i in frozen.eos_token_ids if i in vocabulary)
     else:
         assert isinstance(model, PretrainedLM)  # 有 LoRA 就是预训练的
@@ -128,9 +149,10 @@ def build_models(
             f"the teacher is the student without its adapters: no second copy, {saved:,} bytes "
             f"saved"
         )
-    sides = (("student", tokenizer, model), ("teacher", theirs, frozen))
-    check_left_out(vocabulary, [(name, one, stop_ids(one, of)) for name, one, of in sides])
-    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard, initial)
+    if sides is None:
+        both = (("student", tokenizer, model), ("teacher", theirs, frozen))
+        check_left_out(vocabulary, [(name, one, stop_ids(one, of)) for name, one, of in both])
+    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard, initial, sides)
 
 
 def build_teacher(

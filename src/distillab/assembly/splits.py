@@ -41,7 +41,7 @@ class Splits:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._made: dict[tuple[int, int], tuple[PreTrainedTokenizerBase, Any, Any]] = {}
+        self._made: dict[tuple[int, ...], tuple[tuple[Any, Any], Any, Any]] = {}
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -54,14 +54,23 @@ class Splits:
             logger.info("%s", note)
         return pairs
 
-    def of(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> tuple[Any, Any]:
-        """``(训练集, 验证集)``，每条至多 ``max_seq_len`` 个 token；错误见 ``text_splits`` 与
-        ``ChatDataset.build``。
+    def of(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> tuple[Any, Any]:
+        """``(训练集, 验证集)``，每条至多 ``max_seq_len`` 个 token；对话里教师的视角用
+        ``teacher_tokenizer``，缺省相同。错误见 ``text_splits`` 与 ``ChatDataset.build``。
         """
-        key = id(tokenizer), max_seq_len
+        kept = tokenizer, teacher_tokenizer  # 还在用，id 就不会是别的
+        key = id(tokenizer), id(teacher_tokenizer), max_seq_len
         if key not in self._made:
-            make = self._chat if self._recipe.data.format == "chat" else self._text
-            self._made[key] = (tokenizer, *make(tokenizer, max_seq_len))
+            if self._recipe.data.format == "chat":
+                made = self._chat(tokenizer, max_seq_len, teacher_tokenizer)
+            else:
+                made = self._text(tokenizer, max_seq_len)
+            self._made[key] = (kept, *made)
         return self._made[key][1:]
 
     def sample(self, tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> Sample:
@@ -102,7 +111,10 @@ class Splits:
         return text_splits(self._recipe.data, tokenizer, max_seq_len, self._recipe.train.seed)
 
     def _chat(
-        self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
     ) -> tuple[Dataset[Any], Dataset[Any]]:
         train, validation, report = ChatDataset.build(
             self.pairs,
@@ -111,6 +123,7 @@ class Splits:
             max_seq_len=max_seq_len,
             seed=self._recipe.train.seed,
             only_prompts=self._recipe.responses.only_sampled,
+            teacher_tokenizer=teacher_tokenizer,
         )
         for line in report.lines():
             logger.info("%s", line)

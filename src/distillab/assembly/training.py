@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..batch import Batch, Example, collate_text
 from ..config.schema import Recipe
 from ..config.sections import DataSection, ResponsesConfig, TextConfig
 from ..config.style import Style
+from ..data.aligned_batches import AlignedCollate
+from ..data.alignment import Audit
 from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset
 from ..data.corpus import Corpus
@@ -28,15 +31,20 @@ from ..data.turn_end import turn_end
 from ..errors import DistillabError
 from ..generate.generator import TextGenerator
 from ..generate.stops import pad_id, stop_ids
+from ..models.token_bytes import token_bytes
 from ..models.tokenizer import document_separator
 from ..train.loaders import evenly
 from ..train.on_policy import OnPolicy
 from ..train.rollout import Rollout, answered
 from ..train.trainer import DistillationTrainer
+from ..train.two_tokenizers import Across, byte_counts
 from .parts import Parts
 from .splits import Splits
 
 logger = logging.getLogger("distillab")
+
+AUDITED = 64
+"""训练开始时看这么多条数据，两个分词器对得有多齐。"""
 
 
 @dataclass
@@ -83,10 +91,21 @@ def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
 
 
 def _text_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
+    if parts.sides is not None:
+        return Data(*splits.of(parts.tokenizer, max_seq_len), aligned_collate(parts))
     packed = _packs(recipe.data, recipe.responses, parts)
     separator = document_separator(parts.tokenizer) if packed else None
     collate = partial(collate_text, vocabulary=parts.vocabulary, separator=separator)
     return Data(*splits.of(parts.tokenizer, max_seq_len), collate)
+
+
+def aligned_collate(parts: Parts) -> AlignedCollate:
+    """教师用自己的分词器时，怎样拼成一批。"""
+    assert parts.sides is not None
+    assert parts.teacher is not None
+    pads = (parts.tokenizer, parts.student), (parts.teacher_tokenizer, parts.teacher)
+    own, theirs = (pad_id(one, stop_ids(one, model)) or 0 for one, model in pads)
+    return AlignedCollate(parts.sides, (own, theirs), parts.teacher.max_seq_len)
 
 
 def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDataset:
@@ -96,13 +115,17 @@ def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDa
 
 def _chat_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
     only_prompts = recipe.responses.only_sampled
-    train, validation = splits.of(parts.tokenizer, max_seq_len)
+    theirs = None if parts.sides is None else parts.teacher_tokenizer
+    train, validation = splits.of(parts.tokenizer, max_seq_len, theirs)
     stops = stop_ids(parts.tokenizer, parts.student)
     _check_stops(train, parts.tokenizer, stops, recipe.data.style)
     config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
     window = config.batch_size * config.gradient_accumulation_steps * processes
     padding = pad_id(parts.tokenizer, stops) or 0
+    collate: Callable[[Sequence[Any]], Batch]
     collate = partial(collate_rows, pad_id=padding, vocabulary=parts.vocabulary)
+    if parts.sides is not None:
+        collate = aligned_collate(parts)
     if _packs(recipe.data, recipe.responses, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)
         of_student, of_teacher = rows.filled
@@ -172,12 +195,41 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
     logger.info("the teacher answers the %d validation prompts that have no response", missing)
     size, length = recipe.synthesize.batch_size, recipe.sampling.max_new_tokens
     with parts.as_teacher() as teacher:
-        generator = TextGenerator(teacher, parts.tokenizer, parts.vocabulary)
+        generator = TextGenerator(teacher, parts.teacher_tokenizer, parts.teacher_vocabulary)
         return [  # type: ignore[return-value]  # 列表也是 map-style 的数据集
             example
             for start in range(0, len(examples), size)
-            for example in answered(examples[start : start + size], generator, length)
+            for example in answered(
+                examples[start : start + size],
+                generator,
+                length,
+                parts.sides,
+                parts.student.max_seq_len,
+            )
         ]
+
+
+def across(parts: Parts, data: Data) -> Across:
+    """两边的字节表；教师用自己的分词器时还有它的词表、两边都有的 token，与对得有多齐（也写进日
+    志）。
+    """
+    sides = parts.sides
+    if sides is None:
+        stops = stop_ids(parts.tokenizer, parts.student)
+        with suppress(DistillabError):  # 有的分词器说不出一个 token 是哪几个字节
+            return Across(byte_counts(token_bytes(parts.tokenizer, stops, "student")))
+        return Across()
+    assert isinstance(data.collate, AlignedCollate)
+    audit = Audit(data.collate.aligner)
+    for part in (data.train, data.validation):
+        if not isinstance(part, TextStream) and not audit.tokens[0]:  # 只有 prompt 的没有可数的
+            chosen = [part[i] for i in evenly(len(part), AUDITED)]  # type: ignore[arg-type]
+            items = [one for item in chosen for one in (item if type(item) is tuple else (item,))]
+            audit.add(map(data.collate.example, items))
+    for line in audit.lines():
+        logger.info("%s", line)
+    ours, theirs = (byte_counts(side.bytes) for side in sides)
+    return Across(ours, theirs, parts.teacher_vocabulary, sides.shared, audit.summary())
 
 
 def build_trainer(
@@ -189,7 +241,7 @@ def build_trainer(
     if recipe.responses.on_policy:
         generator = TextGenerator(parts.student, parts.tokenizer, parts.vocabulary)
         limit = None if parts.teacher is None else parts.teacher.max_seq_len
-        rollout = Rollout(generator, recipe.sampling, limit)
+        rollout = Rollout(generator, recipe.sampling, limit, parts.sides)
         on_policy = OnPolicy(rollout, recipe.responses, data.collate, recipe.train.seed)
     return DistillationTrainer(
         parts.student,
@@ -204,4 +256,5 @@ def build_trainer(
         collate=data.collate,
         train_sampler=data.sampler,
         on_policy=on_policy,
+        across=across(parts, data),
     )

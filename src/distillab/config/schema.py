@@ -24,7 +24,11 @@ from .sections import (
     TextConfig,
 )
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "alm", "uld", "gold"
+]
+ACROSS = ("alm", "uld", "gold")
+"""对同样的文字逐段比较的：两个模型的分词器可以不同。"""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """运行目录里以它命名的文件，所以不能有 ``/``。"""
@@ -104,6 +108,9 @@ class LossConfig(Section):
     temperature: float = Field(2.0, gt=0, description="T that softens both distributions in D.")
     beta: float | None = Field(None, description="Weight of the teacher in jsd; default 0.5.")
     skew: float | None = Field(None, description="s of skew_forward_kl and skew_reverse_kl.")
+    tau: float | None = Field(
+        None, description="Softens the likelihoods that alm compares; default 100."
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Share of the hard label spread over the vocabulary."
     )
@@ -131,7 +138,27 @@ class LossConfig(Section):
                 f"skew belongs to skew_forward_kl and skew_reverse_kl, "
                 f"but divergence is {self.divergence}"
             )
+        if self.divergence == "alm":
+            self.tau = 100.0 if self.tau is None else self.tau
+            if self.tau < 1:
+                raise ValueError(f"tau={self.tau:g} must be at least 1")
+        elif self.tau is not None:
+            raise ValueError(f"tau belongs to alm, but divergence is {self.divergence}")
+        if self.across:
+            if "temperature" not in self.model_fields_set:
+                self.temperature = 1.0
+            for key, neutral in (("temperature", 1), ("label_smoothing", 0)):
+                if (value := getattr(self, key)) != neutral:
+                    raise ValueError(
+                        f"{key}={value:g} and divergence={self.divergence} disagree: it compares "
+                        f"likelihoods of text; set {key} to {neutral}"
+                    )
         return self
+
+    @property
+    def across(self) -> bool:
+        """是不是对同样的文字逐段比较的：教师用它自己的分词器。"""
+        return self.divergence in ACROSS
 
 
 class EvaluateConfig(Section):
@@ -220,6 +247,8 @@ class Recipe(Section):
                 raise ValueError("student.init.from=teacher needs teacher.path")
             if self.student.path is None and self.student.tokenizer is None and init is None:
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
+        if self.loss.across:
+            self._across_tokenizers()
         config, length = self.student.config, data.max_seq_len
         if config is not None and length is not None and length > config.max_seq_len:
             raise ValueError(
@@ -236,3 +265,18 @@ class Recipe(Section):
                 f"train.max_steps={total}"
             )
         return self
+
+    def _across_tokenizers(self) -> None:
+        """分词器可以不同时，用不上的写法。"""
+        objective = f"loss.divergence={self.loss.divergence}"
+        init = self.student.init
+        if init is not None and init.source == "teacher" and self.student.tokenizer is not None:
+            raise ValueError(
+                f"student.init and student.tokenizer disagree with {objective}: copied embeddings "
+                f"are of the teacher's tokens; drop one"
+            )
+        if self.data.packing and self.data.format == "text":
+            raise ValueError(
+                f"data.packing and {objective} disagree: the articles of a chunk are not kept "
+                f"apart for two tokenizers; drop data.packing"
+            )

@@ -21,7 +21,9 @@ from ..config.sections import DataSection
 from ..config.style import Style
 from ..errors import DistillabError, located
 from .chat import control_token
+from .conversations import Conversation
 from .pairs import Pair
+from .sides import response_segments
 from .template import render_conversations_ahead
 from .truncate import Fitted, fit
 
@@ -100,8 +102,10 @@ class ChatDataset(Dataset[Example]):
         self.lengths: list[int] = []
         # 每个 token 4 字节；Python 的 list 要 36 字节。
         self._views: list[tuple[tuple[array[int], array[int]], ...]] = []
+        self._across = False
         digest = hashlib.sha256(str(max_seq_len).encode())
         for example in examples:
+            self._across |= example.segments is not None
             views = example.views
             packed = tuple((array("i", view.ids), array("i", view.response)) for view in views)
             self._views.append(packed)
@@ -132,10 +136,12 @@ class ChatDataset(Dataset[Example]):
         max_seq_len: int,
         seed: int = 0,
         only_prompts: bool = False,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> tuple[ChatDataset, ChatDataset, DataReport]:
         """渲染、截断，切成 ``(训练集, 验证集, 报告)``；prompt 相同的对话总在同一边。
 
         ``only_prompts``：训练集只要 prompt，response 全由学生采样，数据里的不能占掉 prompt 的位置。
+        ``teacher_tokenizer``：教师的分词器不同时，它的视角由它自己的模板渲染，各自截断。
         渲染不出，或剩下的不同 prompt 不足两个，是 ``DistillabError``。
         """
         report = DataReport(read=len(pairs), kept_control_tokens=data.control_tokens == "keep")
@@ -144,22 +150,43 @@ class ChatDataset(Dataset[Example]):
         shown = track(pairs, "tokenising", len(pairs), at_least=2000)
 
         def fitted(pair: Pair, only_prompts: bool) -> Fitted | None:
-            views = [side.prompt if only_prompts else side.messages for side in pair.sides]
-            with located(pair.student.where):
-                return fit(views, tokenizer, max_seq_len, _style(pair, data), loss_on=data.loss_on)
+            style = _style(pair, data)
 
-        for pair in _rendered_ahead(shown, tokenizer, data):
+            def read(sides: Iterable[Conversation], own: PreTrainedTokenizerBase) -> Fitted | None:
+                views = [side.prompt if only_prompts else side.messages for side in sides]
+                return fit(views, own, max_seq_len, style, loss_on=data.loss_on)
+
+            with located(pair.student.where):
+                if teacher_tokenizer is None:
+                    return read(pair.sides, tokenizer)
+                student = read([pair.student], tokenizer)
+                teacher = read([pair.teacher], teacher_tokenizer)
+            if student is None or teacher is None:
+                return None
+            return Fitted(
+                student.views + teacher.views,
+                student.prompt_cut or teacher.prompt_cut,
+                student.response_cut or teacher.response_cut,
+            )
+
+        def example_of(found: Fitted) -> Example:
+            student, teacher = found.views[0], found.views[-1]
+            if teacher_tokenizer is None:
+                return Example(student, teacher)
+            return Example(student, teacher, response_segments(student, teacher))
+
+        for pair in _rendered_ahead(shown, tokenizer, teacher_tokenizer, data):
             whole = fitted(pair, only_prompts=False)
             if whole is None:
                 report.dropped[TOO_LONG.format(max_seq_len)] += 1
                 continue
             views = whole.views
-            example = Example(views[0], views[-1])
+            example = example_of(whole)
             trained = example
             if only_prompts:
                 prompts = fitted(pair, only_prompts=True)
                 assert prompts is not None  # 放得下 response，就放得下 prompt
-                trained = Example(prompts.views[0], prompts.views[-1])
+                trained = example_of(prompts)
             kept.append((_identity(pair.student.prompt), trained, example))
             identity = _identity([pair.student.messages, pair.teacher.messages])
             report.duplicates += identity in seen
@@ -188,7 +215,8 @@ class ChatDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         views = [Tokens(ids.tolist(), response.tolist()) for ids, response in self._views[index]]
-        return Example(views[0], views[-1])
+        segments = response_segments(views[0], views[-1]) if self._across else None
+        return Example(views[0], views[-1], segments)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -234,12 +262,22 @@ def _style(pair: Pair, data: DataSection) -> Style:
 
 
 def _rendered_ahead(
-    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, data: DataSection
+    pairs: Iterable[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    data: DataSection,
 ) -> Iterator[Pair]:
     pairs = iter(pairs)
     while group := list(itertools.islice(pairs, _TOGETHER)):
-        sides = ((one.messages, _style(pair, data)) for pair in group for one in pair.sides)
-        render_conversations_ahead(sides, tokenizer, data.loss_on)
+        views = {tokenizer: [(one, pair) for pair in group for one in pair.sides]}
+        if teacher_tokenizer is not None:
+            views = {
+                tokenizer: [(pair.student, pair) for pair in group],
+                teacher_tokenizer: [(pair.teacher, pair) for pair in group],
+            }
+        for own, read in views.items():
+            sides = ((one.messages, _style(pair, data)) for one, pair in read)
+            render_conversations_ahead(sides, own, data.loss_on)
         yield from group
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,8 +15,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from ..assembly.parts import Parts
-from ..assembly.training import build_text
-from ..batch import collate_text
+from ..assembly.training import aligned_collate, build_text
+from ..batch import Batch, collate_text
 from ..config.schema import EvaluateConfig
 from ..config.sections import DataSection, TextConfig
 from ..data.chat import question_prompt
@@ -57,7 +57,10 @@ class Checks:
         for task in tasks:
             for subject in _subjects(parts, BEFORE):
                 task.check_fits(subject)
+        collate: Callable[[Sequence[Any]], Batch]
         collate = partial(collate_text, vocabulary=parts.vocabulary)
+        if parts.sides is not None:
+            collate = aligned_collate(parts)
         self.texts = {
             name: trainer.evaluation_loader(
                 build_text(config, parts.tokenizer), collate, config.max_sequences
@@ -124,7 +127,8 @@ def _subjects(parts: Parts, student: str) -> list[Subject]:
     found = [Subject(student, parts.student, parts.tokenizer)]
     if (teacher := parts.teacher) is not None:
         adapters = teacher is not parts.student
-        found.insert(0, Subject(TEACHER, teacher, parts.tokenizer, "teacher", adapters=adapters))
+        own = parts.teacher_tokenizer
+        found.insert(0, Subject(TEACHER, teacher, own, "teacher", adapters=adapters))
     return found
 
 

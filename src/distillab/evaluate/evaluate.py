@@ -28,7 +28,7 @@ from ..data.chat import render_prompt
 from ..data.chat_dataset import ChatDataset
 from ..data.pairs import Pair
 from ..errors import DistillabError, located
-from ..figures import AFTER, BEFORE, TEACHER, WITHOUT
+from ..figures import AFTER, BEFORE, LABELS, TEACHER, WITHOUT
 from ..files import replace_file
 from ..generate.generator import TextGenerator
 from ..generate.sampling import row_seeds
@@ -108,10 +108,12 @@ def evaluate(
     sources = check_names(models)
     bench = _prepare(recipe, run.initial)
     privileged = any(data.privileged for data in bench.texts.values())
+    privileged = privileged or any(pair.teacher is not pair.student for pair in bench.pairs)
     privileged = privileged or any(map(_has_views, bench.tasks))
     own, step = run_subjects(recipe.student, recipe.teacher, bench.parts, path, privileged)
     device = bench.parts.student.head.weight.device
-    bench.teacher = own[0] if own[0].name == TEACHER else None
+    teacher = own[0] if own[0].name == TEACHER else None
+    bench.teacher = teacher if teacher is not None and teacher.same_tokens else None
     _measure(bench, own)
     samples = _samples(bench, own)
     for model, source in zip(models, sources, strict=True):
@@ -150,13 +152,17 @@ def _prepare(recipe: Recipe, initial: InitialLayers | None) -> _Bench:
     splits = Splits(recipe)
     pairs = splits.pairs
     tasks = load_tasks(recipe.evaluate, recipe.data)
-    parts = build_models(recipe.student, recipe.teacher, recipe.train, splits, initial)
+    parts = build_models(
+        recipe.student, recipe.teacher, recipe.train, splits, initial, across=recipe.loss.across
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):
         if model is not None:
             model.to(device)
     held_out = build_data(recipe, parts, splits).validation
     validation = examples_of(held_out, recipe.evaluate.max_sequences)
+    if parts.sides is not None:  # 教师的 token 不同，它读同样的文字，见 _own_tokens
+        validation = [Example(example.student, example.student) for example in validation]
     texts = {VALIDATION: Sequences(VALIDATION, validation, parts.tokenizer, parts.vocabulary)}
     for name, config in recipe.evaluate.texts.items():
         with located(f"evaluate.texts.{name}"):
@@ -189,7 +195,14 @@ def _measure(bench: _Bench, subjects: Sequence[Subject]) -> None:
         measured = score(data, bench.teacher, readers, size) if readers else {}
         for subject in subjects:
             if not subject.same_tokens:
-                measured |= score(_own_tokens(bench, data, subject), None, [subject], size)
+                try:
+                    own = _own_tokens(bench, data, subject)
+                except DistillabError as error:
+                    if subject.name not in LABELS:
+                        raise
+                    logger.warning("%s: %s is not measured: %s", name, subject.label, error)
+                    continue
+                measured |= score(own, None, [subject], size)
         bench.scores.setdefault(name, {}).update(measured)
         labels = ", ".join(one.label for one in subjects if one.name in measured)
         logger.info("%s: measured %s", name, labels)
@@ -229,7 +242,8 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
         bench.pairs, recipe.data, subject.tokenizer, max_seq_len=longest, seed=seed
     )
     own = examples_of(validation, recipe.evaluate.max_sequences)
-    examples = [Example(example.student, example.student) for example in own]
+    views = [getattr(example, subject.side) for example in own]
+    examples = [Example(view, view) for view in views]
     if any(example.student.response for example in examples):  # 否则是教师答的，数据里没有
         vocabulary = own_vocabulary(subject.tokenizer)
         found = Sequences(data.name, examples, subject.tokenizer, vocabulary)
@@ -262,17 +276,18 @@ def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
 def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str | None]]:
     """同样的 prompt，教师（读自己的视角）与学生各自贪心地续写。"""
     config, data = bench.recipe.evaluate, bench.recipe.data
-    tokenizer, prompts = bench.parts.tokenizer, config.prompts
-    asked: dict[str, Any] = dict.fromkeys(
-        ("student", "teacher"), sample_prompts(config, data, tokenizer)
-    )
+    prompts = config.prompts
+    tokenizers = {"student": bench.parts.tokenizer, "teacher": bench.parts.teacher_tokenizer}
+    asked: dict[str, Any] = {
+        side: sample_prompts(config, data, tokenizer) for side, tokenizer in tokenizers.items()
+    }
     if data.format == "chat" and not prompts:
         questions = (pair for task in bench.tasks for pair in task.pairs)
         pairs = list(itertools.islice(questions, QUESTIONS))
         prompts = [pair.student.question for pair in pairs]
         asked = {
             side: [
-                render_prompt(view.prompt, tokenizer, data.style.with_tools(view.tools))
+                render_prompt(view.prompt, tokenizers[side], data.style.with_tools(view.tools))
                 for view in (getattr(pair, side) for pair in pairs)
             ]
             for side in asked
@@ -286,7 +301,7 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
         if subject.name == WITHOUT:
             continue
         with subject.active() as model:
-            texts = continued(model, tokenizer, asked[subject.side], config)
+            texts = continued(model, subject.tokenizer, asked[subject.side], config)
         for row, text in zip(rows, texts, strict=True):
             row[subject.name] = text
     return rows

@@ -93,7 +93,15 @@ def run_subjects(
         if privileged:
             reads = [(TEACHER, "teacher"), (WITHOUT, "student")]
         found = [
-            Subject(name, parts.teacher, tokenizer, side, source.path, parts.teacher is not student)
+            Subject(
+                name,
+                parts.teacher,
+                parts.teacher_tokenizer,
+                side,
+                source.path,
+                parts.teacher is not student,
+                parts.sides is None,
+            )
             for name, side in reads
         ]
     found += [

@@ -86,6 +86,15 @@ class Chunks:
 
     def row_values(self, rows: slice) -> Tensor:
         """缓冲区里的一块：``RowValues`` 的总和 ``[5]``，float64；它的梯度从此可取。"""
+        parts = [part.sum(-1, dtype=torch.float64) for part in self._values(rows)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def each_row(self, rows: slice) -> Tensor:
+        """同 ``row_values``，不求和：``[5, R]``。"""
+        return torch.cat(self._values(rows), -1)
+
+    def _values(self, rows: slice) -> list[Tensor]:
+        """``RowValues`` 逐行的值，一片一个 ``[5, R]``。"""
         if self.excluded is not None:
             count = rows.stop - rows.start
             for buffer in (self.student[:count], self.teacher[:count]):
@@ -104,7 +113,7 @@ class Chunks:
             return group, self.gradient[:count]
         return group, self.products.d_logits(self.student[:count])
 
-    def _by_kernel(self, rows: slice) -> Tensor:
+    def _by_kernel(self, rows: slice) -> list[Tensor]:
         from .kernels import kernel_rows  # 没有 Triton 时退到编译的
 
         assert isinstance(self.products, MixedProducts)
@@ -119,7 +128,7 @@ class Chunks:
             self.spec,
             self.products.scale,
         )
-        return values.sum(-1, dtype=torch.float64)
+        return [values]
 
     def _gradient(self, rows: slice) -> Tensor | None:
         """另放的梯度里，这一块的几行。"""
@@ -128,7 +137,7 @@ class Chunks:
         first = rows.start % self.group
         return self.gradient[first : first + rows.stop - rows.start]
 
-    def _by_tiles(self, rows: slice) -> Tensor:
+    def _by_tiles(self, rows: slice) -> list[Tensor]:
         """学生的缓冲区变成梯度。"""
         parts = [
             self._tile(start - rows.start, slice(start, min(start + self.tile, rows.stop)))
@@ -140,7 +149,7 @@ class Chunks:
         gradient = self._gradient(rows)
         if gradient is not None:
             gradient.copy_(self.products.d_logits(student))
-        return torch.stack(parts).sum(0)
+        return parts
 
     def _tile(self, first: int, rows: slice) -> Tensor:
         """``first`` 是这一片在缓冲区里的第一行，``rows`` 是它在全部 P 行里的。
@@ -179,7 +188,7 @@ class Chunks:
             )
         if labels is not None and spec.gradient:
             own.scatter_add_(1, labels[:, None], label_gradient[:count, None])
-        return torch.stack(values)[:, :count].sum(-1, dtype=torch.float64)
+        return torch.stack(values)[:, :count]
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if not self.compiled:

@@ -74,6 +74,8 @@ def divergence(log_p: Tensor, log_q: Tensor, loss: LossConfig) -> Tensor:
         case "skew_reverse_kl":
             assert loss.skew is not None
             return skew_reverse_kl(log_p, log_q, loss.skew)
+        case _:
+            raise ValueError(f"divergence {loss.divergence} compares chunks of text, not tokens")
 
 
 class LossSums(NamedTuple):

@@ -168,11 +168,12 @@ def shared_vocabulary(
         raise DistillabError(
             f"student and teacher tokenizers disagree on {len(differing)} shared ids: id {first} "
             f"is {student[first]!r} for the student and {teacher[first]!r} for the teacher; "
-            f"expected one vocabulary"
+            f"expected one vocabulary, or loss.divergence: alm"
         )
     if not common:
         raise DistillabError(
-            "student and teacher tokenizers have no id in common; expected one vocabulary"
+            "student and teacher tokenizers have no id in common; expected one vocabulary, or "
+            "loss.divergence: alm"
         )
     return Vocabulary.of(common)
 

@@ -73,6 +73,8 @@ def _trained(run: RunData) -> dict[Key, Measure]:
         scores = {model: row.get(column) for model, row in models.items() if model != TEACHER}
         label = f"{AGREEMENT[kind]}, validation"
         found[kind, "validation"] = _exact(label, KINDS[kind], scores)
+    scores = {model: row.get("bits_per_byte") for model, row in models.items()}
+    found["bits_per_byte", "validation"] = _exact("bits per byte, validation", "fraction", scores)
     answered = {
         task: {
             model: sum(bool(row.get("correct")) for row in rows) / len(rows)

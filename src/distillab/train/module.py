@@ -6,14 +6,16 @@ from torch import nn
 
 from ..batch import Batch
 from ..config.schema import LossConfig
+from ..loss.aligned import aligned_distillation_loss
 from ..loss.fused import fused_distillation_loss
 from ..loss.losses import LossSums
 from ..models.interface import LanguageModel
-from ..targets import Targets
+from ..targets import HiddenTargets, Targets
 from ..teachers.in_process import AdapterOffTeacher
 from ..vocabulary import Vocabulary
 from .profiling import phase
-from .validation import WITH_TEACHER, WITHOUT_TEACHER
+from .two_tokenizers import Across
+from .validation import ACROSS, WITH_TEACHER, WITHOUT_TEACHER
 
 
 class DistillationModule(nn.Module):
@@ -29,12 +31,14 @@ class DistillationModule(nn.Module):
         loss: LossConfig,
         vocabulary: Vocabulary,
         label_metrics: bool = False,
+        across: Across | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.vocabulary = vocabulary
         self.label_metrics = label_metrics
+        self.across = across or Across()
         self._no_split_modules = student.block_names  # FSDP2 凭它找到各层
 
     def forward(self, batch: Batch, targets: Targets | AdapterOffTeacher | None) -> LossSums:
@@ -44,7 +48,8 @@ class DistillationModule(nn.Module):
         """
         if isinstance(targets, AdapterOffTeacher):
             with phase("teacher forward"):
-                targets = targets.targets(batch.teacher, self.vocabulary)
+                theirs = self.across.teacher_vocabulary or self.vocabulary
+                targets = targets.targets(batch.teacher, theirs)
         with phase("student forward"):
             rows = self.student.read(batch.student)
         loss = self.loss
@@ -52,6 +57,19 @@ class DistillationModule(nn.Module):
             loss = WITHOUT_TEACHER if targets is None else WITH_TEACHER
         head = self.student.head
         with phase("heads and loss"):
+            if batch.alignment is not None:
+                assert targets is None or isinstance(targets, HiddenTargets)
+                return aligned_distillation_loss(
+                    rows,
+                    head,
+                    batch.labels,
+                    targets,
+                    batch.alignment,
+                    self.loss if self.training else ACROSS,
+                    self.vocabulary,
+                    shared=self.across.shared,
+                    label_metrics=self.label_metrics or not self.training,
+                )
             return fused_distillation_loss(
                 rows,
                 head.weight,

@@ -64,6 +64,8 @@ class TrainingProgress:
             teacher = ""
             if metrics["kl"] is not None and metrics["top1_agreement"] is not None:
                 teacher = f", KL {metrics['kl']:.3f}, top-1 {metrics['top1_agreement']:.1%}"
+            elif (bits := metrics.get("bits_per_byte")) is not None:
+                teacher = f", {bits:.3f} bits per byte"
             perplexity = f"{metrics['perplexity']:,.2f}"
             logger.info("step %d validation: perplexity %s%s", step, perplexity, teacher)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..batch import Example, Tokens
 from ..config.sections import ResponsesConfig, SamplingConfig
+from ..data.sides import Sides, response_segments, translated, translated_example
 from ..errors import DistillabError
 from ..generate.batching import sampling_groups
 from ..generate.generator import TextGenerator
@@ -48,11 +49,13 @@ class Rollout:
         generator: 当前的学生与它的 tokenizer；权重随训练而变，每次都用最新的。
         sampling: 温度、过滤与最长的长度。
         teacher_max_seq_len: 教师的上限；``None`` 为没有教师。
+        sides: 教师用自己的分词器时的两个分词器；采样的文字译给它读。
     """
 
     generator: TextGenerator
     sampling: SamplingConfig
     teacher_max_seq_len: int | None = None
+    sides: Sides | None = None
 
     def of(self, model: LanguageModel) -> Rollout:
         """同样的采样，换一个模型：分片的学生要先收齐成一份拷贝。"""
@@ -91,10 +94,7 @@ class Rollout:
         ):
             responses |= batch
         stops = self.generator.stop_ids
-        sampled = [
-            _with_response(example, example.student.prompt, example.teacher.prompt, responses[row])
-            for row, example in enumerate(examples)
-        ]
+        sampled = [self._sampled(example, responses[row]) for row, example in enumerate(examples)]
         sums = RolloutSums(
             responses=len(responses),
             tokens=sum(map(len, responses.values())),
@@ -105,6 +105,13 @@ class Rollout:
             repetition=sum(map(repetition, responses.values())),
         )
         return sampled, sums
+
+    def _sampled(self, example: Example, response: list[int]) -> Example:
+        prompts = example.student.prompt, example.teacher.prompt
+        if self.sides is None:
+            return _with_response(example, *prompts, response)
+        limit = self.teacher_max_seq_len or len(prompts[1])  # 没有教师就没有人读
+        return translated_example(_tokens(prompts[0], response), prompts[1], self.sides, limit)
 
     def _room(self, example: Example) -> int:
         """还写得下几个 token。"""
@@ -122,19 +129,26 @@ class Rollout:
                     f"longest sequence {self.teacher_max_seq_len}: shorten the experience or lower "
                     f"data.max_seq_len"
                 )
-            room = min(room, self.teacher_max_seq_len - teacher_prompt)
+            if self.sides is None:  # 否则译成教师的有几个 token，写出来才知道
+                room = min(room, self.teacher_max_seq_len - teacher_prompt)
         return room
 
 
 def answered(
-    examples: Sequence[Example], teacher: TextGenerator, max_new_tokens: int
+    examples: Sequence[Example],
+    teacher: TextGenerator,
+    max_new_tokens: int,
+    sides: Sides | None = None,
+    student_max_seq_len: int = 0,
 ) -> list[Example]:
     """没有 response 的 ``Example``，由教师读着自己的视角贪心地回答；有的不变。
 
     Args:
         examples: 一批。
-        teacher: 教师与两个视角共用的 tokenizer。
+        teacher: 教师与它的 tokenizer。
         max_new_tokens: 最长的 response。
+        sides: 教师用自己的分词器时的两个分词器。
+        student_max_seq_len: 译成学生的 token 之后，一条至多这么长；``sides`` 为 ``None`` 时不看。
     """
     asked = [example for example in examples if not example.student.response]
     if not asked:
@@ -146,12 +160,18 @@ def answered(
     )
     views = [Example(example.teacher, example.teacher) for example in asked]
     answers = iter(rollout.sample(views, [0] * len(views))[0])
+
+    def with_answer(example: Example, answer: Tokens) -> Example:
+        if sides is None:
+            prompts = example.student.ids, example.teacher.ids
+            return _with_response(example, *prompts, answer.labels)
+        own = translated(answer.labels, sides.teacher, sides.student)
+        room = student_max_seq_len - len(example.student.ids)
+        student = _tokens(example.student.ids, own[: max(room, 0)])
+        return Example(student, answer, response_segments(student, answer))
+
     return [
-        example
-        if example.student.response
-        else _with_response(
-            example, example.student.ids, example.teacher.ids, next(answers).student.labels
-        )
+        example if example.student.response else with_answer(example, next(answers).student)
         for example in examples
     ]
 
@@ -159,11 +179,13 @@ def answered(
 def _with_response(
     example: Example, prompt: list[int], teacher_prompt: list[int], response: list[int]
 ) -> Example:
-    def view(before: list[int]) -> Tokens:
-        return Tokens(before + response, list(range(len(before), len(before) + len(response))))
+    student = _tokens(prompt, response)
+    same = example.teacher is example.student
+    return Example(student, student if same else _tokens(teacher_prompt, response))
 
-    student = view(prompt)
-    return Example(student, student if example.teacher is example.student else view(teacher_prompt))
+
+def _tokens(prompt: list[int], response: list[int]) -> Tokens:
+    return Tokens(prompt + response, list(range(len(prompt), len(prompt) + len(response))))
 
 
 def student_fraction(config: ResponsesConfig, step: int, total_steps: int) -> float:

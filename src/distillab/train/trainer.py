@@ -52,6 +52,7 @@ from .progress import TrainingProgress
 from .skips import Used, check_failed_rows, report_failed_rows
 from .state import TrainerState
 from .step_totals import Launched, Ledger
+from .two_tokenizers import Across
 from .validation import Metrics, validated, validation_sums
 
 logger = logging.getLogger("distillab")
@@ -73,6 +74,8 @@ class DistillationTrainer:
         collate: 把数据项拼成 ``Batch``；缺省用于文本块。
         train_sampler: 训练数据的次序（如按长度分组）；有 ``set_epoch`` 就每轮调用。缺省为随机打乱。
         on_policy: 从学生采样 response；缺省只用数据里的。
+        across: 两边每个 token 的字节数，与教师用自己的分词器时它的词表；缺省两边相同，也不知道字
+        节。
 
     Raises:
         DistillabError: 没有教师而 ``alpha > 0``；数据不足一批；设备不支持 ``precision``。
@@ -93,6 +96,7 @@ class DistillationTrainer:
         collate: Callable[[Sequence[Any]], Batch] | None = None,
         train_sampler: Sampler[int] | None = None,
         on_policy: OnPolicy | None = None,
+        across: Across | None = None,
     ) -> None:
         self.config = config
         self.loss = loss or LossConfig(alpha=config.alpha, temperature=config.temperature)
@@ -117,6 +121,8 @@ class DistillationTrainer:
             teacher.place(device)
 
         self.vocabulary = vocabulary or Vocabulary(student.vocab_size)
+        self.across = across or Across()
+        self.teacher_vocabulary = self.across.teacher_vocabulary or self.vocabulary
         self.collate = collate or partial(collate_text, vocabulary=self.vocabulary)
         self.on_policy = on_policy
         self.train_loader = train_loader(
@@ -135,7 +141,9 @@ class DistillationTrainer:
         )
         sharded = engine_name(self.accelerator) not in ("single", "ddp")
         self._copy = WholeCopy(student, device) if sharded else None
-        module = DistillationModule(student, self.loss, self.vocabulary, on_policy is not None)
+        module = DistillationModule(
+            student, self.loss, self.vocabulary, on_policy is not None, self.across
+        )
         self.module, self.optimizer, self.scheduler = prepare(
             self.accelerator, module, config, self.total_steps
         )
@@ -303,7 +311,7 @@ class DistillationTrainer:
         if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
             return self.teacher  # 后者在学生的 forward 里取目标
         with phase("teacher forward"):
-            return self.teacher.targets(batch.teacher, self.vocabulary)
+            return self.teacher.targets(batch.teacher, self.teacher_vocabulary)
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
@@ -356,10 +364,12 @@ class DistillationTrainer:
             batches = progress.track(batches, "validating", len(loader))
         counted = in_step(batches, loader, self.accelerator)
         targets = self._targets if compared else lambda _: None
-        sums, tokens = validation_sums(self.accelerator, self.module, counted, targets, self.watch)
+        measured = validation_sums(
+            self.accelerator, self.module, counted, targets, self.watch, self.across.bytes_of
+        )
         if self.teacher is not None:
             self.teacher.release()
-        return validated(sums, tokens, compared)
+        return validated(*measured, compared, self.across.teacher_vocabulary is None)
 
     # ------------------------------------------------------------------ 数据
 

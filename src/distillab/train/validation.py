@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,16 +23,25 @@ WITH_TEACHER = LossConfig(divergence="forward_kl", alpha=0.5, temperature=1.0)
 
 WITHOUT_TEACHER = LossConfig(alpha=0.0, temperature=1.0)
 
+ACROSS = LossConfig(divergence="alm", alpha=0.0)
+"""分词器不同时没有逐 token 的 KL：两边各自的交叉熵。"""
+
 Sum = Tensor | float
 
 
-class Metrics(TypedDict):
-    """一个模型在验证集上的成绩；单位 nat/token。没有教师时 ``kl`` 与一致率为 ``None``。"""
-
+class _Measured(TypedDict):
     perplexity: float
     cross_entropy: float
     kl: float | None
     top1_agreement: float | None
+
+
+class Metrics(_Measured, total=False):
+    """一个模型在验证集上的成绩；单位 nat/token。没有教师，或它用自己的分词器时，``kl`` 与一致率为
+    ``None``；那时教师的也以学生的 token 计，同样的文字才可比。从前的运行没有 ``bits_per_byte``。
+    """
+
+    bits_per_byte: float | None
 
 
 @torch.no_grad()
@@ -41,13 +51,15 @@ def validation_sums(
     batches: Iterable[tuple[Batch, bool]],
     targets: Callable[[Batch], Any],
     watch: Watch,
-) -> tuple[LossSums, int]:
-    """整个验证集在所有进程上的 ``LossSums`` 与 response token 数；``batches`` 是 ``in_step`` 的。
+    bytes_of: Callable[[Batch], Tensor],
+) -> tuple[LossSums, int, tuple[float, float]]:
+    """整个验证集在所有进程上的 ``LossSums``、response token 数，与学生、教师的 response 的字节数。
 
-    各批依次发给设备，全部的总和最后只读一次。
+    ``batches`` 是 ``in_step`` 的，``bytes_of`` 给出一批的字节数 ``[2]``。各批依次发给设备，全部的总
+    和最后只读一次。
     """
     device = accelerator.device
-    totals = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(LossSums._fields) + 3, dtype=torch.float64, device=device)
     module.eval()
     for batch, counted in batches:
         watch.at("validation")
@@ -55,26 +67,39 @@ def validation_sums(
         part: LossSums = module(batch, targets(batch))
         if counted:
             totals[0] += len(batch)
-            totals[1:] += torch.stack(part)
+            totals[1:3] += bytes_of(batch)
+            totals[3:] += torch.stack(part)
     module.train()
     totals = accelerator.reduce(totals, reduction="sum").cpu()
-    return LossSums(*totals[1:].unbind()), int(totals[0])
+    return LossSums(*totals[3:].unbind()), int(totals[0]), (float(totals[1]), float(totals[2]))
 
 
-def validated(sums: LossSums, tokens: int, compared: bool) -> tuple[Metrics, Metrics | None]:
-    """由整个验证集的总和得出 ``(学生, 教师)`` 的成绩；没有与教师比较（``compared``）时没有后者。"""
+def validated(
+    sums: LossSums, tokens: int, sizes: tuple[float, float], compared: bool, same_tokens: bool
+) -> tuple[Metrics, Metrics | None]:
+    """由整个验证集的总和得出 ``(学生, 教师)`` 的成绩；没有与教师比较（``compared``）时没有后者。
+
+    ``sizes`` 是两边的字节数，``same_tokens`` 说教师是不是用学生的分词器。
+    """
+    ours, theirs = sums.cross_entropy, sums.teacher_cross_entropy
     if not compared:
-        return _metrics(tokens, sums.cross_entropy), None
-    student = _metrics(tokens, sums.cross_entropy, sums.divergence, sums.top1_agreement)
-    return student, _metrics(tokens, sums.teacher_cross_entropy, 0, tokens)  # 教师与自己相比
+        return _metrics(tokens, sizes[0], ours), None
+    if not same_tokens:  # 两边的文字在块的两头差几个字节
+        theirs = theirs * (sizes[0] / max(sizes[1], 1.0))
+        return _metrics(tokens, sizes[0], ours), _metrics(tokens, sizes[0], theirs)
+    student = _metrics(tokens, sizes[0], ours, sums.divergence, sums.top1_agreement)
+    return student, _metrics(tokens, sizes[0], theirs, 0, tokens)  # 教师与自己相比
 
 
-def _metrics(tokens: int, cross_entropy: Sum, kl: Sum | None = None, top1: Sum = 0) -> Metrics:
-    """各个总和除以 token 数；困惑度是 ``exp(总 nat / 总 token)``。"""
+def _metrics(
+    tokens: int, size: float, cross_entropy: Sum, kl: Sum | None = None, top1: Sum = 0
+) -> Metrics:
+    """各个总和除以 token 数；困惑度是 ``exp(总 nat / 总 token)``，比特数除以字节数 ``size``。"""
     mean = float(cross_entropy) / tokens
     return Metrics(
         perplexity=perplexity(mean),
         cross_entropy=mean,
         kl=None if kl is None else float(kl) / tokens,
         top1_agreement=None if kl is None else float(top1) / tokens,
+        bits_per_byte=float(cross_entropy) / math.log(2) / size if size else None,
     )
