@@ -51,6 +51,7 @@ SUMMARY: Shape = {
     "tasks": {"*": _SCORES},
     "texts": {"*": _SCORES},
     "parameters": _SCORES,
+    "alignment": {"text": {"*": _SCORES}},
     "name": TEXT,
     **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
                      "tokens_per_second", "peak_memory_bytes"), NUMBER),

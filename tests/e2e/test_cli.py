@@ -41,7 +41,9 @@ def test_train_leaves_a_complete_run_directory(command):
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     for model in ("teacher", "student_before", "student_after"):
-        assert set(summary[model]) == {"perplexity", "cross_entropy", "kl", "top1_agreement"}
+        assert set(summary[model]) == {
+            "perplexity", "cross_entropy", "kl", "top1_agreement", "bits_per_byte"
+        }  # fmt: skip
     assert summary["student_after"]["perplexity"] < summary["student_before"]["perplexity"]
     assert summary["tokens"] == 12 * 4 * 15
     for key in ("seconds", "tokens_per_second", "peak_memory_bytes"):

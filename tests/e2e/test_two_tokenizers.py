@@ -89,7 +89,9 @@ def test_text_is_distilled_between_two_tokenizers(other, command):
     assert summary["alignment"]["text"]["all"]["left out"] < 0.2
     exported = AutoTokenizer.from_pretrained("runs/text/export")
     assert exported.get_vocab() == AutoTokenizer.from_pretrained("other").get_vocab()
-    assert "bits per byte, validation" in Path("runs/text/report.html").read_text()
+    page = Path("runs/text/report.html").read_text()
+    assert "bits per byte, validation" in page
+    assert "tokenizers, white space" in page
 
 
 def test_the_teacher_reads_experience_through_its_own_template(other, command):

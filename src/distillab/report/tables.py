@@ -104,6 +104,19 @@ def method(run: RunData) -> list[tuple[str, str]]:
         ("objective", objective),
         ("teacher", str(teacher or "none")),
         ("student", str(student) + (", LoRA" if run.get("student.lora") else "")),
+        *_alignment(run),
+    ]
+
+
+def _alignment(run: RunData) -> list[tuple[str, str]]:
+    """两个分词器对得有多齐：各类字节里，各种对法的份额。"""
+    text = run.summary.get("alignment", {}).get("text", {})
+    return [
+        (
+            f"tokenizers, {name}",
+            ", ".join(f"{share:.1%} {kind}" for kind, share in row.items() if kind != "bytes"),
+        )
+        for name, row in text.items()
     ]
 
 
