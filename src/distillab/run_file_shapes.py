@@ -38,7 +38,10 @@ RECIPE: Shape = {
     "name": TEXT,
     "description": TEXT,
     "teacher": {"path": TEXT},
-    "student": {"path": TEXT, "init": {"from": TEXT, "layers": NUMBER}},
+    "student": {"path": TEXT, "init": {
+        "from": TEXT, "layers": NUMBER, "hidden_size": NUMBER, "intermediate_size": NUMBER,
+        "num_heads": NUMBER, "num_kv_heads": NUMBER,
+    }},
     "data": {"source": TEXT, "responses": TEXT, "teacher_source": TEXT, "experience": TEXT},
     "responses": {"student_fraction": NUMBER, "final_student_fraction": NUMBER},
     "loss": {"divergence": TEXT, "alpha": NUMBER, "temperature": NUMBER, "beta": NUMBER,

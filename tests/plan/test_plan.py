@@ -137,6 +137,16 @@ def test_a_pruned_student_has_the_layers_it_keeps_of_its_teacher():
     )
 
 
+def test_a_narrow_student_is_counted_from_the_shape_of_its_teacher(local):
+    init = {"from": "teacher", "hidden_size": 48, "intermediate_size": 100, "num_heads": 4,
+            "num_kv_heads": 1}  # fmt: skip
+    shape = plan(local(student={"init": init}), T4).step.student
+    block = 48 * (4 + 1 + 1 + 4) * 8 + (4 + 1 + 1) * 8 + 3 * 48 * 100 + 2 * 48
+    assert shape.parameters == 1000 * 48 + 4 * block + 48
+    with pytest.raises(DistillabError, match=r"num_heads=16 is larger than the 8 of its source"):
+        plan(local(student={"init": {"from": "teacher", "num_heads": 16}}), T4)
+
+
 def test_engines_share_out_what_they_shard():
     recipe = load_recipe("experience/skd")
     alone = plan(recipe, H100)

@@ -1,6 +1,6 @@
-"""``student.init`` 变成学生的起点：从哪个模型、留哪些层。
+"""``student.init`` 变成学生的起点：从哪个模型、留哪些层，各层再裁到多宽。
 
-选层要看训练数据，又要前向若干次，所以结果存在缓存里：恢复、几个进程、再来一次都不必再量。
+选层与裁窄要看训练数据，又要前向若干次，所以结果存在缓存里：恢复、几个进程、再来一次都不必再量。
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import logging
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..cache import build_once, cache_dir
 from ..config.model_sections import InitConfig, InitialLayers, ModelConfig
+from ..config.width_sections import WIDTHS
 from ..data.corpus import cache_key
 from ..errors import DistillabError
 from ..export.convert import evenly_spaced_layers, from_hf, student_from_teacher
+from ..models.hf_layout import config_from_hf
 from ..models.importance import block_influence, greedy_removal, most_influential
 from ..models.interface import PretrainedLM
+from ..models.pruning import WidthScores, most_active, narrowed, width_scores
 from ..models.student import StudentModel
 from ..models.tokenizer import tokenizer_fingerprint
 from .splits import Sample, Splits
@@ -29,7 +33,7 @@ logger = logging.getLogger("distillab")
 INFLUENCE_TOKENS, GREEDY_TOKENS = 8192, 1024
 """量层用的 token 数：再少，名次相邻的几层会随抽到的文字换来换去；贪心的要前向几百次。"""
 _FORMAT = 1
-_FILE = "layers.json"
+_FILE, _WIDTH_FILE = "layers.json", "widths.safetensors"
 
 
 def initial_student(
@@ -44,19 +48,50 @@ def initial_student(
 
     要量而没有训练数据（``splits``），层数或层号超出 ``source`` 的，是 ``DistillabError``。
     """
-    total = int(source.model.config.get_text_config().num_hidden_layers)
-    keep = init.layers or (config or ModelConfig()).num_layers
+    own = config_from_hf(source.model.config)
+    keep = init.layers or (config or own).num_layers
+    widths = init.widths(own)
+    longest = min((config or source).max_seq_len, source.max_seq_len)
+
+    def sample(tokens: int) -> Sample | None:
+        return None if splits is None else splits.sample(tokenizer, longest, tokens)
+
     if recorded is not None and recorded.answers(init, keep):
         chosen = recorded
     else:
         with torch.random.fork_rng(devices=[]):  # 缓存里有没有，后面的随机数都相同
-            longest = min((config or source).max_seq_len, source.max_seq_len)
             tokens = GREEDY_TOKENS if init.choose == "greedy" else INFLUENCE_TOKENS
-            sample = None if splits is None else splits.sample(tokenizer, longest, tokens)
-            chosen = _choose(init, keep, total, source, tokenizer, sample)
+            chosen = _choose(init, keep, own.num_layers, source, tokenizer, sample(tokens))
+    if config is not None and init.narrows:  # 各层抄进来时还是原来的宽度
+        config = config.model_copy(update={name: getattr(own, name) for name in init.given})
     student = student_from_teacher(source, chosen.layers, config)
+    if init.narrows:
+        kept = chosen.kept
+        if kept is None:
+            with torch.random.fork_rng(devices=[]):
+                scores = _measured_widths(student, tokenizer, sample(INFLUENCE_TOKENS))
+            kept = most_active(scores, student.config, widths)
+            chosen = chosen.model_copy(update={"kept": kept})
+        student = narrowed(student, kept)
     logger.info(chosen.line())
     return student, chosen
+
+
+def _measured_widths(
+    student: StudentModel, tokenizer: PreTrainedTokenizerBase, sample: Sample | None
+) -> WidthScores:
+    """``width_scores``，存在缓存里。"""
+    if sample is None:
+        raise DistillabError(
+            f"student.init with {' or '.join(WIDTHS)} reads training data, and none was given to "
+            f"build_models; expected its splits"
+        )
+    read = [tokenizer_fingerprint(tokenizer), *sample.key()]
+    directory = cache_dir() / "widths" / cache_key([_FORMAT, weights_digest(student), *read])
+    with build_once(directory) as building:
+        if building is not None:
+            save_file(width_scores(student, sample.rows())._asdict(), building / _WIDTH_FILE)
+    return WidthScores(**load_file(directory / _WIDTH_FILE))
 
 
 def _choose(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ..errors import nearest
 from .layouts import layout_of
 from .sections import Section
+from .width_sections import WIDTHS, KeptWidths, WidthConfig
 
 CHOICES = ("influence", "greedy", "even")
 """``student.init.choose``：怎样挑层，除了一一列出。"""
@@ -134,6 +135,12 @@ class ModelConfig(Section):
                 changed |= dict.fromkeys(("layer_types", "sliding_window", "rope_local_theta"))
         return self.model_copy(update=changed)
 
+    def narrowed(self, widths: Mapping[str, int]) -> ModelConfig:
+        """``WIDTHS`` 换成 ``widths`` 的结构；每个头的宽度不变。"""
+        changed = self.model_copy(update=dict(widths))
+        same = changed.hidden_size == changed.num_heads * self.head_width
+        return changed if same else changed.model_copy(update={"head_dim": self.head_width})
+
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -187,8 +194,8 @@ class ModelSource(Section):
     shard: bool = Field(False, description="Split the teacher over the processes (FSDP2).")
 
 
-class InitConfig(Section):
-    """学生的初始权重：教师或另一个模型的若干层。"""
+class InitConfig(WidthConfig):
+    """学生的初始权重：教师或另一个模型的若干层，各层可以裁窄。"""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -235,7 +242,7 @@ class InitialLayers(Section):
 
     ``total`` 是来源的层数，``layers`` 是留下的；``scores`` 是各层的 block influence，``removed`` 与
     ``losses`` 是贪心依次拿掉的层与拿掉后的损失（nat 每 token），没有量过的是空的；``tokens`` 是量时
-    用的 token 数。
+    用的 token 数；``kept`` 是各层留下的单元，没有裁窄就没有。
     """
 
     source: str
@@ -246,11 +253,15 @@ class InitialLayers(Section):
     removed: list[int] = Field([])
     losses: list[float] = Field([])
     tokens: int = 0
+    kept: KeptWidths | None = None
 
     def answers(self, init: InitConfig, keep: int) -> bool:
-        """是不是按 ``init`` 选出的 ``keep`` 层。"""
-        asked = (init.source, init.choose, keep)
-        return (self.source, self.choose, len(self.layers)) == asked
+        """是不是按 ``init`` 选出的 ``keep`` 层，裁成它要的宽度。"""
+        asked = (init.source, init.choose, keep, init.narrows)
+        if (self.source, self.choose, len(self.layers), self.kept is not None) != asked:
+            return False
+        widths = {} if self.kept is None else self.kept.widths
+        return all(getattr(init, name) in (None, width) for name, width in widths.items())
 
     def line(self) -> str:
         """给日志的一行英文。"""
@@ -260,9 +271,10 @@ class InitialLayers(Section):
             "greedy": "by greedy removal",
         }.get(str(self.choose), "as listed")
         measured = f" on {self.tokens:,} training tokens" if self.tokens else ""
+        widths = "" if self.kept is None else f"; {self.kept.line()}"
         return (
             f"student: layers {', '.join(map(str, self.layers))} of the {self.total} of "
-            f"{self.source}, {how}{measured}"
+            f"{self.source}, {how}{measured}{widths}"
         )
 
 
@@ -328,10 +340,16 @@ class StudentSection(Section):
             raise ValueError("lora needs student.path: only a pretrained base can be frozen")
         if self.init is not None:
             layers, config = self.init.layers, self.config
-            if layers is None and config is None:
-                raise ValueError("init needs layers, or config.num_layers")
+            if layers is None and config is None and not self.init.narrows:
+                raise ValueError(
+                    f"init needs layers, or config.num_layers, or one of {', '.join(WIDTHS)}"
+                )
             if config is not None and layers not in (None, config.num_layers):
                 raise ValueError(
                     f"init.layers={layers} and config.num_layers={config.num_layers} disagree"
                 )
+            for name in WIDTHS if config is not None else ():
+                asked, given = getattr(self.init, name), getattr(config, name)
+                if asked not in (None, given):
+                    raise ValueError(f"init.{name}={asked} and config.{name}={given} disagree")
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
@@ -182,13 +183,16 @@ def _models(section: StudentSection, source: ModelSource | None) -> tuple[Planne
     teacher = None if source is None else find_shape(source.path)
     if section.path is not None:
         student = find_shape(section.path)
-    elif section.init is not None and section.config is None:
-        own = section.init.source != "teacher"
-        source_model = find_shape(section.init.source) if own else teacher
+    elif section.init is not None:
+        init, config = section.init, section.config
+        own = init.source != "teacher"
+        source_model = find_shape(init.source) if own else teacher
         assert source_model is not None  # Recipe 已查过
-        assert section.init.layers is not None
-        shape = replace(source_model.shape, num_layers=section.init.layers)
-        student = replace(source_model, shape=shape)
+        whole = source_model.shape
+        layers = init.layers or (whole if config is None else config).num_layers
+        widths: dict[str, Any] = init.widths(whole)
+        shape = replace(whole, num_layers=layers, **widths)
+        student = Planned(shape, (config or source_model).max_seq_len)
     else:
         config = section.config or ModelConfig()
         student = Planned(Shape.of(config), config.max_seq_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -94,10 +94,8 @@ def method(run: RunData) -> list[tuple[str, str]]:
         objective = f"{alpha:g} {divergence} + {1 - alpha:g} cross-entropy"
     teacher = run.get("teacher.path")
     view = "reads experience that the student never sees" if privileged else "same prompt"
-    origin = run.get("student.init.from", TEACHER)
-    kept = f"{run.get('student.init.layers', 'some')} layers"
-    layers = f"{kept} of {'the teacher' if origin == TEACHER else origin}"
-    student = run.get("student.path") or (layers if run.get("student.init") else "from scratch")
+    init = run.get("student.init")
+    student = run.get("student.path") or (_shaped(init) if init else "from scratch")
     return [
         ("responses", said),
         ("teacher view", view if teacher and alpha else "not used in training"),
@@ -118,6 +116,19 @@ def _alignment(run: RunData) -> list[tuple[str, str]]:
         )
         for name, row in text.items()
     ]
+
+
+def _shaped(init: Mapping[str, Any]) -> str:
+    """``student.init`` 的一句话。"""
+    widths = [
+        f"{name} {init[name]}"
+        for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+        if init.get(name)
+    ]
+    layers = init.get("layers") or ("all" if widths else "some")
+    origin = init.get("from", TEACHER)
+    of = "the teacher" if origin == TEACHER else origin
+    return ", ".join([f"{layers} layers of {of}", *widths])
 
 
 CHOSEN = {"even": "evenly spaced", "influence": "by block influence", "greedy": "by greedy removal"}

@@ -1,0 +1,75 @@
+"""裁窄的学生走完整条命令：训练、恢复、导出，再由导出的裁第二轮。"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from distillab.config.recipes import load_recipe
+from distillab.plan.hardware import find_device
+from distillab.plan.plan import plan
+
+NARROW = "student.init={from: teacher, layers: null, intermediate_size: 32, num_heads: 2, num_kv_heads: 1}"
+
+
+def summary(run="runs/recipe"):
+    return json.loads((Path(run) / "summary.json").read_text())
+
+
+def planned(run="runs/recipe"):
+    """不加载模型数出的参数。"""
+    recipe = load_recipe(f"{run}/recipe.yaml")
+    return plan(recipe, find_device("cpu")).step.student.parameters
+
+
+def weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+def test_two_rounds_of_narrowing_with_training_between(command):
+    code, _, err = command("train", "recipe.yaml", "--set", NARROW)
+    assert code == 0, err
+    widths = "32 channels, in each layer 32 neurons, 2 heads and 1 key/value heads"
+    assert widths in " ".join(err.split())
+    assert summary()["parameters"]["student"] == planned()
+    assert summary()["student_after"]["perplexity"] < summary()["student_before"]["perplexity"]
+    first = weights("runs/recipe/export")
+    assert first["model.layers.2.mlp.up_proj.weight"].shape == (32, 32)
+    assert first["model.layers.2.self_attn.q_proj.weight"].shape == (16, 32)
+
+    again = "student.init={from: runs/recipe/export, layers: 2, hidden_size: 16, num_heads: 2}"
+    code, _, err = command("train", "recipe.yaml", "--set", again, "--set", "name=second")
+    assert code == 0, err
+    config = json.loads(Path("runs/second/export/config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 16)
+    kept = json.loads(Path("runs/second/initial.json").read_text())["kept"]
+    assert [len(row) for row in kept["neurons"]] == [32, 32]
+    assert len(kept["channels"]) == 16
+    extra = planned("runs/second") - summary("runs/second")["parameters"]["student"]
+    assert extra == 2 * 16, "o_proj.bias of the first export: zeros, dropped where weights are read"
+
+
+def test_a_resumed_run_keeps_its_units_without_measuring_again(command):
+    assert command("train", "recipe.yaml", "--set", NARROW)[0] == 0
+    before, picks = weights("runs/recipe/export"), Path("runs/recipe/initial.json").read_text()
+    shutil.rmtree("cache/widths")
+    Path("runs/recipe/summary.json").unlink()
+    shutil.rmtree("runs/recipe/export")
+    shutil.rmtree(max(Path("runs/recipe/checkpoints").glob("step*")))
+    code, _, err = command("train", "recipe.yaml", "--resume", "--set", NARROW)
+    assert code == 0, err
+    assert Path("runs/recipe/initial.json").read_text() == picks
+    assert not Path("cache/widths").exists()
+    again = weights("runs/recipe/export")
+    assert all(torch.equal(before[name], weight) for name, weight in again.items())
+
+
+def test_widths_that_the_teacher_does_not_have_end_in_one_line(command):
+    code, _, err = command("train", "recipe.yaml", "--set", "student.init.hidden_size=64")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "error: student.init.hidden_size=64 is larger than the 32 of its source; "
+        "expected at most 32"
+    )
