@@ -10,6 +10,8 @@ from distillab.config.model_sections import ModelConfig
 from distillab.config.schema import LossConfig, Recipe, TrainingConfig
 from distillab.config.sections import DataSection, SynthesizeConfig
 
+GEMMA = {"norm_unit_offset": True, "post_norms": True, "scaled_embeddings": True}
+
 
 def test_model_config_has_the_documented_defaults_and_qwen25s_layout():
     layout = {"tie_embeddings": True, "activation": "silu", "qkv_bias": True}
@@ -52,6 +54,37 @@ def test_training_config_keeps_the_documented_defaults():
     assert defaults["min_learning_rate"] == 1e-5
 
 
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [
+        ("qwen2", {"head_dim": 64, "sliding_window": 8}),
+        ("llama", {"o_bias": True, "ffn_bias": True}),
+        ("llama", {"head_dim": 32}),
+        ("qwen3", {"qk_norm": True, "hidden_size": 510, "head_dim": 64}),
+        ("mistral", {"qkv_bias": False, "sliding_window": 8}),
+        ("gemma2", {**GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0}),
+        ("gemma3_text", {**GEMMA, "qk_norm": True, "sliding_window": 8, "rope_local_theta": 1e4}),
+    ],
+)
+def test_the_options_together_are_a_layout_of_transformers(layout, values):
+    assert ModelConfig(**values).layout == layout
+
+
+def test_keeping_layers_keeps_what_each_of_them_sees():
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = ModelConfig(
+        **GEMMA,
+        qk_norm=True,
+        num_layers=3,
+        layer_types=types,
+        sliding_window=8,
+        rope_local_theta=1e4,
+    )
+    kept = config.keeping([0, 2])
+    assert (kept.num_layers, kept.slides(0), kept.slides(1)) == (2, True, False)
+    assert ModelConfig(**dict(config.keeping([2]))).sliding_window is None
+
+
 def test_model_config_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         ModelConfig().hidden_size = 1
@@ -63,6 +96,31 @@ def test_model_config_is_frozen():
         ({"hidden_size": 510}, "hidden_size=510 is not divisible by num_heads=8"),
         ({"num_kv_heads": 3}, "num_heads=8 is not divisible by num_kv_heads=3"),
         ({"hidden_size": 24, "num_heads": 8}, "must be even"),
+        ({"head_dim": 7}, "head_dim, or else hidden_size / num_heads = 7 must be even"),
+        ({"layer_types": ["full_attention"]}, "names 1 layers, expected num_layers=12"),
+        ({"layer_types": ["sliding_attention"] * 12}, "which needs sliding_window"),
+        (
+            {"layer_types": ["full_attention"] * 12, "sliding_window": 8},
+            "sliding_window is given, but no layer slides",
+        ),
+        ({"rope_local_theta": 1e4}, "rope_local_theta is given, but no layer slides"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs original_max_position_"),
+        ({"qkv_bias": False, "o_bias": True}, "o_bias=True needs qkv_bias=True"),
+        (
+            {"attention_softcap": 50.0},
+            "attention_softcap=50.0 does not fit the other options: .* qwen2, the nearest, has "
+            "attention_softcap=None",
+        ),
+        (
+            {**GEMMA, "qk_norm": True, "attention_softcap": 50.0},
+            "qk_norm=True does not fit .* gemma2, the nearest, has qk_norm=False",
+        ),
+        ({**GEMMA, "post_norms": False}, "post_norms=False does not fit .* gemma2, the nearest"),
+        ({"qk_norm": True, "ffn_bias": True}, "does not fit the other options"),
+        (
+            {"qkv_bias": False, "hidden_size": 30, "head_dim": 8},
+            "hidden_size=30 is not divisible by num_heads=8, which llama needs even with head_dim",
+        ),
         ({"vocab_size": 0}, "greater than 0"),
         ({"max_seq_len": 0}, "greater than 0"),
         ({"dropout": 1.0}, "less than 1"),

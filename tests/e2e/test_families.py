@@ -26,6 +26,13 @@ data: {source: text.jsonl, max_seq_len: 32}
 train: {batch_size: 4, max_steps: 2, warmup_steps: 0, learning_rate: 1e-3, precision: fp32}
 evaluate: {prompts: ["The capital"], max_new_tokens: 8}
 """
+WHOLE = """
+teacher: {path: model, dtype: float32}
+student: {init: {from: teacher, layers: 2}}
+data: {source: text.jsonl, max_seq_len: 32}
+train: {batch_size: 4, max_steps: 2, warmup_steps: 0, learning_rate: 1e-3, precision: fp32}
+evaluate: {prompts: ["The capital"], max_new_tokens: 8}
+"""
 CHAT = """
 student: {path: model}
 data: {source: chat.jsonl, format: chat, max_seq_len: 128}
@@ -66,7 +73,12 @@ def family(request, tmp_path, monkeypatch):
     chat = [{**row, "messages": [*row["messages"], reply]} for row in asked]
     for name, content in (("text", rows), ("asked", asked), ("chat", chat)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    for name, content in (("text", TEXT), ("chat", CHAT), ("on-policy", ON_POLICY)):
+    for name, content in (
+        ("text", TEXT),
+        ("whole", WHOLE),
+        ("chat", CHAT),
+        ("on-policy", ON_POLICY),
+    ):
         Path(f"{name}.yaml").write_text(content)
     return request.param
 
@@ -99,6 +111,29 @@ def test_text_has_the_perplexity_of_transformers_with_its_own_bos(family, comman
         nats, tokens = nats + losses[counted].double().sum().item(), tokens + int(counted.sum())
     found = summary("text")["teacher"]["perplexity"]
     assert math.isclose(found, math.exp(nats / tokens), rel_tol=1e-4)
+
+
+def test_a_student_of_all_its_layers_starts_as_the_teacher_and_exports_as_its_kind(family, command):
+    code, _, err = command("train", "whole.yaml")
+    if family == "lfm2":
+        assert code == 2
+        assert "model_type=lfm2, expected qwen2, llama, qwen3, mistral, gemma2 or gemma3" in err
+        return
+    assert code == 0, err
+    found = summary("whole")
+    assert found["student_before"]["kl"] < 1e-6
+    teacher, before = found["teacher"]["perplexity"], found["student_before"]["perplexity"]
+    assert math.isclose(teacher, before, rel_tol=1e-5)
+    model, tokenizer = plain("runs/whole/export")
+    assert model.config.model_type == families.FAMILIES[family].model_type
+    ids = torch.tensor([tokenizer("The capital of France")["input_ids"]])
+    assert ids[0].tolist() == plain("model")[1]("The capital of France")["input_ids"]
+    student = load_generator("runs/whole").model
+    with torch.no_grad():
+        ours, theirs = student.logits(student(ids)), model(ids).logits
+    torch.testing.assert_close(
+        ours[..., : len(tokenizer)], theirs[..., : len(tokenizer)], atol=1e-4, rtol=0
+    )
 
 
 def test_chat_is_learnt_with_its_end_and_what_is_exported_stops_by_itself(family, command):

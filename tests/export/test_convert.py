@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from model_types import model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -175,6 +176,20 @@ def test_config_that_differs_from_the_teacher_is_refused(
         student_from_teacher(tiny_qwen2, config=config)
 
 
+def test_a_student_of_some_layers_keeps_what_each_of_them_sees() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    teacher = model_of("gemma3_text", layer_types=types, sliding_window=8)
+    config = ModelConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48,
+        vocab_size=400, max_seq_len=16,
+    )  # fmt: skip
+    student = student_from_teacher(teacher, [0, 3], config)
+    assert student.config.layer_types == ["sliding_attention", "full_attention"]
+    assert (student.config.layout, student.config.max_seq_len) == ("gemma3_text", 16)
+    theirs = teacher.model.layers[3].pre_feedforward_layernorm.weight
+    assert torch.equal(student.layers[1].ffn_norm.weight, theirs)
+
+
 def test_two_different_layer_counts_are_refused(
     tiny_qwen2: nn.Module, tiny_config: ModelConfig
 ) -> None:
@@ -231,6 +246,52 @@ def test_reloaded_tokenizer_splits_text_as_in_training(
     for text in TRICKY:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.eos_token_id == tokenizer.eos_token_id
+
+
+GEMMA = {"norm_unit_offset": True, "post_norms": True, "scaled_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3", {"qk_norm": True}),
+        ("mistral", {"qkv_bias": False, "sliding_window": 8}),
+        ("gemma2", GEMMA),
+        ("gemma3_text", {**GEMMA, "qk_norm": True}),
+    ],
+)
+def test_a_foreign_tokenizer_is_kept_beside_every_layout(
+    kind: str,
+    options: dict[str, object],
+    tiny_config: ModelConfig,
+    gpt_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    student = StudentModel(ModelConfig(**{**dict(tiny_config), **options}))
+    directory = export_student(student, gpt_tokenizer, tmp_path / "out")
+    assert AutoConfig.from_pretrained(directory).model_type == kind
+    again = AutoTokenizer.from_pretrained(directory)
+    for text in TRICKY:
+        assert again(text)["input_ids"] == gpt_tokenizer(text)["input_ids"]
+
+
+def test_windows_of_qwen2_beside_a_foreign_tokenizer_are_refused(
+    tiny_config: ModelConfig, gpt_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    student = StudentModel(tiny_config.model_copy(update={"sliding_window": 8}))
+    with pytest.raises(DistillabError, match=r"sliding_window=8 with qkv_bias needs .* qwen2"):
+        export_student(student, gpt_tokenizer, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_untrained_rows_of_an_untied_head_are_never_the_most_likely(
+    tiny_config: ModelConfig, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    student = StudentModel(tiny_config.model_copy(update={"tie_embeddings": False}))
+    state = to_hf_state_dict(student, Vocabulary(380))
+    head, trained = state["lm_head.weight"], student.lm_head.weight[:380]
+    torch.testing.assert_close(head[380:], trained.mean(0).expand(20, -1))
+    assert torch.equal(head[:380], trained)
 
 
 @torch.no_grad()
