@@ -31,6 +31,17 @@ LABELS = {
 RUN_MODELS = (TEACHER, BEFORE, AFTER)
 """训练自己量的三个，``summary.json`` 里的先后。"""
 
+_CHOICES = {"even": "evenly spaced", "influence": "by block influence",
+            "greedy": "by greedy removal"}  # fmt: skip
+
+
+def layers_said(total: int, source: str, choose: object, tokens: int) -> str:
+    """学生的层从哪里来、怎样选的，一句英文：``the 30 of the teacher, by ...``。"""
+    origin = "the teacher" if source == TEACHER else source
+    measured = f" on {tokens:,} training tokens" if tokens else ""
+    return f"the {total} of {origin}, {_CHOICES.get(str(choose), 'as listed')}{measured}"
+
+
 AGREEMENT = {
     "forward_kl": "KL(teacher ‖ student)",
     "reverse_kl": "KL(student ‖ teacher)",

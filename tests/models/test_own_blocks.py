@@ -179,7 +179,9 @@ def test_a_forward_of_24_layers_dispatches_fewer_operators():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("student", [{"init": {"from": "teacher", "layers": 2}}, {"path": "other"}])
+@pytest.mark.parametrize(
+    "student", [{"init": {"from": "teacher", "choose": [0, 2]}}, {"path": "other"}]
+)
 def test_a_gpu_has_its_teacher_read_through_own_blocks(student, tiny_teacher_dir, monkeypatch):
     if "path" in student:
         student = {"path": str(tiny_teacher_dir)}

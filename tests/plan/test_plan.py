@@ -147,6 +147,15 @@ def test_a_narrow_student_is_counted_from_the_shape_of_its_teacher(local):
         plan(local(student={"init": {"from": "teacher", "num_heads": 16}}), T4)
 
 
+def test_a_student_cut_from_another_model_has_the_shape_of_that_model(local):
+    Path("other").mkdir()
+    Path("other/config.json").write_text(json.dumps(CONFIG | {"hidden_size": 32}))
+    init = {"from": "other", "choose": [0, 3]}
+    found = plan(local(student={"init": init}), CPU).step
+    assert (found.student.hidden_size, found.student.num_layers) == (32, 2)
+    assert found.teacher.hidden_size == 64
+
+
 def test_engines_share_out_what_they_shard():
     recipe = load_recipe("experience/skd")
     alone = plan(recipe, H100)

@@ -83,7 +83,7 @@ def test_the_layers_that_a_student_began_with_stand_beside_their_scores(kd, ce):
         [(True, "0.2500"), (False, "removed 1: 3.500")],
     ]
     assert found["notes"][0] == (
-        "2 of the 3 layers of teacher, by block influence on 8,192 training tokens"
+        "2 layers of the 3 of the teacher, by block influence on 8,192 training tokens"
     )
     shown = page(read_runs([kd, ce]))
     assert "Where the student started" in shown

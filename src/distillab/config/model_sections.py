@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import nearest
+from ..figures import layers_said
 from .layouts import layout_of
 from .sections import Section
 from .width_sections import WIDTHS, KeptWidths, WidthConfig
@@ -265,16 +266,11 @@ class InitialLayers(Section):
 
     def line(self) -> str:
         """给日志的一行英文。"""
-        how = {
-            "even": "evenly spaced",
-            "influence": "by block influence",
-            "greedy": "by greedy removal",
-        }.get(str(self.choose), "as listed")
-        measured = f" on {self.tokens:,} training tokens" if self.tokens else ""
+        layers = ", ".join(map(str, self.layers))
         widths = "" if self.kept is None else f"; {self.kept.line()}"
         return (
-            f"student: layers {', '.join(map(str, self.layers))} of the {self.total} of "
-            f"{self.source}, {how}{measured}{widths}"
+            f"student: layers {layers} of "
+            f"{layers_said(self.total, self.source, self.choose, self.tokens)}{widths}"
         )
 
 

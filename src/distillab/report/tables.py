@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER
+from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER, layers_said
 from ..parsing import leaves
 from .measures import difference, measures
 from .run_data import RunData
@@ -131,8 +131,6 @@ def _shaped(init: Mapping[str, Any]) -> str:
     return ", ".join([f"{layers} layers of {of}", *widths])
 
 
-CHOSEN = {"even": "evenly spaced", "influence": "by block influence", "greedy": "by greedy removal"}
-"""``student.init.choose`` 给人看的说法；列出来的是 ``as listed``。"""
 MOST_LAYERS = 1000
 """表里至多这么多层：文件里的数不一定可信。"""
 
@@ -144,9 +142,9 @@ def initial_layers(runs: Sequence[RunData]) -> dict[str, Any]:
     for run in cut:
         found = run.initial
         total, layers = int(found["total"]), set(found["layers"])
-        how = CHOSEN.get(str(found.get("choose")), "as listed")
-        on = f" on {found['tokens']:,} training tokens" if found.get("tokens") else ""
-        notes.append(f"{len(layers)} of the {total} layers of {found['source']}, {how}{on}")
+        tokens = int(found.get("tokens", 0))
+        said_of = layers_said(total, found["source"], found.get("choose"), tokens)
+        notes.append(f"{len(layers)} layers of {said_of}")
         said = {layer: f"{score:.4f}" for layer, score in enumerate(found.get("scores", []))}
         losses = zip(found.get("removed", []), found.get("losses", []), strict=False)
         for turn, (layer, loss) in enumerate(losses, start=1):
