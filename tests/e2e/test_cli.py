@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillab.assembly.parts import build_models
+from distillab.assembly.splits import Splits
 from distillab.config.recipes import load_recipe, shipped_recipes
 from distillab.run import train
 from distillab.run_file_shapes import read_metrics
@@ -245,7 +246,7 @@ def test_student_from_a_pretrained_path_trains_too(command):
 
 def test_train_from_python_uses_the_models_it_is_given(workdir):
     recipe = load_recipe("recipe.yaml")
-    parts = build_models(recipe.student, recipe.teacher, recipe.train)
+    parts = build_models(recipe.student, recipe.teacher, recipe.train, Splits(recipe))
     before = {name: value.clone() for name, value in parts.student.state_dict().items()}
     run, summary = train(recipe, parts=parts)
     assert any(

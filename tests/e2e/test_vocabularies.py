@@ -13,7 +13,7 @@ from distillab.run_file_shapes import read_metrics
 RECIPE = (
     "description: tiny\n"
     "teacher: {{path: {teacher}}}\n"
-    "student: {{init: {{from: teacher, layers: 2}}{student}}}\n"
+    "student: {{init: {{from: teacher, layers: 2, choose: influence}}{student}}}\n"
     "data: {{source: chat.jsonl, format: chat, max_seq_len: 48}}\n"
     "train: {{batch_size: 4, max_steps: 30, warmup_steps: 2, learning_rate: 1e-2,\n"
     "        log_interval: 1, eval_interval: 30, save_interval: 30}}\n"

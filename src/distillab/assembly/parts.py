@@ -127,11 +127,12 @@ def build_models(
     else:
         vocabulary = shared_vocabulary(tokenizer, theirs)
     loaded = None
+    cut = student.init is not None and student.init.source == TEACHER
     if not _is_frozen_base(teacher, student, precision):
-        cut = student.init is not None and student.init.source == TEACHER
         loaded = _load(teacher, torch.float32 if cut else frozen_dtype(teacher, precision))
         check_tokenizer_fits(theirs, loaded.vocab_size, "teacher")
-    model, initial = _student(student, loaded, tokenizer, precision, splits, recorded)
+    reads = theirs if cut else tokenizer  # 学生多出的 token，教师的 embedding 里也许没有
+    model, initial = _student(student, loaded, reads, precision, splits, recorded)
     check_tokenizer_fits(tokenizer, model.vocab_size, "student")
     frozen: LanguageModel
     if loaded is not None:
