@@ -200,6 +200,17 @@ def test_a_run_keeps_its_layers_and_a_second_round_starts_from_its_export(monkey
 
 
 @pytest.mark.usefixtures("workdir")
+def test_another_model_needs_no_teacher_and_brings_its_own_tokenizer(tiny_tokenizer):
+    config = recipe({"from": "./teacher", "choose": "influence"}, teacher=None, loss={"alpha": 0.0})
+    parts = built(config)
+    assert parts.teacher is None
+    assert parts.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+    assert parts.initial.source == "./teacher"
+    beside = built(recipe({"from": "./teacher", "choose": "influence"}))
+    assert beside.initial == parts.initial
+
+
+@pytest.mark.usefixtures("workdir")
 def test_a_recipe_saved_before_there_was_a_choice_stays_even():
     saved = recipe().values()
     del saved["student"]["init"]["choose"]

@@ -138,6 +138,10 @@ def _measured(
             rows = sample.rows()
             measured: dict[str, Any] = {"tokens": sum(map(len, rows))}
             if how == "greedy":
+                logger.info(
+                    f"removing layers one by one, each tried on {measured['tokens']:,} training "
+                    f"tokens: this takes minutes, and is kept for the next time"
+                )
                 full = from_hf(source).to("cuda" if torch.cuda.is_available() else "cpu")
                 measured["removed"], measured["losses"] = greedy_removal(full, rows, keep)
             else:
