@@ -249,3 +249,16 @@ def test_the_recorded_plans_are_what_is_computed(record):
     assert record["planned_bytes"] == sum(parts.values())
     assert record["ratio"] == record["planned_bytes"] / record["peak_bytes"]
     assert 1.05 < 1 / record["ratio"] < 1.5
+
+
+def test_two_vocabularies_go_through_the_loss_one_after_the_other():
+    """``alm`` 的缓冲区只有一份，宽的那个词表的；``uld`` 一行要得多，仍不超过块的上限。"""
+    narrow, wide = (Shape(8, 1, 2, 1, 4, 16, vocab) for vocab in (400, 49152))
+    budget = budget_bytes("cpu", 2**33, False)
+    for student, teacher in ((narrow, wide), (wide, narrow)):
+        step = Step(student, teacher, 1, 100, divergence="alm")
+        spec = RowSpec.of(LossConfig(), 49152)
+        chunks = Chunks(torch.empty(100, 8), HeadProducts(torch.float32), None, spec, budget)
+        assert step.loss_buffers("cpu") == chunks.student.nbytes
+        pairs = replace(step, divergence="uld").loss_buffers("cpu")
+        assert chunks.student.nbytes < pairs <= budget

@@ -21,12 +21,10 @@ from ..targets import Head, HiddenTargets
 from ..vocabulary import SharedTokens, Vocabulary
 from .across import alm_total, first_tokens
 from .buffers import Chunks, default_budget
+from .chunking import PAIR_BYTES
 from .losses import LossSums
 from .products import HeadProducts, compute_dtype, head_products
 from .rows import RowSpec
-
-PAIR_BYTES = 96
-"""``uld``、``gold`` 的一行里，每个 token 在两边一共要这么多字节：排序的值与下标、概率、梯度。"""
 
 _CROSS_ENTROPY = LossConfig(alpha=0.0, temperature=1.0)
 

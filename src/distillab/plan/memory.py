@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..config.schema import ACROSS
 from ..limits import (
     MANY_ROWS,
     MANY_STEPS,
@@ -15,7 +16,7 @@ from ..limits import (
     rows_together,
     sampling_row_bytes,
 )
-from ..loss.chunking import Chunking, budget_bytes
+from ..loss.chunking import PAIR_BYTES, Chunking, budget_bytes
 from .shapes import BYTES, Shape
 
 ZERO_BUCKET = 500_000_000
@@ -59,6 +60,7 @@ class Step:
         padded: 各条不一样长，注意力要 mask。
         accumulation: 一个 optimizer 步有几个 micro-batch。
         distils: 训练时用到教师，即 ``alpha > 0``；否则它只占权重，验证才用。
+        divergence: 在 ``ACROSS`` 之中的，两个模型的词表可以不同，各走各的块。
         precision: 学生的计算精度。
         teacher_precision: 教师权重与计算的精度。
         checkpointing: 反向时重算各层。
@@ -81,6 +83,7 @@ class Step:
     padded: bool = False
     accumulation: int = 1
     distils: bool = True
+    divergence: str = "forward_kl"
     precision: str = "fp32"
     teacher_precision: str = "fp32"
     checkpointing: bool = False
@@ -230,12 +233,15 @@ class Step:
 
     def loss_buffers(self, device: str) -> int:
         """损失分块的缓冲区，字节。"""
-        two = self.distils and self.teacher is not None
+        across, vocab = self.divergence in ACROSS, self.student.vocab_size
+        two = self.distils and self.teacher is not None and not across
+        if across and self.teacher is not None:
+            vocab = max(vocab, self.teacher.vocab_size)
         half = device == "cuda" and self.precision != "fp32"
         budget = budget_bytes(device, self.device_memory, kernels=half)
         chunking = Chunking.of(
             self.response_rows,
-            self.student.vocab_size,
+            vocab,
             4 * (1 + two),
             2 * half,
             device,
@@ -243,7 +249,9 @@ class Step:
             half,
         )
         weight = 2 * self.student.head_parameters * half * (self.base_precision == "fp32")
-        return chunking.buffer_bytes + weight  # 半精度的 head 只在损失里有一份
+        pairs = self.response_rows * PAIR_BYTES * vocab * (across and self.divergence != "alm")
+        buffers = max(chunking.buffer_bytes, min(budget, pairs))
+        return buffers + weight  # 半精度的 head 只在损失里有一份
 
     def _teacher(self) -> int:
         """教师前向里最宽的一刻：gate、silu(gate)、up，与几份 hidden state。"""
@@ -321,7 +329,10 @@ class Step:
         passes = 1 + backward + self.checkpointing
         found = {
             "student": self.student.forward_operations(self.tokens, length) * passes,
-            "heads": 2.0 * rows * self.student.head_parameters * (1 + backward),
+            "heads": 2.0
+            * rows
+            * self.student.head_parameters
+            * (1 + backward + (self.divergence in ACROSS)),
         }
         if self.teacher is not None and self.distils:
             read = self.teacher_seq_len or length

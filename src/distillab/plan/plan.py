@@ -227,6 +227,7 @@ def _planned(
         padded=recipe.data.format == "chat" and config.batch_size > 1,
         accumulation=config.gradient_accumulation_steps,
         distils=recipe.loss.alpha > 0,
+        divergence=recipe.loss.divergence,
         precision=precision,
         teacher_precision="fp32" if recipe.teacher is None else frozen[recipe.teacher.dtype],
         checkpointing=config.activation_checkpointing,
@@ -238,6 +239,10 @@ def _planned(
         processes=processes,
         device_memory=device.memory,
     )
+    if recipe.loss.across and recipe.student.tokenizer is not None:
+        notes.append(
+            "the teacher's tokens of the same text are taken to be as many as the student's"
+        )
     if recipe.responses.on_policy:
         step = step.with_sampling(
             config.batch_size * config.gradient_accumulation_steps,
