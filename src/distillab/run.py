@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .assembly.parts import Parts, build_models, build_teacher
 from .assembly.splits import Splits
+from .assembly.student_vocabulary import saved_vocabulary, student_vocabulary
 from .assembly.training import build_trainer
 from .config.recipes import dump_recipe
 from .config.run_dir import RUNS, RunDirectory, exported_model
@@ -87,14 +88,16 @@ def train(
         splits = Splits(recipe)
         _ = splits.pairs  # 写错的数据不必等几十亿参数装好才发现
         tasks = load_tasks(recipe.evaluate, recipe.data)
-        parts = parts or build_models(
-            recipe.student,
-            recipe.teacher,
-            recipe.train,
-            splits,
-            run.initial,
-            across=recipe.loss.across,
-        )
+        if parts is None:
+            parts = build_models(
+                recipe.student,
+                recipe.teacher,
+                recipe.train,
+                splits,
+                run.initial,
+                across=recipe.loss.across,
+                trimmed=student_vocabulary(recipe, splits, run.tokenizer),
+            )
         if parts.initial is not None and main_process():
             run.write_initial(parts.initial)
         parameters = parts.parameters  # 分片之后就数不出来了
@@ -103,6 +106,8 @@ def train(
         trainer = build_trainer(recipe, parts, run.path, splits)
         checks = Checks(recipe.evaluate.texts, tasks, parts, trainer, run.checks)
         main = trainer.accelerator.is_main_process
+        if main and parts.trimmed is not None:
+            parts.trimmed.save(run.tokenizer)
         with trainer.watch:
             measured = _reference(run, trainer)
             before = checks.measure("student_before")
@@ -118,6 +123,7 @@ def train(
                 "name": recipe.name,
                 **metrics,
                 **checked,
+                **_vocabulary(run, parts),
                 "best_step": best_step,
                 "steps": state.current_step,
                 "skipped_steps": state.skipped_steps,
@@ -220,6 +226,7 @@ def export(name: str, checkpoint: str, output: Path | None, *, trust: bool = Fal
             Splits(recipe),
             run.initial,
             across=recipe.loss.across,
+            trimmed=saved_vocabulary(recipe.student.vocab, run.tokenizer),
         )
         state = load_student(parts.student, path)
         metrics, after = _recorded(run)
@@ -272,18 +279,48 @@ def _reference(run: RunDirectory, trainer: DistillationTrainer) -> dict[str, Met
     """训练前的成绩；恢复时从 ``metrics.jsonl`` 读回，不再算一遍。"""
     known, _ = _recorded(run)
     if known.keys() >= {"student_before"} | ({"teacher"} if trainer.teacher is not None else set()):
+        if trainer.teacher is not None:
+            trainer.teacher.measured_outside()  # 上次量过了
         return known
     logger.info("evaluating before training")
     student, teacher = trainer.evaluate()
+    outside = _outside(trainer)
     reference = {"student_before": student}
     if teacher is not None:
         reference["teacher"] = teacher
     if trainer.accelerator.is_main_process:
-        rows = ({"kind": "reference", "step": 0, "model": m, **reference[m]} for m in reference)
+        rows = [{"kind": "reference", "step": 0, "model": m, **reference[m]} for m in reference]
+        rows[-1] |= {} if outside is None else {"outside": outside}  # 教师的在最后
         write_first(run.metrics_file, rows)
     for model, metrics in reference.items():
         logger.info("%s: perplexity %s", LABELS[model].short, f"{metrics['perplexity']:,.1f}")
     return reference
+
+
+def _outside(trainer: DistillationTrainer) -> float | None:
+    """教师在验证集上平均每个 token 给了词表之外多少概率；没有裁剪词表是 ``None``。"""
+    teacher = trainer.teacher
+    sums = None if teacher is None else teacher.measured_outside()
+    if teacher is None or sums is None:
+        return None
+    accelerator = trainer.accelerator
+    mass, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+    done = "renormalised" if teacher.outside is None else "moved to their first piece"
+    logger.info(
+        f"the teacher gives {mass / tokens:.3%} of its probability to tokens outside the "
+        f"student's vocabulary: {done}"
+    )
+    return float(mass / tokens)
+
+
+def _vocabulary(run: RunDirectory, parts: Parts) -> dict[str, Any]:
+    """``summary.json`` 的 ``vocabulary``；没有裁剪则没有这一项。"""
+    if parts.trimmed is None:
+        return {}
+    figures, rows = parts.trimmed.figures(), read_metrics(run.metrics_file)
+    if lost := [row["outside"] for row in rows if "outside" in row]:
+        figures["outside"] = lost[0]
+    return {"vocabulary": figures}
 
 
 def _load_best(run: RunDirectory, trainer: DistillationTrainer) -> tuple[int, Metrics]:

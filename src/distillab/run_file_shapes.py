@@ -38,7 +38,7 @@ RECIPE: Shape = {
     "name": TEXT,
     "description": TEXT,
     "teacher": {"path": TEXT},
-    "student": {"path": TEXT, "init": {
+    "student": {"path": TEXT, "vocab": {"outside": TEXT}, "init": {
         "from": TEXT, "layers": NUMBER, "hidden_size": NUMBER, "intermediate_size": NUMBER,
         "num_heads": NUMBER, "num_kv_heads": NUMBER,
     }},
@@ -55,6 +55,7 @@ SUMMARY: Shape = {
     "texts": {"*": _SCORES},
     "parameters": _SCORES,
     "alignment": {"text": {"*": _SCORES}},
+    "vocabulary": _SCORES,
     "name": TEXT,
     **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
                      "tokens_per_second", "peak_memory_bytes"), NUMBER),

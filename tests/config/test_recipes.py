@@ -41,7 +41,7 @@ def message(*arguments):
 def test_every_shipped_recipe_loads_is_short_and_names_the_schema():
     recipes = shipped_recipes()
     assert set(recipes) == {
-        "quickstart", "wiki-zh", "qwen3-chat", "experience/seqkd", "experience/skd",
+        "quickstart", "wiki-zh", "wiki-zh-trimmed", "qwen3-chat", "experience/seqkd", "experience/skd",
         "experience/gkd", "experience/demo-seqkd", "experience/demo-skd", "experience/demo-gkd",
     }  # fmt: skip
     for name, path in recipes.items():
@@ -114,7 +114,15 @@ def test_scientific_notation_without_a_dot_is_a_number(write):
     )
 
 
-@pytest.mark.parametrize("name", ["quickstart", "wiki-zh", "qwen3-chat"])
+def test_the_trimmed_variant_differs_in_its_vocabulary_alone():
+    whole, trimmed = (load_recipe(name) for name in ("wiki-zh", "wiki-zh-trimmed"))
+    assert trimmed.student.vocab is not None
+    trimmed.student.vocab = None
+    both = [one.model_dump(mode="json") for one in (whole, trimmed)]
+    assert {key for key, _ in differing(both)} == {"name", "description"}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wiki-zh", "wiki-zh-trimmed", "qwen3-chat"])
 def test_resolved_recipe_reads_back_the_same_and_can_still_be_overridden(write, name):
     recipe = load_recipe(name)
     saved = write("recipe.yaml", dump_recipe(recipe))

@@ -277,3 +277,27 @@ def test_public_names_all_resolve():
         assert getattr(distillab, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = distillab.nothing
+
+
+def test_a_trimmed_vocabulary_decides_its_size_and_stays_undecided_when_saved():
+    shape = {"hidden_size": 64, "vocab_size": None}
+    found = recipe(student={"config": shape, "vocab": {"keep": "corpus"}})
+    assert "vocab_size" not in found.student.config.model_fields_set
+    values = found.values()
+    assert "vocab_size" not in values["student"]["config"]
+    assert Recipe.model_validate(values) == found
+    given = recipe(student={"config": shape | {"vocab_size": 99}, "vocab": {"keep": "corpus"}})
+    assert Recipe.model_validate(given.values()).student.config.vocab_size == 99
+    with pytest.raises(ValidationError, match="vocab_size"):
+        recipe(student={"config": shape})
+
+
+def test_probability_is_moved_only_where_a_teacher_gives_it():
+    student = {"tokenizer": "t", "vocab": {"keep": "corpus", "outside": "bucket"}}
+    with pytest.raises(
+        ValidationError, match=r"student\.vocab\.outside=bucket needs teacher\.path"
+    ):
+        recipe(student=student, teacher=None, loss={"alpha": 0.0})
+    alm = {"divergence": "alm", "alpha": 1.0}
+    with pytest.raises(ValidationError, match=r"student\.vocab and loss\.divergence=alm disagree"):
+        recipe(student={"vocab": {"keep": "corpus"}}, loss=alm)

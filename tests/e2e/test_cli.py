@@ -285,6 +285,8 @@ STAND_INS = {
                    "data.text_field=text"],
     "wiki-zh": [*TEXT, "student.config.hidden_size=32", "student.config.vocab_size=400",
                 "student.config.num_layers=2", "data.subset=null", "train.precision=fp32"],
+    "wiki-zh-trimmed": [*TEXT, "student.config.hidden_size=32", "student.config.num_layers=2",
+                        "data.subset=null", "train.precision=fp32"],
     "qwen3-chat": ["student.path=teacher", "data.source=guanaco.jsonl", "train.warmup_steps=1",
                    "teacher.dtype=float32", "train.precision=fp32"],
     **{f"experience/{method}": PAIRED for method in ("seqkd", "skd", "gkd")},

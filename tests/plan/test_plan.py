@@ -156,6 +156,24 @@ def test_a_student_cut_from_another_model_has_the_shape_of_that_model(local):
     assert found.teacher.hidden_size == 64
 
 
+def test_a_trimmed_vocabulary_counts_as_what_is_known_of_it(local):
+    shape = {"hidden_size": 64, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2,
+             "intermediate_size": 96, "max_seq_len": 32}  # fmt: skip
+    vocab = {"keep": "corpus"}
+    unknown = plan(local(student={"vocab": vocab, "config": shape}), T4)
+    assert unknown.step.student.vocab_size == unknown.step.teacher.vocab_size == 1000
+    assert "planned for all 1,000" in " ".join(unknown.notes)
+    tried = plan(local(student={"vocab": vocab, "config": shape | {"vocab_size": 300}}), T4)
+    assert tried.step.student.vocab_size == tried.step.teacher.vocab_size == 300
+    Path("runs/tiny/tokenizer").mkdir(parents=True)
+    Path("runs/tiny/tokenizer/vocabulary.json").write_text(json.dumps({"kept": [*range(280)]}))
+    found = plan(local(student={"vocab": vocab, "config": shape}), T4)
+    assert found.step.student.vocab_size == found.step.teacher.vocab_size == 280
+    assert found.total < tried.total < unknown.total
+    bucket = plan(local(student={"vocab": vocab | {"outside": "bucket"}, "config": shape}), T4)
+    assert (bucket.step.student.vocab_size, bucket.step.teacher.vocab_size) == (280, 1000)
+
+
 def test_engines_share_out_what_they_shard():
     recipe = load_recipe("experience/skd")
     alone = plan(recipe, H100)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +32,15 @@ from ..models.pretrained import load_pretrained, resolve_model
 from ..models.student import StudentModel
 from ..models.tokenizer import (
     check_tokenizer_fits,
-    load_tokenizer,
     own_vocabulary,
     shared_vocabulary,
 )
 from ..teachers.in_process import AdapterOffTeacher, LocalTeacher, ShardedTeacher
+from ..teachers.outside import Outside
 from ..vocabulary import Vocabulary
 from .initial import initial_student
 from .splits import Splits
+from .student_vocabulary import StudentVocabulary, own_tokenizer, tokenizer_of
 
 logger = logging.getLogger("distillab")
 
@@ -51,6 +52,7 @@ class Parts:
     关掉 adapter 的学生就是教师时，``teacher`` 就是 ``student`` 那个对象；``vocabulary`` 是两边定义
     相同的 token；``shard_teacher`` 说训练时教师的权重分不分到各进程；``initial`` 说学生由哪些层来，
     不是裁剪出的没有。教师用自己的分词器时，两个分词器在 ``sides`` 里，``vocabulary`` 只是学生的。
+    ``trimmed`` 是学生自己的词表，``outside`` 是教师的输出层里因此去掉的。
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +62,8 @@ class Parts:
     shard_teacher: bool = False
     initial: InitialLayers | None = None
     sides: Sides | None = None
+    trimmed: StudentVocabulary | None = None
+    outside: Outside | None = None
 
     @property
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -83,9 +87,12 @@ class Parts:
         """给出教师目标的对象。"""
         if self.teacher is None:
             return None
+        kind = ShardedTeacher if self.shard_teacher else LocalTeacher
         if self.teacher is self.student:
-            return AdapterOffTeacher(self.teacher)
-        return (ShardedTeacher if self.shard_teacher else LocalTeacher)(self.teacher)
+            kind = AdapterOffTeacher
+        teacher = kind(self.teacher)
+        teacher.outside = self.outside
+        return teacher
 
     @contextmanager
     def as_teacher(self) -> Iterator[LanguageModel]:
@@ -103,22 +110,20 @@ def build_models(
     recorded: InitialLayers | None = None,
     *,
     across: bool = False,
+    trimmed: StudentVocabulary | None = None,
 ) -> Parts:
     """装配 tokenizer、教师与学生；来源读不到、彼此不符的都在这里就是 ``DistillabError``。
 
     ``splits`` 是这份配方的数据，学生要看着它选层时才读；``recorded`` 是这次运行从前选定的层；
-    ``across``：教师用自己的分词器，与学生的不必相同。
+    ``across``：教师用自己的分词器，与学生的不必相同；``trimmed`` 是 ``student.vocab`` 裁剪出的，
+    三样都只有其中的 token，id 处处是新的。
     """
     set_seed(train.seed)
-    precision = train.precision
-    if teacher is None:
-        tokenizer = _tokenizer(student)
-        model, initial = _student(student, None, tokenizer, precision, splits, recorded)
-        check_tokenizer_fits(tokenizer, model.vocab_size, "student")
-        return Parts(tokenizer, None, model, own_vocabulary(tokenizer), initial=initial)
-    theirs = _tokenizer(teacher)
-    tokenizer = _tokenizer(student) if _own_tokenizer(student) else theirs
-    sides = None
+    precision, outside = train.precision, None
+    theirs = tokenizer_of(teacher or student)
+    tokenizer, sides = theirs, None
+    if teacher is not None and own_tokenizer(student):
+        tokenizer = tokenizer_of(student)
     if across:
         vocabulary = own_vocabulary(tokenizer)
         sides = Sides(Side(tokenizer, "student"), Side(theirs, "teacher"))
@@ -126,13 +131,31 @@ def build_models(
         vocabulary = own_vocabulary(tokenizer)
     else:
         vocabulary = shared_vocabulary(tokenizer, theirs)
+    whole = vocabulary
+    if trimmed is not None:
+        own = ("student", tokenizer, stop_ids(tokenizer)), ("teacher", theirs, stop_ids(theirs))
+        check_left_out(whole, own)
+        student, vocabulary = trimmed.sized(student), trimmed.renumbered(tokenizer, whole)
+        tokenizer = theirs = trimmed.tokenizer
+
+    def trim(model: PretrainedLM) -> PretrainedLM:
+        nonlocal outside
+        if trimmed is not None:
+            found = trimmed.trim(model, whole)
+            outside = outside or found  # 先装的是教师，或教师就是学生的基座
+        return model
+
+    if teacher is None:
+        model, initial = _student(student, None, tokenizer, precision, splits, recorded, trim)
+        check_tokenizer_fits(tokenizer, model.vocab_size, "student")
+        return Parts(tokenizer, None, model, vocabulary, initial=initial, trimmed=trimmed)
     loaded = None
     cut = student.init is not None and student.init.source == TEACHER
     if not _is_frozen_base(teacher, student, precision):
-        loaded = _load(teacher, torch.float32 if cut else frozen_dtype(teacher, precision))
+        loaded = trim(_load(teacher, torch.float32 if cut else frozen_dtype(teacher, precision)))
         check_tokenizer_fits(theirs, loaded.vocab_size, "teacher")
     reads = theirs if cut else tokenizer  # 学生多出的 token，教师的 embedding 里也许没有
-    model, initial = _student(student, loaded, reads, precision, splits, recorded)
+    model, initial = _student(student, loaded, reads, precision, splits, recorded, trim)
     check_tokenizer_fits(tokenizer, model.vocab_size, "student")
     frozen: LanguageModel
     if loaded is not None:
@@ -153,14 +176,16 @@ def build_models(
     if sides is None:
         both = (("student", tokenizer, model), ("teacher", theirs, frozen))
         check_left_out(vocabulary, [(name, one, stop_ids(one, of)) for name, one, of in both])
-    return Parts(tokenizer, frozen, model, vocabulary, teacher.shard, initial, sides)
+    return Parts(
+        tokenizer, frozen, model, vocabulary, teacher.shard, initial, sides, trimmed, outside
+    )
 
 
 def build_teacher(
     teacher: ModelSource, precision: Precision
 ) -> tuple[PreTrainedTokenizerBase, LanguageModel]:
     """只要教师与它的 tokenizer，供 ``distillab synthesize``。"""
-    tokenizer, loaded = _tokenizer(teacher), _load(teacher, frozen_dtype(teacher, precision))
+    tokenizer, loaded = tokenizer_of(teacher), _load(teacher, frozen_dtype(teacher, precision))
     check_tokenizer_fits(tokenizer, loaded.vocab_size, "teacher")
     model = _frozen(loaded)
     if torch.cuda.is_available():
@@ -174,20 +199,6 @@ def frozen_dtype(source: ModelSource | LoraConfig, precision: Precision) -> torc
         return DTYPES[resolve_precision(precision)]
     dtype: torch.dtype = getattr(torch, source.dtype)
     return dtype
-
-
-def _tokenizer(section: ModelSource | StudentSection) -> PreTrainedTokenizerBase:
-    source = _own_tokenizer(section)
-    assert source is not None  # Recipe 已查过：没有教师时必有学生自己的
-    sha256 = section.sha256 if source == section.path else None
-    return load_tokenizer(source, sha256=sha256, trust_remote_code=section.trust_remote_code)
-
-
-def _own_tokenizer(section: ModelSource | StudentSection) -> str | None:
-    """学生自己的 tokenizer 从哪里来；``None`` 是用教师的。"""
-    init = section.init if isinstance(section, StudentSection) else None
-    pruned = None if init is None or init.source == TEACHER else init.source
-    return section.tokenizer or section.path or pruned
 
 
 def _is_frozen_base(teacher: ModelSource, student: StudentSection, precision: Precision) -> bool:
@@ -234,10 +245,11 @@ def _student(
     precision: Precision,
     splits: Splits | None,
     recorded: InitialLayers | None,
+    trim: Callable[[PretrainedLM], PretrainedLM],
 ) -> tuple[StudentModel | PretrainedLM, InitialLayers | None]:
     if section.lora is not None:
         dtype = frozen_dtype(section.lora, precision)
-        student = _load(section, dtype)
+        student = trim(_load(section, dtype))
         add_lora(student, section.lora)
         trained, base = (
             sum(p.numel() for p in part(student)) for part in (adapter_parameters, base_parameters)
@@ -248,11 +260,11 @@ def _student(
         )
         return student, None
     if section.path is not None:
-        return _load(section, torch.float32), None
+        return trim(_load(section, torch.float32)), None
     if section.init is not None:
         source = teacher
         if section.init.source != TEACHER:
-            source = _load(ModelSource(path=section.init.source), torch.float32)
+            source = trim(_load(ModelSource(path=section.init.source), torch.float32))
         assert source is not None  # Recipe 已查过
         return initial_student(section.init, section.config, source, tokenizer, splits, recorded)
     return StudentModel(section.config or ModelConfig()), None

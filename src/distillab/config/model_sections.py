@@ -73,7 +73,12 @@ class ModelConfig(Section):
         None, gt=0, description="Width of a head; default hidden_size / num_heads."
     )
     intermediate_size: int = Field(2048, gt=0, description="Width of the SwiGLU FFN.")
-    vocab_size: int = Field(151936, gt=0, description="Rows of the embedding and the head.")
+    vocab_size: int = Field(
+        151936,
+        gt=0,
+        description="Rows of the embedding and the head; null where student.vocab decides.",
+        json_schema_extra={"type": ["integer", "null"]},
+    )
     tie_embeddings: bool = Field(True, description="The head is the embedding.")
     max_seq_len: int = Field(512, gt=0, description="Longest sequence, in tokens.")
     rope_theta: float = Field(1_000_000.0, gt=0, description="Base of the rotary frequencies.")
@@ -274,6 +279,22 @@ class InitialLayers(Section):
         )
 
 
+class VocabConfig(Section):
+    """学生自己的词表：只留训练的文字用到的 token，加上全部字节与特殊 token。
+
+    分词器照此裁剪，教师也只留同样的 token；它给了其余 token 的概率按 ``outside`` 处理。
+    """
+
+    keep: Literal["corpus"] = Field(description="Tokens that the training text uses.")
+    coverage: float = Field(
+        1.0, gt=0, le=1, description="Share of the text's token occurrences that is kept whole."
+    )
+    outside: Literal["renormalise", "bucket"] = Field(
+        "renormalise",
+        description="Teacher probability of other tokens: left out, or moved to their first piece.",
+    )
+
+
 class LoraConfig(Section):
     """LoRA（Hu et al. 2021，arXiv:2106.09685）：冻结基座，只训练低秩的 adapter。
 
@@ -309,6 +330,18 @@ class StudentSection(Section):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Digest of path.")
     trust_remote_code: bool = Field(False, description="Run model code from path.")
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters of path only.")
+    vocab: VocabConfig | None = Field(None, description="A vocabulary of the student's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_vocab(cls, raw: Any) -> Any:
+        """裁剪词表时，``config.vocab_size: null`` 是没有写：继承来的大小由此去掉。"""
+        if not isinstance(raw, dict) or not raw.get("vocab"):
+            return raw
+        config = raw.get("config")
+        if not isinstance(config, dict) or config.get("vocab_size", 0) is not None:
+            return raw
+        return {**raw, "config": {k: v for k, v in config.items() if k != "vocab_size"}}
 
     @model_validator(mode="before")
     @classmethod

@@ -72,6 +72,7 @@ class RunDirectory:
         self.plots = path / "plots"
         self.report = path / "report.html"
         self.checks = path / "checks"
+        self.tokenizer = path / "tokenizer"
         self._lock = FileLock(path / ".lock")
 
     @classmethod

@@ -220,7 +220,11 @@ class Recipe(Section):
 
     def values(self) -> dict[str, Any]:
         """可以再读、再被 ``--set`` 覆盖的值：没有别名，每个数只写一处。"""
-        return self.model_dump(mode="json", by_alias=True, exclude={"train": ALIASES})
+        values = self.model_dump(mode="json", by_alias=True, exclude={"train": ALIASES})
+        config = self.student.config
+        if self.student.vocab and config and "vocab_size" not in config.model_fields_set:
+            del values["student"]["config"]["vocab_size"]  # 裁剪出多少就是多少
+        return values
 
     @model_validator(mode="after")
     def _choices_agree(self) -> Recipe:
@@ -245,6 +249,11 @@ class Recipe(Section):
             init = self.student.init
             if init is not None and init.source == "teacher":
                 raise ValueError("student.init.from=teacher needs teacher.path")
+            if self.student.vocab is not None and self.student.vocab.outside == "bucket":
+                raise ValueError(
+                    "student.vocab.outside=bucket needs teacher.path: it says where the teacher's "
+                    "probability goes"
+                )
             if self.student.path is None and self.student.tokenizer is None and init is None:
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
         if self.loss.across:
@@ -274,6 +283,11 @@ class Recipe(Section):
             raise ValueError(
                 f"student.init and student.tokenizer disagree with {objective}: copied embeddings "
                 f"are of the teacher's tokens; drop one"
+            )
+        if self.student.vocab is not None:
+            raise ValueError(
+                f"student.vocab and {objective} disagree: a trimmed vocabulary is the teacher's, "
+                f"too; drop one"
             )
         if self.data.packing and self.data.format == "text":
             raise ValueError(

@@ -20,7 +20,7 @@ JOINED = "{experience}\n\n{message}"
 """经验与消息缺省的拼法。"""
 
 ENVIRONMENT_NAME = r"^[A-Z_][A-Z0-9_]*$"
-RUN_DIRECTORIES = ("checks", "export", "plots", "profile")
+RUN_DIRECTORIES = ("checks", "export", "plots", "profile", "tokenizer")
 """运行目录里我们自己的目录；导出会整个换掉。"""
 
 CHAT_KEYS = ("teacher_source", "experience", "responses", "template_options", "today", "loss_on",

@@ -19,6 +19,7 @@ import torch
 
 from ..assembly.parts import Parts, build_models
 from ..assembly.splits import Splits
+from ..assembly.student_vocabulary import StudentVocabulary, saved_vocabulary
 from ..assembly.training import build_data, build_text
 from ..batch import Example, Tokens
 from ..config.model_sections import InitialLayers
@@ -106,7 +107,8 @@ def evaluate(
         raise DistillabError(f"--output {target}: there is no directory {target.parent}")
     path = find_checkpoint(run.checkpoint_dir(recipe), checkpoint)
     sources = check_names(models)
-    bench = _prepare(recipe, run.initial)
+    trimmed = saved_vocabulary(recipe.student.vocab, run.tokenizer)
+    bench = _prepare(recipe, run.initial, trimmed)
     privileged = any(data.privileged for data in bench.texts.values())
     privileged = privileged or any(pair.teacher is not pair.student for pair in bench.pairs)
     privileged = privileged or any(map(_has_views, bench.tasks))
@@ -142,7 +144,9 @@ def evaluate(
     return found, target
 
 
-def _prepare(recipe: Recipe, initial: InitialLayers | None) -> _Bench:
+def _prepare(
+    recipe: Recipe, initial: InitialLayers | None, trimmed: StudentVocabulary | None
+) -> _Bench:
     """读入数据、任务与模型；``initial`` 是这次运行的学生从前由哪些层开始。"""
     if VALIDATION in recipe.evaluate.texts:
         raise DistillabError(
@@ -153,8 +157,9 @@ def _prepare(recipe: Recipe, initial: InitialLayers | None) -> _Bench:
     pairs = splits.pairs
     tasks = load_tasks(recipe.evaluate, recipe.data)
     parts = build_models(
-        recipe.student, recipe.teacher, recipe.train, splits, initial, across=recipe.loss.across
-    )
+        recipe.student, recipe.teacher, recipe.train, splits, initial,
+        across=recipe.loss.across, trimmed=trimmed,
+    )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in (parts.student, parts.teacher):
         if model is not None:

@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from ..config.model_sections import ModelConfig, ModelSource, StudentSection
+from ..config.run_dir import RUNS, RunDirectory
 from ..config.schema import Recipe, TrainingConfig
+from ..parsing import parse_json
 from .hardware import Device
 from .lengths import Lengths, find_lengths
 from .memory import Step
@@ -201,6 +203,34 @@ def _models(section: StudentSection, source: ModelSource | None) -> tuple[Planne
     return student, teacher
 
 
+def _trimmed(
+    recipe: Recipe, student: Planned, teacher: Planned | None, notes: list[str]
+) -> tuple[Planned, Planned | None]:
+    """裁剪词表之后的两个模型：多大要数过才知道，数过的运行记着；还没有数就按不裁剪的算。
+
+    ``bucket`` 时教师仍要乘整个输出层。
+    """
+    vocab, config = recipe.student.vocab, recipe.student.config
+    if vocab is None:
+        return student, teacher
+    file = RunDirectory(RUNS / recipe.name).tokenizer / "vocabulary.json"
+    if file.exists():
+        size = len(parse_json(file.read_bytes(), str(file))["kept"])
+        notes.append(f"student.vocab: {size:,} tokens, as counted in {file}")
+    elif config is not None and "vocab_size" in config.model_fields_set:
+        size = config.vocab_size
+    else:
+        size = (teacher or student).shape.vocab_size
+        notes.append(
+            f"student.vocab: its tokens are counted when the run starts; planned for all {size:,}, "
+            f"so this is the most that it can take (or set student.config.vocab_size to try a size)"
+        )
+    student = replace(student, shape=replace(student.shape, vocab_size=size))
+    if teacher is not None and vocab.outside == "renormalise":
+        teacher = replace(teacher, shape=replace(teacher.shape, vocab_size=size))
+    return student, teacher
+
+
 def _planned(
     recipe: Recipe,
     lengths: Lengths,
@@ -210,7 +240,8 @@ def _planned(
     notes: list[str],
 ) -> Plan:
     config, lora = recipe.train, recipe.student.lora
-    student, teacher = _models(recipe.student, recipe.teacher)
+    models = _models(recipe.student, recipe.teacher)
+    student, teacher = _trimmed(recipe, *models, notes)
     self_teacher = False  # 教师就是关掉 adapter 的学生
     if lora is not None and (source := recipe.teacher) is not None:
         own = (recipe.student.path, lora.dtype, recipe.student.trust_remote_code)

@@ -96,12 +96,14 @@ def method(run: RunData) -> list[tuple[str, str]]:
     view = "reads experience that the student never sees" if privileged else "same prompt"
     init = run.get("student.init")
     student = run.get("student.path") or (_shaped(init) if init else "from scratch")
+    vocabulary = _vocabulary(run)
     return [
         ("responses", said),
         ("teacher view", view if teacher and alpha else "not used in training"),
         ("objective", objective),
         ("teacher", str(teacher or "none")),
         ("student", str(student) + (", LoRA" if run.get("student.lora") else "")),
+        *([("vocabulary", vocabulary)] if vocabulary else []),
         *_alignment(run),
     ]
 
@@ -163,6 +165,22 @@ def initial_layers(runs: Sequence[RunData]) -> dict[str, Any]:
         "scored": any(run.initial.get("scores") for run in cut),
         "removed": any(run.initial.get("removed") for run in cut),
     }
+
+
+def _vocabulary(run: RunData) -> str:
+    """学生自己的词表：留了几个 token，教师给了其余的多少概率；没有裁剪是空串。"""
+    rule = run.get("student.vocab.outside")
+    if rule is None:
+        return ""
+    found = run.summary.get("vocabulary", {})
+    said = "only the tokens that the training text uses"
+    if found.get("tokens") and found.get("before"):
+        said = f"{found['tokens']:,} of {found['before']:,} tokens"
+    lost = run.reference.get("teacher", {}).get("outside")
+    if lost is not None:
+        done = "moved to first pieces" if rule == "bucket" else "renormalised"
+        said += f"; {lost:.2%} of the teacher's probability outside, {done}"
+    return said
 
 
 def samples(runs: Sequence[RunData]) -> list[dict[str, Any]]:

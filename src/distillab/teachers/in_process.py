@@ -12,8 +12,9 @@ from ..batch import View
 from ..distributed.sharding import WholeCopy, reshard
 from ..models.interface import LanguageModel, evaluating
 from ..models.lora import adapters_off
-from ..targets import HiddenTargets
+from ..targets import DenseTargets, HiddenTargets
 from ..vocabulary import Vocabulary
+from .outside import Outside
 
 
 class LocalTeacher:
@@ -21,7 +22,12 @@ class LocalTeacher:
 
     Args:
         model: 教师；会被设为 eval 并冻结全部参数。
+
+    Attributes:
+        outside: 裁剪词表时教师去掉的行；没有裁剪，或量完之后用不着了，是 ``None``。
     """
+
+    outside: Outside | None = None
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -39,7 +45,7 @@ class LocalTeacher:
         yield self.model
 
     @torch.no_grad()
-    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets | DenseTargets:
         """教师在 ``view`` 上的目标。
 
         教师以自己的 dtype 计算，不受学生的 autocast 影响。
@@ -49,11 +55,22 @@ class LocalTeacher:
             vocabulary: 两个 tokenizer 定义相同的 token；其余的没有概率。
 
         Returns:
-            ``HiddenTargets``，``hidden [P, H_t]``。
+            ``HiddenTargets``，``hidden [P, H_t]``；裁剪掉的概率要并进来的是 ``DenseTargets``。
         """
         with torch.autocast(view.input_ids.device.type, enabled=False):
             hidden = self._hidden(view)
-        return HiddenTargets(hidden, self.model.head.cut(vocabulary))
+            head = self.model.head.cut(vocabulary)
+            if self.outside is not None:
+                return self.outside.targets(hidden, head)
+        return HiddenTargets(hidden, head)
+
+    def measured_outside(self) -> Tensor | None:
+        """量到的 ``Outside.sums``，``[2]``；没有裁剪是 ``None``。不再量，用不着的就此放掉。"""
+        if (outside := self.outside) is None:
+            return None
+        outside.measuring = False
+        self.outside = outside if outside.needed else None
+        return outside.sums
 
     def _hidden(self, view: View) -> Tensor:
         return self.model.read(view)
@@ -128,7 +145,7 @@ class AdapterOffTeacher(LocalTeacher):
     def place(self, device: torch.device) -> None:
         """学生由引擎来放。"""
 
-    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets:
+    def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets | DenseTargets:
         """基座在 ``view`` 上的目标；见 ``LocalTeacher.targets``。"""
         if not self._parts:  # 到第一步，引擎该包装的都包装了
             self._parts = list(self.model.modules())
