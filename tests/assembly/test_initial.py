@@ -103,6 +103,11 @@ def test_the_student_has_the_layers_of_the_largest_influence():
     scores = block_influence(source, rows)
     assert parts.initial.scores == pytest.approx(scores)
     assert parts.initial.layers == most_influential(scores, 2)
+    ranked = sorted(scores, reverse=True)
+    assert parts.initial.line().endswith(
+        f"of the 3 of the teacher, by block influence on {sum(map(len, rows)):,} training tokens "
+        f"({ranked[1]:.4f} was kept, {ranked[2]:.4f} was not)"
+    )
     for place, layer in enumerate(parts.initial.layers):
         theirs = source.model.model.layers[layer].mlp.up_proj.weight
         assert torch.equal(parts.student.layers[place].ffn.up_proj.weight, theirs)

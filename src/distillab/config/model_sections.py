@@ -272,11 +272,13 @@ class InitialLayers(Section):
     def line(self) -> str:
         """给日志的一行英文。"""
         layers = ", ".join(map(str, self.layers))
+        edge = sorted(self.scores, reverse=True)[len(self.layers) - 1 : len(self.layers) + 1]
+        scores = " ({:.4f} was kept, {:.4f} was not)".format(*edge) if len(edge) == 2 else ""
+        if self.losses:
+            scores = f" (cross-entropy {self.losses[0]:.3f} to {self.losses[-1]:.3f})"
         widths = "" if self.kept is None else f"; {self.kept.line()}"
-        return (
-            f"student: layers {layers} of "
-            f"{layers_said(self.total, self.source, self.choose, self.tokens)}{widths}"
-        )
+        said = layers_said(self.total, self.source, self.choose, self.tokens)
+        return f"student: layers {layers} of {said}{scores}{widths}"
 
 
 class VocabConfig(Section):
