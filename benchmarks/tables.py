@@ -90,6 +90,16 @@ SCALING: list[Column] = [
     ("extra MiB", lambda record: ", ".join(f"{x / 2**20:,.0f}" for x in record["extra_bytes"])),
     ("memory exponent", number("memory_exponent", ".2f")),
 ]
+SHAPES: list[Column] = [
+    ("shape", lambda record: record["implementation"]),
+    ("student", lambda record: ", ".join(f"{k} {v}" for k, v in record["shape"].items())),
+    ("parameters", number("parameters", ".1f", 1e6)),
+    ("perplexity before", number("before", ",.0f")),
+    ("after", number("after", ".1f")),
+    ("KL", number("kl", ".3f")),
+    ("same top-1", number("top1", ".1%")),
+    ("tokens/s", number("tokens_per_second", ".0f")),
+]
 PACKING: list[Column] = [
     ("model", lambda record: record["model"]),
     ("rows", lambda record: record["implementation"]),
@@ -116,6 +126,8 @@ def title(record: Record) -> str:
             f"{record['conversations']} conversations, rows of {record['max_seq_len']}, "
             f"{record['experience']} tokens of experience"
         )
+    if "shape_steps" in record:
+        return f"shapes, {record['shape_steps']} steps, seed {record['seed']}"
     if "items" in record:
         return f"tasks, {record['dtype']}"
     if "rounds" in record:
@@ -150,6 +162,7 @@ def main(paths: list[str]) -> None:
             columns = SCALING if "axis" in cell[0] else columns
             columns = PACKING if "student_padding" in cell[0] else columns
             columns = GPU if "section" in cell[0] else columns
+            columns = SHAPES if "shape_steps" in cell[0] else columns
             print(f"#### {name}\n\n{markdown(cell, columns)}\n")
 
 

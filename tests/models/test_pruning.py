@@ -1,17 +1,21 @@
 """裁窄：留下的单元还连在原来的地方；分数是论文里的，激活取自 transformers 的同一个模型。"""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from distillab.config.model_sections import ModelConfig
 from distillab.config.width_sections import KeptWidths
-from distillab.export.convert import from_hf
+from distillab.export.convert import export_student, from_hf
 from distillab.models.pruning import WidthScores, most_active, narrowed, width_scores
 from distillab.models.student import StudentModel
 
 BASE = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3,
-        "intermediate_size": 40, "vocab_size": 97, "max_seq_len": 32}  # fmt: skip
+        "intermediate_size": 40, "vocab_size": 400, "max_seq_len": 32,
+        "norm_eps": 1e-9}  # fmt: skip
 LAYOUTS = {
     "qwen2": {},
     "qwen3": {"head_dim": 12, "qk_norm": True, "qkv_bias": False},
@@ -19,7 +23,7 @@ LAYOUTS = {
     "gemma": {
         "head_dim": 6, "qkv_bias": False, "activation": "gelu_tanh", "norm_unit_offset": True,
         "post_norms": True, "scaled_embeddings": True, "query_pre_attn_scalar": 9,
-        "attention_softcap": 5.0, "logit_softcap": 7.0,
+        "attention_softcap": 5.0, "logit_softcap": 7.0, "sliding_window": 8,
     },
 }  # fmt: skip
 KEPT = {"hidden_size": 36, "intermediate_size": 31, "num_heads": 4, "num_kv_heads": 2}
@@ -44,7 +48,7 @@ def build(**options) -> StudentModel:
 
 def rows() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 97, (length,), generator=generator) for length in (20, 9, 32)]
+    return [torch.randint(0, 400, (length,), generator=generator) for length in (20, 9, 32)]
 
 
 @torch.no_grad()
@@ -191,6 +195,18 @@ def test_which_heads_go_together(
     assert (found.heads, found.kv_heads) == ([kept], [sources])
     assert found.widths == widths
     assert found.shares["heads"] == pytest.approx(float(row[0, kept].sum() / row.sum()))
+
+
+@torch.no_grad()
+def test_transformers_computes_the_same_from_the_export(
+    model: StudentModel, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    small = pruned(model, **KEPT)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        export_student(small, tiny_tokenizer, tmp_path / "out"), attn_implementation="eager"
+    ).eval()
+    expected = torch.cat([theirs(row[None]).logits[0] for row in rows()])
+    torch.testing.assert_close(logits(small), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
