@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 TEACHER, WITHOUT, BEFORE, AFTER = "teacher", "teacher_without", "student_before", "student_after"
 """一次运行自己的四个模型；``WITHOUT`` 是教师读学生的 prompt，没有特权信息时没有它。"""
@@ -40,6 +40,19 @@ def layers_said(total: int, source: str, choose: object, tokens: int) -> str:
     origin = "the teacher" if source == TEACHER else source
     measured = f" on {tokens:,} training tokens" if tokens else ""
     return f"the {total} of {origin}, {_CHOICES.get(str(choose), 'as listed')}{measured}"
+
+
+def widths_said(kept: Mapping[str, Any]) -> str:
+    """学生各层留下多宽，一句英文；``kept`` 是 ``KeptWidths`` 的各项，一层也没有的是空串。"""
+    rows = [kept[name] for name in ("neurons", "heads", "kv_heads")]
+    if not all(rows):
+        return ""
+    neurons, heads, kv_heads = (len(each[0]) for each in rows)
+    shares = [f"{share:.0%} of the {name}'" for name, share in kept["shares"].items() if share < 1]
+    return (
+        f"{len(kept['channels']):,} channels, in each layer {neurons:,} neurons, {heads} heads and "
+        f"{kv_heads} key/value heads" + (f": {', '.join(shares)} activations" if shares else "")
+    )
 
 
 AGREEMENT = {

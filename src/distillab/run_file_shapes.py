@@ -80,7 +80,9 @@ EVALUATION: Shape = {
 }  # fmt: skip
 ENVIRONMENT: Shape = {}
 INITIAL: Shape = {"source!": TEXT, "total!": NUMBER, "layers!": [NUMBER], "scores": [NUMBER],
-                  "removed": [NUMBER], "losses": [NUMBER], "tokens": NUMBER}  # fmt: skip
+                  "removed": [NUMBER], "losses": [NUMBER], "tokens": NUMBER,
+                  "kept": {"channels!": [NUMBER], "heads!": [[NUMBER]], "kv_heads!": [[[NUMBER]]],
+                           "neurons!": [[NUMBER]], "shares!": {"*": NUMBER}}}  # fmt: skip
 SAMPLES_ROW: Shape = {"prompt": TEXT, "student": TEXT}
 ANSWERS_ROW: Shape = {"id": TEXT, "question": TEXT, "answer": TEXT, "response!": TEXT,
                       "correct!": FLAG}  # fmt: skip

@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from distillab.assembly.parts import build_models
+from distillab.assembly.splits import Splits
 from distillab.config.recipes import load_recipe
+from distillab.export.convert import student_from_teacher
+from distillab.models.pruning import most_active, narrowed, width_scores
 from distillab.plan.hardware import find_device
 from distillab.plan.plan import plan
 
@@ -49,6 +53,19 @@ def test_two_rounds_of_narrowing_with_training_between(command):
     assert len(kept["channels"]) == 16
     extra = planned("runs/second") - summary("runs/second")["parameters"]["student"]
     assert extra == 2 * 16, "o_proj.bias of the first export: zeros, dropped where weights are read"
+
+
+def test_units_are_scored_on_the_layers_that_stay(workdir, tiny_qwen2):
+    recipe = load_recipe("recipe.yaml", [NARROW, "student.init.layers=2"])
+    splits = Splits(recipe)
+    parts = build_models(recipe.student, recipe.teacher, recipe.train, splits)
+    cut = student_from_teacher(tiny_qwen2, parts.initial.layers)
+    rows = splits.sample(parts.tokenizer, 64, 8192).rows()
+    widths = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_kv_heads": 1}
+    kept = most_active(width_scores(cut, rows), cut.config, widths)
+    assert parts.initial.kept == kept
+    expected = narrowed(cut, kept).state_dict()
+    assert all(torch.equal(expected[n], w) for n, w in parts.student.state_dict().items())
 
 
 def test_a_resumed_run_keeps_its_units_without_measuring_again(command):

@@ -72,7 +72,9 @@ def test_the_layers_that_a_student_began_with_stand_beside_their_scores(kd, ce):
     record = {"source": "teacher", "choose": "influence", "total": 3, "layers": [0, 2],
               "scores": [1.0, 0.0123, 0.25], "tokens": 8192}  # fmt: skip
     (kd / "initial.json").write_text(json.dumps(record))
-    record |= {"choose": "greedy", "layers": [0], "scores": [], "removed": [2, 1],
+    record |= {"kept": {"channels": [1, 2], "heads": [[0]], "kv_heads": [[[0, 1]]],
+                        "neurons": [[0, 3, 4]], "shares": {"channels": 0.954, "heads": 1.0}},
+               "choose": "greedy", "layers": [0], "scores": [], "removed": [2, 1],
                "losses": [3.5, 4.25], "tokens": 1024}  # fmt: skip
     (ce / "initial.json").write_text(json.dumps(record))
     found = initial_layers(read_runs([kd, ce]))
@@ -84,6 +86,10 @@ def test_the_layers_that_a_student_began_with_stand_beside_their_scores(kd, ce):
     ]
     assert found["notes"][0] == (
         "2 layers of the 3 of the teacher, by block influence on 8,192 training tokens"
+    )
+    assert found["notes"][1].endswith(
+        "; 2 channels, in each layer 3 neurons, 1 heads and 1 key/value heads: 95% of the "
+        "channels' activations"
     )
     shown = page(read_runs([kd, ce]))
     assert "Where the student started" in shown

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import nearest
-from ..figures import layers_said
+from ..figures import layers_said, widths_said
 from .layouts import layout_of
 from .sections import Section
 from .width_sections import WIDTHS, KeptWidths, WidthConfig
@@ -276,7 +276,7 @@ class InitialLayers(Section):
         scores = " ({:.4f} was kept, {:.4f} was not)".format(*edge) if len(edge) == 2 else ""
         if self.losses:
             scores = f" (cross-entropy {self.losses[0]:.3f} to {self.losses[-1]:.3f})"
-        widths = "" if self.kept is None else f"; {self.kept.line()}"
+        widths = "" if self.kept is None else f"; {widths_said(self.kept.model_dump())}"
         said = layers_said(self.total, self.source, self.choose, self.tokens)
         return f"student: layers {layers} of {said}{scores}{widths}"
 

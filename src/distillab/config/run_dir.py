@@ -199,7 +199,7 @@ class RunDirectory:
 
     def write_initial(self, initial: InitialLayers) -> None:
         """写 ``initial.json``；恢复时照它重建学生。"""
-        replace_file(self.initial_file, initial.model_dump_json(indent=1))
+        replace_file(self.initial_file, initial.model_dump_json(indent=1, exclude_none=True))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """写 ``summary.json``；它的存在表示这次运行已经走完。"""

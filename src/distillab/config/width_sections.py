@@ -91,9 +91,9 @@ class KeptWidths(Section):
     """
 
     channels: list[int]
-    heads: list[list[int]]
-    kv_heads: list[list[list[int]]]
-    neurons: list[list[int]]
+    heads: list[list[int]] = Field(min_length=1)
+    kv_heads: list[list[list[int]]] = Field(min_length=1)
+    neurons: list[list[int]] = Field(min_length=1)
     shares: dict[str, float]
 
     @property
@@ -101,12 +101,3 @@ class KeptWidths(Section):
         """四个宽度。"""
         sizes = len(self.channels), len(self.neurons[0]), len(self.heads[0]), len(self.kv_heads[0])
         return dict(zip(WIDTHS, sizes, strict=True))
-
-    def line(self) -> str:
-        """给日志的半行英文。"""
-        channels, neurons, heads, kv_heads = self.widths.values()
-        shares = ", ".join(f"{share:.0%} of the {name}'" for name, share in self.shares.items())
-        return (
-            f"{channels:,} channels, in each layer {neurons:,} neurons, {heads} heads and "
-            f"{kv_heads} key/value heads: {shares} activations"
-        )

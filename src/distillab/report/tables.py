@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER, layers_said
+from ..figures import AFTER, BEFORE, LABELS, RUN_MODELS, TEACHER, layers_said, widths_said
 from ..parsing import leaves
 from .measures import difference, measures
 from .run_data import RunData
@@ -146,7 +146,8 @@ def initial_layers(runs: Sequence[RunData]) -> dict[str, Any]:
         total, layers = int(found["total"]), set(found["layers"])
         tokens = int(found.get("tokens", 0))
         said_of = layers_said(total, found["source"], found.get("choose"), tokens)
-        notes.append(f"{len(layers)} layers of {said_of}")
+        widths = widths_said(found["kept"]) if found.get("kept") else ""
+        notes.append(f"{len(layers)} layers of {said_of}{widths and f'; {widths}'}")
         said = {layer: f"{score:.4f}" for layer, score in enumerate(found.get("scores", []))}
         losses = zip(found.get("removed", []), found.get("losses", []), strict=False)
         for turn, (layer, loss) in enumerate(losses, start=1):
