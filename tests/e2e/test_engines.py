@@ -35,6 +35,7 @@ METHODS = {
         "responses.student_fraction=0.5",
         "sampling.temperature=0.9",
     ],
+    "alm": ["loss={divergence: alm, alpha: 0.5}", "teacher.shard=true"],
     "lora": ["student.lora={rank: 4}", f"train.log_interval={STEPS}"],  # 总和晚一步才读
 }
 RESUMED = {"ddp": "zero3", "fsdp2": "single", "zero3": "fsdp2", "zero2": "ddp", "single": "zero2"}
