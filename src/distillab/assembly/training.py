@@ -210,9 +210,7 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
 
 
 def across(parts: Parts, data: Data) -> Across:
-    """两边的字节表；教师用自己的分词器时还有它的词表、两边都有的 token，与对得有多齐（也写进日
-    志）。
-    """
+    """两边的字节数；教师用自己的分词器时还有它的词表、两边都有的 token 与对得有多齐，写进日志。"""
     sides = parts.sides
     if sides is None:
         stops = stop_ids(parts.tokenizer, parts.student)

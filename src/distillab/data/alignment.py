@@ -47,7 +47,7 @@ def align(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[Ints, Ints]:
     known[0] &= (left <= same) | (moved > same)  # 对方没有那一截，它的结尾就与开头重合
     left = np.where(left <= same, left, moved)
     common = np.intersect1d(left[known[0]], right[known[1]])
-    hole = int(np.searchsorted(common, same, "right"))
+    hole = int(np.searchsorted(common[common > 0], same, "right"))
     found = []
     for ends, sure in zip((left, right), known, strict=True):
         chunk = _chunks(ends, common)
@@ -64,8 +64,9 @@ def _same(a: bytes, b: bytes) -> int:
 
 
 def _chunks(ends: Ints, common: Ints) -> Ints:
-    chunk = np.searchsorted(common[common > 0], ends)
-    chunk[chunk == np.count_nonzero(common > 0)] = -1
+    common = common[common > 0]  # 开头没有字节的 token 属于第一段
+    chunk = np.searchsorted(common, ends)
+    chunk[chunk == len(common)] = -1
     return chunk
 
 

@@ -19,7 +19,7 @@ from ..vocabulary import SharedTokens
 from .losses import LossSums, log_softmax
 
 SMALLEST = 1e-6
-"""似然的 -log 至少这么大，单位 nat：似然恰为 1 的一段，``log(1 - p)`` 没有定义。"""
+"""两边的 -log 似然都加上这么多 nat：似然恰为 1 的一段，``log(1 - p)`` 没有定义。"""
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def alm(log_p: Tensor, log_q: Tensor, tau: float) -> Tensor:
-    """近似似然匹配：``τ [ f(p^(1/τ) || q^(1/τ)) + f(1 - p^(1/τ) || 1 - q^(1/τ)) ]``，f 为 KL 的一
-    项。
+    """近似似然匹配：``τ [ f(p^(1/τ), q^(1/τ)) + f(1 - p^(1/τ), 1 - q^(1/τ)) ]``，``f(a, b)`` 是
+    ``a log(a/b)``。
 
-    ALM, Minixhofer et al. 2025, arXiv:2503.20083，第 3 节：一段要么就是这段文字，要么是别的，两个结
-    果之间的 f-divergence。外面的 τ 与蒸馏的 T² 同一个道理：软化使值与梯度随 1/τ 缩小。τ 很大时它趋
-    于``a log(a/b) + b - a``，a、b 是教师与学生的 -log 似然，与交叉熵同样大小，相等时为 0。
+    ALM, Minixhofer et al. 2025, arXiv:2503.20083，第 3 节：一段要么就是这段文字，要么是别的，两个
+    结果之间的 f-divergence。外面的 τ 与蒸馏的 T² 同一个道理：软化使值与梯度随 1/τ 缩小。τ 很大时
+    它趋于 ``a log(a/b) + b - a``，a、b 是教师与学生的 -log 似然，与交叉熵同样大小，相等时为 0。
 
     Args:
         log_p: ``[C]``，教师的各段的 log 似然，不大于 0。
@@ -98,9 +98,7 @@ def first_tokens(p: Tensor, q: Tensor, loss: LossConfig, shared: SharedTokens | 
 
 
 def chunk_sums(rows: Tensor, chunk: Tensor, count: int) -> Tensor:
-    """逐 token 的 ``rows [P]`` 按段求和 ``[C]``，float64；不属于哪一段的（编号为 ``count``）不
-    算。
-    """
+    """``rows [P]`` 按段求和 ``[C]``，float64；编号为 ``count`` 的不属于哪一段，不算。"""
     sums = torch.zeros(count + 1, dtype=torch.float64, device=rows.device)
     return sums.index_add(0, chunk, rows.double())[:count]
 

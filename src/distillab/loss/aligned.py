@@ -199,9 +199,7 @@ class _OfLabels(torch.autograd.Function):
 
 
 class _OfPairs(torch.autograd.Function):
-    """Σ ``settings.objective(p, q)``：``hidden [C, H_s]`` 与 ``targets`` 的 ``[C, H_t]`` 逐行相
-    对。
-    """
+    """Σ ``settings.objective(p, q)``：``hidden [C, H_s]`` 与 ``targets`` 的 ``[C, H_t]`` 逐行。"""
 
     @staticmethod
     def forward(

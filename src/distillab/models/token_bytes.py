@@ -21,11 +21,10 @@ _SAMPLE = "Tokens 词 1\n\t x=2.5; naïve 😀"
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], what: str) -> list[bytes]:
-    """``[id]`` → 它的字节；``ends`` 里的是 ``END``，分词器自己加在文字之前的与没有定义的 id 是空
-    的。
+    """``[id]`` → 它的字节；``ends`` 里的是 ``END``，分词器自己加在文字之前的、没有定义的是空的。
 
-    后加的 token 是它写出来的样子：对方也许把同样的文字当作普通文字。编码再拼起来不是原来的文字的分
-    词器（变成小写的，WordPiece 等）是 ``DistillabError``，``what`` 是谁的。
+    后加的 token 是它写出来的样子：对方也许把同样的文字当作普通文字。编码再拼起来不是原文的分词器
+    （变成小写的，WordPiece 等）是 ``DistillabError``，``what`` 是谁的。
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

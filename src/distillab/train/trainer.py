@@ -74,8 +74,7 @@ class DistillationTrainer:
         collate: 把数据项拼成 ``Batch``；缺省用于文本块。
         train_sampler: 训练数据的次序（如按长度分组）；有 ``set_epoch`` 就每轮调用。缺省为随机打乱。
         on_policy: 从学生采样 response；缺省只用数据里的。
-        across: 两边每个 token 的字节数，与教师用自己的分词器时它的词表；缺省两边相同，也不知道字
-        节。
+        across: 每个 token 的字节数，与教师用自己的分词器时它的词表；缺省两边相同，不知道字节。
 
     Raises:
         DistillabError: 没有教师而 ``alpha > 0``；数据不足一批；设备不支持 ``precision``。
