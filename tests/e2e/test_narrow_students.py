@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from distillab.assembly.parts import build_models
 from distillab.assembly.splits import Splits
 from distillab.config.recipes import load_recipe
+from distillab.errors import DistillabError
 from distillab.export.convert import student_from_teacher
 from distillab.models.pruning import most_active, narrowed, width_scores
 from distillab.plan.hardware import find_device
@@ -66,6 +68,21 @@ def test_units_are_scored_on_the_layers_that_stay(workdir, tiny_qwen2):
     assert parts.initial.kept == kept
     expected = narrowed(cut, kept).state_dict()
     assert all(torch.equal(expected[n], w) for n, w in parts.student.state_dict().items())
+
+
+def test_a_config_beside_the_widths_says_how_long_the_student_reads(workdir):
+    sizes = "hidden_size: 16, num_heads: 4, num_kv_heads: 2, intermediate_size: 48, num_layers: 2"
+
+    def student(head_dim: int):
+        config = f"{{{sizes}, vocab_size: 400, max_seq_len: 24, head_dim: {head_dim}}}"
+        changes = ["student.init.hidden_size=16", f"student.config={config}"]
+        recipe = load_recipe("recipe.yaml", changes)
+        return build_models(recipe.student, recipe.teacher, recipe.train, Splits(recipe)).student
+
+    found = student(8).config
+    assert (found.hidden_size, found.head_width, found.max_seq_len) == (16, 8, 24)
+    with pytest.raises(DistillabError, match=r"head_dim=4 differs from the teacher's"):
+        student(4)
 
 
 def test_a_resumed_run_keeps_its_units_without_measuring_again(command):

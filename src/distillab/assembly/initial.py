@@ -63,7 +63,9 @@ def initial_student(
             tokens = GREEDY_TOKENS if init.choose == "greedy" else INFLUENCE_TOKENS
             chosen = _choose(init, keep, own.num_layers, source, tokenizer, sample(tokens))
     if config is not None and init.narrows:  # 各层抄进来时还是原来的宽度
-        config = config.model_copy(update={name: getattr(own, name) for name in init.given})
+        same = ["head_dim"] if config.head_width == own.head_width else []
+        wide = {name: getattr(own, name) for name in init.given + same}
+        config = config.model_copy(update=wide)
     student = student_from_teacher(source, chosen.layers, config)
     if init.narrows:
         kept = chosen.kept
