@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distillab.export.convert import export_student, from_hf
+from distillab.models.student import StudentModel
 
 TOLERANCE = 1e-4
 """最大的差，相对于最大的 logit。"""
@@ -163,6 +164,28 @@ def test_export_loads_as_the_plain_class_with_equal_logits_and_the_same_tokenize
         AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
         == tiny_tokenizer(text)["input_ids"]
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_padding_between_tokens_takes_no_room_in_the_window(name: str) -> None:
+    student, (ids, _) = from_hf(random_model(name)).eval(), inputs(False)
+    ids, gap = ids[:1, :12], torch.zeros(1, 4, dtype=torch.long)
+    padded = torch.cat((ids[:, :5], gap, ids[:, 5:]), 1)
+    mask = torch.cat((torch.ones(1, 5), gap, torch.ones(1, 7)), 1).long()
+    plain, cache = student(ids), student.new_cache()
+    torch.testing.assert_close(student(padded, mask)[mask.bool()][None], plain, atol=1e-5, rtol=0)
+    student(padded[:, :9], mask[:, :9], cache)  # 右填充的提示，之后接着生成
+    after = [student(padded[:, at : at + 1], mask[:, : at + 1], cache) for at in range(9, 16)]
+    torch.testing.assert_close(torch.cat(after, 1), plain[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_frequencies_are_real_where_the_weights_are_not_yet() -> None:
+    config = from_hf(random_model("llama3")).config
+    expected = StudentModel(config).rotary(torch.arange(9)[None])
+    with torch.device("meta"):
+        student = StudentModel(config)
+    assert all(map(torch.equal, student.rotary(torch.arange(9)[None]), expected))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma2", "gemma3"])

@@ -19,12 +19,12 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
 
 def scaled_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """``rope_scaling`` 之下每对分量一步转几弧度 ``[hd / 2]``，float32，与 cos、sin 另乘的数。"""
-    from transformers import LlamaConfig
+    from transformers import Qwen3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     assert config.rope_scaling is not None
     parameters = rope_parameters(config)
-    shape = LlamaConfig(
+    shape = Qwen3Config(  # 它不要求 num_heads 整除 hidden_size
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
         head_dim=config.head_width,
@@ -32,7 +32,8 @@ def scaled_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         rope_parameters=parameters,
     )
     compute: Any = ROPE_INIT_FUNCTIONS[config.rope_scaling.rope_type]
-    frequencies, factor = compute(shape, torch.device("cpu"))
+    with torch.device("cpu"):  # 外面可能是 meta
+        frequencies, factor = compute(shape, torch.device("cpu"))
     return frequencies, float(factor)
 
 

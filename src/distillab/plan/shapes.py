@@ -203,7 +203,7 @@ def from_config(config: Mapping[str, Any], source: str) -> Planned:
         if type(value := config.get(key)) is not int or value < 1:
             raise DistillabError(
                 f"cannot plan {source!r}: its config.json has {key}={value!r}, expected a positive "
-                f"number: a decoder with the layout of Llama, Qwen2 or Qwen3"
+                f"number: a decoder with the layout of Llama, Qwen or Gemma"
             )
     experts = config.get("num_experts") or config.get("num_local_experts")
     if experts:
