@@ -5,7 +5,7 @@ import io
 import logging
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillab.config.model_sections import ModelConfig
 from distillab.models.student import StudentModel
@@ -45,14 +45,14 @@ def student():
     )  # fmt: skip
 
 
-def pretrained(std=0.1):
-    """transformers 的 Qwen2，随机权重，分布不平。"""
+def pretrained(std=0.1, layout="qwen2", **options):
+    """transformers 的 Qwen2 或别的一家，随机权重，分布不平。"""
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=96, vocab_size=VOCAB, max_position_embeddings=128,
-            tie_word_embeddings=True,
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            layout, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=96, vocab_size=VOCAB,
+            max_position_embeddings=128, tie_word_embeddings=True, **options,
         )
     )  # fmt: skip
     with torch.no_grad():

@@ -28,12 +28,12 @@ def views():
 
 
 @torch.no_grad()
-def own_blocks_equal_transformers(device, dtype="float32"):
+def own_blocks_equal_transformers(device, dtype="float32", **layout):
     """隐状态与 float32 的 transformers 相同，到 dtype 的舍入为止；其间不等设备。"""
     kind = getattr(torch, dtype)
     if kind == torch.float16 and device == "cpu":
         raise Skip("fp16 needs a GPU")
-    theirs = PretrainedLM(copy.deepcopy(reference := pretrained()).eval()).to(device)
+    theirs = PretrainedLM(copy.deepcopy(reference := pretrained(**layout)).eval()).to(device)
     ours = through_own_blocks(PretrainedLM(reference.eval())).to(device, kind)
     assert isinstance(ours, SharedDecoder)
     worst = 0.0

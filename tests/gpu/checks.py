@@ -57,6 +57,12 @@ CHECKS = {
     ),
     "own blocks = transformers": own_blocks_equal_transformers,
     **{
+        f"own blocks = transformers, {layout}": partial(
+            own_blocks_equal_transformers, layout=layout, head_dim=32, sliding_window=16
+        )
+        for layout in ("gemma2", "gemma3_text")
+    },
+    **{
         f"own blocks = transformers, {dtype}": partial(own_blocks_equal_transformers, dtype=dtype)
         for dtype in ("bfloat16", "float16")
     },

@@ -38,6 +38,7 @@ LAYOUTS = {
     ),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 24}),
     "gemma3": ("gemma3_text", {}),
+    "gemma3-all-sliding": ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}),
 }
 OTHERS = {
     "a softcap that transformers ignores": ("gemma3_text", {"attn_logit_softcapping": 5.0}),

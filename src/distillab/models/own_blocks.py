@@ -97,11 +97,13 @@ class SharedDecoder(Decoder):
         with torch.device("meta"):
             super().__init__(config)
         self._factors = {}
-        for local, name in ((False, "full_attention_"), (True, "sliding_attention_")):
-            own = name if hasattr(rotary, f"{name}inv_freq") else ""  # Gemma 3 有两份
-            bits = as_bits(getattr(rotary, f"{own}inv_freq"))
+        # Gemma 3 有两份，其中用不到的没有；别家只有一份，没有前缀。
+        kinds = ("full_attention_", "sliding_attention_", "")
+        found = [kind for kind in kinds if hasattr(rotary, f"{kind}inv_freq")]
+        for local, kind in ((False, found[0]), (True, found[-1])):
+            bits = as_bits(getattr(rotary, f"{kind}inv_freq"))
             self.register_buffer(f"_bits_{local}", bits, persistent=False)
-            self._factors[local] = float(getattr(rotary, f"{own}attention_scaling"))
+            self._factors[local] = float(getattr(rotary, f"{kind}attention_scaling"))
 
     def join(self) -> SharedDecoder:
         """并起各层里读同样输入的线性层；有 q_norm 与 k_norm 的，q、k、v 并了也要拆开抄出来。"""
@@ -152,7 +154,13 @@ def beside(model: PretrainedLM) -> SharedDecoder | None:
         why = _difference(shared, model)
         if not why:
             return shared
-    except (DistillabError, AttributeError, ValueError, RuntimeError) as error:  # 配置、权重、版本
+    except (
+        DistillabError,
+        LookupError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # 配置、权重、版本
         why = reason(error)
     logger.debug(f"{type(model.model).__name__} runs through transformers: {why}")
     return None
