@@ -1,10 +1,54 @@
-"""``ModelConfig`` 的选项合起来是 transformers 里的哪一家；没有一家有的组合导出不了，是错误。"""
+"""``ModelConfig`` 的选项合起来是 transformers 里的哪一家；没有一家有的组合导出不了，是错误。
+
+还有其中自成一节的 ``RopeScaling``。
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from .sections import Section
+
+
+class RopeScaling(Section):
+    """RoPE 的频率怎样拉长；键与 transformers 的 ``rope_parameters`` 同名，频率由它来算。"""
+
+    model_config = ConfigDict(frozen=True)
+
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(description="How they are stretched.")
+    factor: float = Field(ge=1, description="Stretched this many times.")
+    original_max_position_embeddings: int | None = Field(
+        None, gt=0, description="Longest sequence before stretching, in tokens."
+    )
+    low_freq_factor: float | None = Field(None, gt=0, description="llama3: below it, stretched.")
+    high_freq_factor: float | None = Field(None, gt=0, description="llama3: above it, kept.")
+    attention_factor: float | None = Field(None, gt=0, description="yarn: scale of cos and sin.")
+    beta_fast: float | None = Field(None, gt=0, description="yarn: above it, kept.")
+    beta_slow: float | None = Field(None, gt=0, description="yarn: below it, stretched.")
+    mscale: float | None = Field(None, description="yarn: numerator of the attention factor.")
+    mscale_all_dim: float | None = Field(None, description="yarn: its denominator.")
+    truncate: bool | None = Field(None, description="yarn: round the limits to whole dimensions.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RopeScaling:
+        needed = {
+            "linear": (),
+            "llama3": (
+                "original_max_position_embeddings",
+                "low_freq_factor",
+                "high_freq_factor",
+            ),
+            "yarn": ("original_max_position_embeddings",),
+        }[self.rope_type]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"rope_type={self.rope_type} needs {', '.join(missing)}")
+        return self
+
 
 _PLAIN: dict[str, object] = {
     "norm_unit_offset": False,

@@ -225,7 +225,7 @@ class GQAAttention(nn.Module):
         )
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """SDPA 不会收分数，只好写出 ``[B, nh, T, S]`` 来；键值头仍不复制。"""
+        """SDPA 不会收分数，只好写出 ``[B, nh, T, S]`` 来（Gemma 2，arXiv:2408.00118，§2）。"""
         assert self.softcap is not None
         groups = torch.unflatten(query, 1, (-1, self.group_size))  # (B, nkv, nh/nkv, T, hd)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale

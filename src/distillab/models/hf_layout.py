@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config.layouts import LAYOUTS
-from ..config.model_sections import ModelConfig, RopeScaling
+from ..config.layouts import LAYOUTS, RopeScaling
+from ..config.model_sections import ModelConfig
 from ..errors import DistillabError
 from .hf_names import CONFIG_NAMES
 from .rope import rope_parameters
