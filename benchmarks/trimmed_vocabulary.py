@@ -60,7 +60,7 @@ student:
 data: {{source: {text}, max_seq_len: 256, size_mb: null, validation_fraction: 0.05}}
 train: {{batch_size: 4, max_steps: {steps}, warmup_steps: 10, learning_rate: 3e-3, num_epochs: 100,
   betas: [0.9, 0.95], log_interval: 10, eval_interval: {steps}, save_interval: 10}}
-evaluate: {{max_sequences: 64}}
+evaluate: {{max_sequences: 24}}
 """
 
 

@@ -167,6 +167,18 @@ def test_a_pretrained_student_is_trimmed_and_may_be_its_own_teacher(chat, comman
     assert model.config.vocab_size == summary["vocabulary"]["tokens"]
 
 
+def test_a_trimmed_student_goes_on_with_the_whole_teacher(workdir, command):
+    write("first")
+    first, _ = train(command, "first")
+    recipe = Path("first.yaml").read_text().replace(SCRATCH, "path: runs/first/export")
+    Path("second.yaml").write_text(recipe.replace("vocab: {keep: corpus}, ", ""))
+    second, said = train(command, "second")
+    assert f"keeps the same {first['vocabulary']['tokens']} tokens" in said
+    assert second["student_before"] == pytest.approx(first["student_after"], rel=1e-4)
+    assert second["teacher"] == pytest.approx(first["teacher"])
+    check_export("second")
+
+
 def test_two_processes_keep_the_same_tokens(workdir, command, together):
     write("one")
     one, _ = train(command, "one")

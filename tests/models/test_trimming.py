@@ -14,7 +14,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from distillab.data.encoding import ArticleEncoder
 from distillab.errors import DistillabError
 from distillab.models.tokenizer import load_tokenizer, vocab_limit
-from distillab.models.trimming import BpeRules
+from distillab.models.trimming import BpeRules, ids_before
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 BPE = [name for name in FAMILIES if name != "lfm2"]
@@ -206,3 +206,16 @@ def test_tokenizers_of_another_kind_are_refused_by_name(tmp_path):
     dropping = Tokenizer.from_str(json.dumps(spec))
     with pytest.raises(DistillabError, match=r"one with dropout=0\.1"):
         BpeRules(PreTrainedTokenizerFast(tokenizer_object=dropping, eos_token="<e>"))
+
+
+def test_what_was_cut_from_a_tokenizer_is_known_again(family):
+    full, small, kept = family
+    assert ids_before(small, full) == kept.tolist()
+    assert ids_before(full, full) == [*range(len(full))]
+    assert ids_before(full, small) is None
+
+
+def test_another_tokenizer_is_no_cut():
+    qwen, llama = tokenizer_of("qwen2.5"), tokenizer_of("llama3")
+    assert ids_before(qwen, llama) is None
+    assert ids_before(qwen, tokenizer_of("gemma3")) is None

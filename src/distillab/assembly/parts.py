@@ -23,6 +23,7 @@ from ..config.schema import Precision, TrainingConfig
 from ..data.left_out import check_left_out
 from ..data.sides import Side, Sides
 from ..distributed.engine import DTYPES, resolve_precision
+from ..errors import DistillabError
 from ..figures import TEACHER
 from ..generate.stops import stop_ids
 from ..models.interface import LanguageModel, PretrainedLM
@@ -35,6 +36,8 @@ from ..models.tokenizer import (
     own_vocabulary,
     shared_vocabulary,
 )
+from ..models.trimmed_model import trim_model
+from ..models.trimming import ids_before
 from ..teachers.in_process import AdapterOffTeacher, LocalTeacher, ShardedTeacher
 from ..teachers.outside import Outside
 from ..vocabulary import Vocabulary
@@ -121,7 +124,7 @@ def build_models(
     set_seed(train.seed)
     precision, outside = train.precision, None
     theirs = tokenizer_of(teacher or student)
-    tokenizer, sides = theirs, None
+    tokenizer, sides, rows = theirs, None, None
     if teacher is not None and own_tokenizer(student):
         tokenizer = tokenizer_of(student)
     if across:
@@ -130,11 +133,18 @@ def build_models(
     elif tokenizer is theirs:
         vocabulary = own_vocabulary(tokenizer)
     else:
-        vocabulary = shared_vocabulary(tokenizer, theirs)
+        try:
+            vocabulary = shared_vocabulary(tokenizer, theirs)
+        except DistillabError:
+            own = student.tokenizer is None or not (student.path or student.init)
+            rows = ids_before(tokenizer, theirs) if own and trimmed is None else None
+            if rows is None:
+                raise
+            vocabulary = own_vocabulary(tokenizer)
     whole = vocabulary
     if trimmed is not None:
-        own = ("student", tokenizer, stop_ids(tokenizer)), ("teacher", theirs, stop_ids(theirs))
-        check_left_out(whole, own)
+        two = ("student", tokenizer), ("teacher", theirs)
+        check_left_out(whole, [(name, one, stop_ids(one)) for name, one in two])
         student, vocabulary = trimmed.sized(student), trimmed.renumbered(tokenizer, whole)
         tokenizer = theirs = trimmed.tokenizer
 
@@ -154,6 +164,14 @@ def build_models(
     if not _is_frozen_base(teacher, student, precision):
         loaded = trim(_load(teacher, torch.float32 if cut else frozen_dtype(teacher, precision)))
         check_tokenizer_fits(theirs, loaded.vocab_size, "teacher")
+        if rows is not None:
+            others = set(theirs.get_vocab().values()) - set(rows)
+            outside = Outside(trim_model(loaded, rows, sorted(others)))
+            theirs = tokenizer
+            logger.info(
+                f"the student's tokenizer was cut from the teacher's: the teacher keeps the same "
+                f"{len(rows):,} tokens"
+            )
     reads = theirs if cut else tokenizer  # 学生多出的 token，教师的 embedding 里也许没有
     model, initial = _student(student, loaded, reads, precision, splits, recorded, trim)
     check_tokenizer_fits(tokenizer, model.vocab_size, "student")

@@ -184,6 +184,23 @@ class BpeRules:
         return found
 
 
+def ids_before(
+    trimmed: PreTrainedTokenizerBase, whole: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """``trimmed`` 的每个 id 在 ``whole`` 里的 id；前者不是由后者裁剪出的，是 ``None``。"""
+    try:
+        part, full = BpeRules(trimmed), BpeRules(whole)
+    except DistillabError:
+        return None
+    known = full.vocab | full.added
+    tokens = [part.token_of.get(index) for index in range(len(part.token_of))]
+    same = all(part.spec[step] == full.spec[step] for step in ("normalizer", "pre_tokenizer"))
+    if not same or part.merges != full.merges_within(part.vocab):
+        return None
+    found = [known[token] for token in tokens if token in known]
+    return found if len(found) == len(tokens) else None
+
+
 def _types(step: Any) -> set[str]:
     """``tokenizer.json`` 里一个步骤与它里面的各步的 ``type``。"""
     if isinstance(step, list):
