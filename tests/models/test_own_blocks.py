@@ -42,7 +42,6 @@ LAYOUTS = {
 }
 OTHERS = {
     "a softcap that transformers ignores": ("gemma3_text", {"attn_logit_softcapping": 5.0}),
-    "attention in both directions": ("gemma2", {"use_bidirectional_attention": True}),
     "another activation": ("llama", {"hidden_act": "gelu"}),
     "frequencies that change with length": (
         "llama",
@@ -142,6 +141,17 @@ def test_other_layouts_stay_with_transformers(name):
     family, shape = OTHERS[name]
     model = PretrainedLM(model_of(family, **shape))
     assert through_own_blocks(model) is model
+
+
+@torch.no_grad()
+def test_attention_is_capped_whatever_was_asked_for():
+    """SDPA 没有 softcap，旧的 transformers 选它时便不做。"""
+    family, shape = LAYOUTS["gemma2"]
+    model = model_of(family, **shape)
+    ids = torch.arange(3, 40)[None]
+    capped = model_of(family, **shape, attn_implementation="eager").model(ids).last_hidden_state
+    model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(PretrainedLM(model)(ids), capped, atol=1e-5, rtol=0)
 
 
 def test_a_difference_that_no_setting_tells_of_is_noticed(monkeypatch):

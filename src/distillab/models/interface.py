@@ -184,6 +184,10 @@ class PretrainedLM(LanguageModel):
                 "such as AutoModelForCausalLM returns"
             )
         self._config: Any = model.config.get_text_config()
+        capped = any(getattr(part, "attn_logit_softcapping", None) for part in model.modules())
+        if capped and self._config._attn_implementation == "sdpa":
+            # SDPA 没有 softcap：transformers 5.18 之前不声不响地不做它。
+            self.model.set_attn_implementation("eager")
         # 位置编码不靠 position_ids 的模型（ALiBi 等）没有这个参数。
         takes = inspect.signature(self._backbone.forward).parameters
         self._takes_positions = "position_ids" in takes
