@@ -5,14 +5,16 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from objectives import DIVERGENCES, relative
+from test_aligned import Case as TwoTokenizers
 from test_fused import Case, half_products  # noqa: F401  (fixture)
 
 from distillab.config.schema import LossConfig
-from distillab.loss import buffers, chunking, fused, kernels
+from distillab.loss import aligned, buffers, chunking, fused, kernels
 from distillab.loss.losses import LossSums, distillation_loss
 from distillab.loss.products import FP16_GRADIENT_SCALE, MixedProducts
 from distillab.loss.rows import RowSpec
@@ -347,3 +349,24 @@ def test_no_rows_and_no_gradient(mixed, caplog):
         )  # fmt: skip
     assert sums.total.isfinite()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("divergence", ["alm", "uld"])
+def test_the_loss_of_two_tokenizers(divergence, dtype, mixed, monkeypatch):
+    budget = mixed(dtype)
+    monkeypatch.setattr(aligned, "head_products", fused.head_products)
+    monkeypatch.setattr(kernels, "BLOCK", 64)  # 两个词表都是一整块与不足一块的各一段
+    case = TwoTokenizers(rows=(9, 8), chunks=5)
+    for name in ("hidden", "weight", "bias"):
+        setattr(case, name, getattr(case, name).to(dtype).float())
+    hidden, head = case.teacher.hidden.to(dtype).float(), case.teacher.head
+    head = replace(head, weight=head.weight.to(dtype).float())
+    case.teacher = HiddenTargets(hidden, head)
+    loss = LossConfig(divergence=divergence, alpha=0.5)
+    found, gradients = case.run(loss, dtype, memory_budget=budget)
+    expected, exact = case.oracle(loss)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-4)
+    for gradient, right in zip(gradients, exact, strict=True):
+        assert relative(gradient, right) < 0.01
+
