@@ -79,16 +79,22 @@ class Vocabulary:
 class SharedTokens:
     """两个分词器里同样文字的 token：``student[i]`` 与 ``teacher[i]`` 是同一个，id 不必相同。
 
-    ``weight`` 是它们占教师词表的份额。
+    ``weight`` 是它们占教师词表的份额。``first[v]`` 是教师的 token v 的文字由学生来切时的第一个
+    token，-1 为没有；不投影时是空的。
     """
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
     weight: float
+    first: tuple[int, ...] = ()
 
     def ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``device`` 上的 ``(学生的, 教师的)``，都是 ``[M]``，int64。"""
         return _tensor(self.student, device), _tensor(self.teacher, device)
+
+    def first_ids(self, device: torch.device) -> Tensor:
+        """``device`` 上的 ``first``，``[V_t]``，int64。"""
+        return _tensor(self.first, device)
 
 
 @functools.lru_cache(maxsize=16)

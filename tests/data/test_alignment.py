@@ -203,6 +203,17 @@ def test_shared_tokens_are_those_with_the_same_bytes(sides):
     )
 
 
+def test_every_teacher_token_has_a_first_piece_in_the_students_vocabulary(sides):
+    ours, theirs = sides
+    first = sides.projected.first
+    assert len(first) == len(theirs.bytes)
+    for index, text in enumerate(theirs.bytes):
+        if text == END:
+            assert ours.bytes[first[index]] == END
+        else:
+            assert text.startswith(ours.bytes[first[index]] or b"nothing")
+
+
 def test_the_audit_counts_bytes_by_kind(sides):
     audit = Audit(Aligner(sides)).add([chat(sides, "365 days")])
     row = audit.shares()

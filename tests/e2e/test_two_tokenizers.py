@@ -98,7 +98,7 @@ def test_the_teacher_reads_experience_through_its_own_template(other, command):
     conversations()
     Path("experience.txt").write_text("red")
     data = CHAT.format(", packing: true, experience: experience.txt")
-    code, _, err = command("train", write("chat", "{divergence: uld, alpha: 0.5}", data))
+    code, _, err = command("train", write("chat", "{divergence: projected_kl, alpha: 0.5}", data))
     assert code == 0, err
     summary = json.loads(Path("runs/chat/summary.json").read_text())
     assert summary["alignment"]["tokens_left_out"] == 0  # 连同两边不同的结束标记

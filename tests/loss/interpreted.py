@@ -369,4 +369,3 @@ def test_the_loss_of_two_tokenizers(divergence, dtype, mixed, monkeypatch):
     assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-4)
     for gradient, right in zip(gradients, exact, strict=True):
         assert relative(gradient, right) < 0.01
-

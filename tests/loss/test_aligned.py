@@ -9,18 +9,18 @@ from objectives import relative
 
 from distillab.batch import Alignment
 from distillab.config.schema import LossConfig
-from distillab.loss.across import aligned_loss, alm, gold, log1mexp, uld
+from distillab.loss.across import aligned_loss, alm, gold, log1mexp, projected_kl, uld
 from distillab.loss.aligned import aligned_distillation_loss
-from distillab.loss.losses import LossSums
+from distillab.loss.losses import LossSums, forward_kl
 from distillab.targets import Head, HiddenTargets
 from distillab.vocabulary import SharedTokens, Vocabulary
 
 OURS, THEIRS = 70, 90
-SHARED = SharedTokens(tuple(range(10, 40)), tuple(range(30, 60)), 30 / THEIRS)
+FIRST = tuple(-1 if i % 11 == 0 else i % 60 for i in range(THEIRS))
+SHARED = SharedTokens(tuple(range(10, 40)), tuple(range(30, 60)), 30 / THEIRS, FIRST)
+ACROSS_NAMES = ("alm", "projected_kl", "uld", "gold")
 ACROSS = [
-    LossConfig(divergence=name, alpha=alpha)
-    for name in ("alm", "uld", "gold")
-    for alpha in (0.0, 0.5, 1.0)
+    LossConfig(divergence=name, alpha=alpha) for name in ACROSS_NAMES for alpha in (0.0, 0.5, 1.0)
 ]
 
 
@@ -92,7 +92,7 @@ def test_value_and_gradients_equal_the_dense_ones(loss, budget):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", ["alm", "uld", "gold"])
+@pytest.mark.parametrize("divergence", ACROSS_NAMES)
 def test_half_precision_inputs(divergence, dtype):
     """输入与梯度各取整一次。"""
     loss, case = LossConfig(divergence=divergence, alpha=0.5), Case()
@@ -107,7 +107,7 @@ def test_half_precision_inputs(divergence, dtype):
         assert relative(left, right) < 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("divergence", ["alm", "uld", "gold"])
+@pytest.mark.parametrize("divergence", ACROSS_NAMES)
 def test_no_row_gives_a_zero_loss_with_a_graph(divergence):
     case = Case((2, 2), chunks=0)
     case.hidden, case.labels = case.hidden[:0], case.labels[:0]
@@ -149,6 +149,22 @@ def test_log1mexp_is_accurate_at_both_ends():
     x = torch.tensor([-1e-12, -1e-3, -math.log(2), -30.0, -800.0], dtype=torch.float64)
     expected = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x]
     torch.testing.assert_close(log1mexp(x), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_projection_onto_the_same_vocabulary_is_the_forward_kl():
+    torch.manual_seed(0)
+    log_p, log_q = torch.randn(2, 5, 12).log_softmax(-1)
+    same = SharedTokens((), (), 1.0, tuple(range(12)))
+    torch.testing.assert_close(projected_kl(log_p, log_q, same), forward_kl(log_p, log_q))
+
+
+def test_projection_moves_probability_to_the_first_piece():
+    log_p = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    log_q = torch.tensor([0.5, 0.5]).log()
+    shared = SharedTokens((), (), 1.0, (0, 0, 1, -1))  # 最后一个没有去处
+    p = torch.tensor([0.7, 0.2]) / 0.9
+    expected = (p * (p.log() - log_q)).sum()
+    torch.testing.assert_close(projected_kl(log_p, log_q, shared), expected)
 
 
 def trl_loss(hybrid):

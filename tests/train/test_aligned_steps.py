@@ -43,7 +43,7 @@ def examples(sides):
     return found
 
 
-@pytest.mark.parametrize("divergence", ["alm", "uld", "gold"])
+@pytest.mark.parametrize("divergence", ["alm", "projected_kl", "uld", "gold"])
 def test_batches_and_packing_change_nothing_but_roundings(sides, examples, tiny_qwen2, divergence):
     torch.manual_seed(0)
     student = StudentModel(
@@ -52,7 +52,7 @@ def test_batches_and_packing_change_nothing_but_roundings(sides, examples, tiny_
     )  # fmt: skip
     teacher = LocalTeacher(PretrainedLM(tiny_qwen2))
     vocabularies = [own_vocabulary(side.tokenizer) for side in sides]
-    across = Across(*(byte_counts(side.bytes) for side in sides), vocabularies[1], sides.shared)
+    across = Across(*(byte_counts(side.bytes) for side in sides), vocabularies[1], sides.projected)
     module = DistillationModule(
         student, LossConfig(divergence=divergence, alpha=0.5), vocabularies[0], True, across
     )

@@ -209,7 +209,7 @@ def _answered(validation: ChatDataset, recipe: Recipe, parts: Parts) -> Dataset[
         ]
 
 
-def across(parts: Parts, data: Data) -> Across:
+def across(parts: Parts, data: Data, divergence: str) -> Across:
     """两边的字节数；教师用自己的分词器时还有它的词表、两边都有的 token 与对得有多齐，写进日志。"""
     sides = parts.sides
     if sides is None:
@@ -227,7 +227,8 @@ def across(parts: Parts, data: Data) -> Across:
     for line in audit.lines():
         logger.info("%s", line)
     ours, theirs = (byte_counts(side.bytes) for side in sides)
-    return Across(ours, theirs, parts.teacher_vocabulary, sides.shared, audit.summary())
+    shared = sides.projected if divergence == "projected_kl" else sides.shared
+    return Across(ours, theirs, parts.teacher_vocabulary, shared, audit.summary())
 
 
 def build_trainer(
@@ -254,5 +255,5 @@ def build_trainer(
         collate=data.collate,
         train_sampler=data.sampler,
         on_policy=on_policy,
-        across=across(parts, data),
+        across=across(parts, data, recipe.loss.divergence),
     )

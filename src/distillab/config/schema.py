@@ -25,9 +25,17 @@ from .sections import (
 )
 
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "alm", "uld", "gold"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "alm",
+    "projected_kl",
+    "uld",
+    "gold",
 ]
-ACROSS = ("alm", "uld", "gold")
+ACROSS = ("alm", "projected_kl", "uld", "gold")
 """对同样的文字逐段比较的：两个模型的分词器可以不同。"""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

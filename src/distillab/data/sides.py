@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -34,6 +34,11 @@ class Side:
         ends = {self.end, self.separator, int(tokenizer.eos_token_id)}
         self.bytes = token_bytes(tokenizer, ends, what)
 
+    @functools.cached_property
+    def by_bytes(self) -> dict[bytes, int]:
+        """字节 → token；结束的与空的不在其中。"""
+        return {text: index for index, text in enumerate(self.bytes) if text and text != END}
+
     def text(self, ids: Sequence[int]) -> str:
         """``ids`` 的文字，到第一个结束的 token 为止；结尾不全的字不要。"""
         kept = (self.bytes[index] for index in ids)
@@ -55,10 +60,7 @@ class Sides:
     @functools.cached_property
     def shared(self) -> SharedTokens:
         """同样字节的 token；结束的 token 两两相配。"""
-        ours, theirs = (
-            {text: index for index, text in enumerate(side.bytes) if text and text != END}
-            for side in self
-        )
+        ours, theirs = (side.by_bytes for side in self)
         pairs = {(ours[text], theirs[text]) for text in ours.keys() & theirs.keys()}
         pairs |= {
             (self.student.separator, self.teacher.separator),
@@ -68,6 +70,33 @@ class Sides:
         chosen = {theirs: ours for ours, theirs in one_to_one.items()}
         defined = sum(map(bool, self.teacher.bytes))
         return SharedTokens(tuple(chosen.values()), tuple(chosen), len(chosen) / defined)
+
+    @functools.cached_property
+    def projected(self) -> SharedTokens:
+        """``shared``，还有教师的每个 token 的文字由学生来切时的第一个 token。"""
+        ours, theirs = self
+        ends = dict(zip(self.shared.teacher, self.shared.student, strict=True))
+        first = [-1] * len(theirs.bytes)
+        whole: dict[int, str] = {}
+        for index, text in enumerate(theirs.bytes):
+            if text == END:
+                first[index] = ends.get(index, ours.separator)
+            elif text:
+                try:
+                    whole[index] = text.decode()
+                except UnicodeDecodeError:  # 半个字
+                    first[index] = _longest(text, ours)
+        for index, ids in zip(whole, ours.encoder.plain(list(whole.values())), strict=True):
+            first[index] = ids[0] if ids else -1
+        return replace(self.shared, first=tuple(first))
+
+
+def _longest(text: bytes, side: Side) -> int:
+    """``text`` 开头最长的那个 token；没有就是 -1。"""
+    table = side.by_bytes
+    return next(
+        (table[text[:size]] for size in range(len(text), 0, -1) if text[:size] in table), -1
+    )
 
 
 def translated(ids: Sequence[int], side: Side, other: Side) -> list[int]:

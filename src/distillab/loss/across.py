@@ -67,6 +67,29 @@ def uld(p: Tensor, q: Tensor) -> Tensor:
     return (next(ordered) - next(ordered)).abs().sum(-1)
 
 
+def projected_kl(log_p: Tensor, log_q: Tensor, shared: SharedTokens) -> Tensor:
+    """教师的概率挪到学生的词表上，再取前向 KL：``KL(p' || q)``，``p'_s = Σ_{first(v) = s} p_v``。
+
+    教师的下一个 token 是 v，学生的下一个 token 多半就是 v 的文字由它来切时的第一个。同
+    X-Token, Sreenivas et al. 2026, arXiv:2605.21699 的 P-KL，投影矩阵每行一个 1；没有去处的概率
+    不算，其余的重新归一化。
+
+    Args:
+        log_p: ``[..., V_t]``，教师的 log 概率。
+        log_q: ``[..., V_s]``，学生的。
+        shared: 有 ``first`` 的。
+
+    Returns:
+        ``[...]``。
+    """
+    size, first = log_q.shape[-1], shared.first_ids(log_q.device)[: log_p.shape[-1]]
+    columns = torch.where(first < 0, size, first)
+    moved = log_p.new_zeros(*log_p.shape[:-1], size + 1).index_add(-1, columns, log_p.exp())
+    moved = moved[..., :size] / moved[..., :size].sum(-1, keepdim=True)
+    ratio = moved.clamp_min(torch.finfo(moved.dtype).tiny).log() - log_q
+    return torch.where(moved > 0, moved * ratio, 0).sum(-1)
+
+
 def gold(p: Tensor, q: Tensor, shared: SharedTokens) -> Tensor:
     """两边都有的 token 用 KL，其余的用 ``uld``，以前者占教师词表的份额 w 加权。
 
@@ -89,12 +112,16 @@ def gold(p: Tensor, q: Tensor, shared: SharedTokens) -> Tensor:
     return shared.weight * matched + (1 - shared.weight) * rest
 
 
-def first_tokens(p: Tensor, q: Tensor, loss: LossConfig, shared: SharedTokens | None) -> Tensor:
-    """``uld`` 或 ``gold``：各段第一个 token 的两个分布。"""
+def first_tokens(
+    log_p: Tensor, log_q: Tensor, loss: LossConfig, shared: SharedTokens | None
+) -> Tensor:
+    """``projected_kl``、``uld`` 或 ``gold``：各段第一个 token 的两个分布，都是 log 概率。"""
     if loss.divergence == "uld":
-        return uld(p, q)
+        return uld(log_p.exp(), log_q.exp())
     assert shared is not None  # 装配时已备好
-    return gold(p, q, shared)
+    if loss.divergence == "projected_kl":
+        return projected_kl(log_p, log_q, shared)
+    return gold(log_p.exp(), log_q.exp(), shared)
 
 
 def chunk_sums(rows: Tensor, chunk: Tensor, count: int) -> Tensor:
@@ -126,8 +153,8 @@ def aligned_loss(
         teacher_logits: ``[P_t, V_t]``；``alpha`` 为 0 时可以是 ``None``。
         labels: ``[P]``，int64，学生的 response token。
         alignment: 教师的标签与各段。
-        loss: ``divergence`` 为 ``alm``、``uld`` 或 ``gold``。
-        shared: ``gold`` 要的、两边都有的 token。
+        loss: ``divergence`` 在 ``ACROSS`` 之中的。
+        shared: ``projected_kl`` 与 ``gold`` 要的、两边的 token 怎样相配。
 
     Returns:
         ``LossSums``；``teacher_cross_entropy`` 是教师自己的 token 上的，教师的熵与 top-1 为 0。
@@ -144,8 +171,8 @@ def aligned_loss(
         if loss.divergence == "alm":
             divergence = alm_total(their_labels, at_labels, alignment, loss.tau or 1.0)
         else:
-            p, q = log_p[alignment.teacher_first].exp(), log_q[alignment.student_first].exp()
-            divergence = first_tokens(p, q, loss, shared).sum()
+            first = log_p[alignment.teacher_first], log_q[alignment.student_first]
+            divergence = first_tokens(*first, loss, shared).sum()
     total = loss.alpha * divergence + (1 - loss.alpha) * cross_entropy
     detached = (part.detach() for part in (divergence, cross_entropy, theirs, zero, zero))
     return LossSums(total, *detached)

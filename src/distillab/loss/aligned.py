@@ -2,7 +2,7 @@
 
 ``alm`` 与交叉熵只要每行标签处的 log 概率：先不带梯度地走一遍各块，由它们得出值与对每一行的导数 w，
 再走一遍，每块的交叉熵梯度乘上 -w。多做一次 head 大小的乘法，换来的是反向之前梯度已经齐了：权重分片
-的引擎只在前向里有完整的 head。``uld`` 与 ``gold`` 逐行由 autograd 求导，一次几行。
+的引擎只在前向里有完整的 head。其余的逐行由 autograd 求导，一次几行。
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..vocabulary import SharedTokens, Vocabulary
 from .across import alm_total, first_tokens
 from .buffers import Chunks, default_budget
 from .chunking import PAIR_BYTES
-from .losses import LossSums
+from .losses import LossSums, log_softmax
 from .products import HeadProducts, compute_dtype, head_products
 from .rows import RowSpec
 
@@ -59,11 +59,11 @@ def aligned_distillation_loss(
         labels: ``[P]``，int64。
         targets: 教师的 ``hidden [P_t, H_t]`` 与它的 head；``alpha`` 为 0 时可以是 ``None``。
         alignment: 教师的标签与各段。
-        loss: ``divergence`` 为 ``alm``、``uld`` 或 ``gold``。
+        loss: ``divergence`` 在 ``ACROSS`` 之中的。
         vocabulary: 学生的分词器定义的 token。
-        shared: ``gold`` 要的、两边都有的 token。
+        shared: ``projected_kl`` 与 ``gold`` 要的、两边的 token 怎样相配。
         memory_budget: 块缓冲区的字节数，见 ``fused_distillation_loss``。
-        label_metrics: ``uld``、``gold`` 也给出教师的交叉熵；``alm`` 总是给。
+        label_metrics: ``alm`` 之外的也给出教师的交叉熵；``alm`` 总是给。
 
     Returns:
         ``LossSums``；``total`` 对 ``student_hidden`` 与 head 的 ``weight``、``bias`` 可导一次。
@@ -97,7 +97,9 @@ def aligned_distillation_loss(
             head.weight,
             head.bias,
             HiddenTargets(targets.hidden[alignment.teacher_first], targets.head),
-            settings._replace(objective=lambda p, q: first_tokens(p, q, loss, shared)),
+            settings._replace(
+                objective=lambda log_p, log_q: first_tokens(log_p, log_q, loss, shared)
+            ),
         )
         divergence = value.detach()
         total = total + loss.alpha * value
@@ -199,7 +201,7 @@ class _OfLabels(torch.autograd.Function):
 
 
 class _OfPairs(torch.autograd.Function):
-    """Σ ``settings.objective(p, q)``：``hidden [C, H_s]`` 与 ``targets`` 的 ``[C, H_t]`` 逐行。"""
+    """Σ ``settings.objective(log_p, log_q)``：``hidden [C, H_s]`` 与 ``targets [C, H_t]`` 逐行。"""
 
     @staticmethod
     def forward(
@@ -236,8 +238,8 @@ class _OfPairs(torch.autograd.Function):
                 products.logits(other, their_weight, logits)
                 with torch.enable_grad():
                     leaf = product.requires_grad_()
-                    q = cut.finish(leaf).softmax(-1)
-                    value = settings.objective(theirs.finish(logits).softmax(-1), q).sum()
+                    log_q = log_softmax(cut.finish(leaf))
+                    value = settings.objective(log_softmax(theirs.finish(logits)), log_q).sum()
                 total += value.detach()
                 if d_hidden is None and d_weight is None and d_bias is None:
                     continue

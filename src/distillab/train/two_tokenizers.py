@@ -22,7 +22,7 @@ class Across:
         student_bytes: ``[V_s]``，学生的每个 token 有几个字节，说完了的是 0；``None`` 为不知道。
         teacher_bytes: ``[V_t]``，同上，教师的；``None`` 为与学生的相同。
         teacher_vocabulary: 教师有概率的 token；``None`` 为与学生的相同。
-        shared: 两边都有的 token，``gold`` 要它。
+        shared: 两边的 token 怎样相配，``projected_kl`` 与 ``gold`` 要它。
         audit: ``Audit.summary`` 的，给 ``summary.json``；``None`` 为用同一个分词器。
     """
 
