@@ -177,6 +177,10 @@ def test_a_trimmed_student_goes_on_with_the_whole_teacher(workdir, command):
     assert second["student_before"] == pytest.approx(first["student_after"], rel=1e-4)
     assert second["teacher"] == pytest.approx(first["teacher"])
     check_export("second")
+    Path("third.yaml").write_text(recipe)
+    code, _, err = command("train", "third.yaml")
+    assert code == 2
+    assert "was cut from the teacher's already; drop it" in " ".join(err.split())
 
 
 def test_two_processes_keep_the_same_tokens(workdir, command, together):

@@ -137,9 +137,14 @@ def build_models(
             vocabulary = shared_vocabulary(tokenizer, theirs)
         except DistillabError:
             own = student.tokenizer is None or not (student.path or student.init)
-            rows = ids_before(tokenizer, theirs) if own and trimmed is None else None
+            rows = ids_before(tokenizer, theirs) if own else None
             if rows is None:
                 raise
+            if trimmed is not None:
+                raise DistillabError(
+                    "student.vocab: the student's tokenizer was cut from the teacher's already; "
+                    "drop it, and the teacher keeps the same tokens"
+                ) from None
             vocabulary = own_vocabulary(tokenizer)
     whole = vocabulary
     if trimmed is not None:
