@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)  # fmt: skip
 from transformers import PreTrainedTokenizerFast
 
 from distillab.batch import IGNORE_INDEX, Example, Tokens
@@ -87,6 +95,47 @@ def other():
 @pytest.fixture(scope="module")
 def sides(other, tiny_tokenizer):
     return Sides(Side(other, "student"), Side(tiny_tokenizer, "teacher"))
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """SentencePiece 的写法：``▁`` 是空格，开头加一个，别的字由字节 token 拼成，文字之前有 BOS。"""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["the student learns the days of the year"] * 9, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["of the teacher", "of the student"])
+def test_pieces_with_a_space_before_every_text_are_aligned(pieces, tiny_tokenizer, turned):
+    tokenizers = [pieces, tiny_tokenizer] if turned else [tiny_tokenizer, pieces]
+    sides = Sides(Side(tokenizers[0], "student"), Side(tokenizers[1], "teacher"))
+    ids = [i for text in (TEXT, "the days") for i in sides.student.encoder.encode([text])[0]]
+    labels = [
+        token if token != pieces.bos_token_id or not turned else IGNORE_INDEX for token in ids
+    ]
+    block = {"input_ids": torch.tensor(ids), "labels": torch.tensor([*labels[1:], IGNORE_INDEX])}
+    example = text_example(block, sides, 1000)
+    read = b"".join(sides.teacher.bytes[i] for i in example.teacher.ids)
+    spaces = (b" ", b"") if turned else (b" ", b" ")  # 块的开头也许在一篇的中间
+    assert read == spaces[0] + TEXT.encode() + END + spaces[1] + b"the days" + END
+    ours, theirs = Aligner(sides).chunks(example)
+    assert (ours[3:] >= 0).all()  # 第一个 token 只是上文，它的一段不要
+    assert (theirs[3:] >= 0).all()
+    assert ours.max() == theirs.max()
 
 
 def item(sides, text, length=None):

@@ -33,6 +33,8 @@ class Side:
         self.end = int(tokenizer.eos_token_id if turn is None else turn.token)
         ends = {self.end, self.separator, int(tokenizer.eos_token_id)}
         self.bytes = token_bytes(tokenizer, ends, what)
+        # SentencePiece 一类在开头加一个空格；文章里没有它。
+        self.adds_space = self.bytes[self.encoder.plain(["a"])[0][0]].startswith(b" ")
 
     @functools.cached_property
     def by_bytes(self) -> dict[bytes, int]:
@@ -125,7 +127,10 @@ def text_example(item: dict[str, Tensor], sides: Sides, limit: int) -> Example:
         if not is_end:
             own = _whole_characters([ours.bytes[index] for index in ids[start:stop]])
             kept = range(start + own.start, start + own.stop)
-            found = theirs.encoder.plain([ours.text(ids[kept.start : kept.stop])])[0]
+            text = ours.text(ids[kept.start : kept.stop])
+            if start and ours.adds_space:
+                text = text.removeprefix(" ")
+            found = theirs.encoder.plain([text])[0]
             segments.append((kept, range(len(whole), len(whole) + len(found))))
             whole += found
         start = stop

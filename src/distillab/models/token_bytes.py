@@ -37,12 +37,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], what: s
     for token, index in tokenizer.get_vocab().items():
         if index in ending:
             found[index] = END
+        elif "ByteFallback" in kinds and (byte := _FALLBACK.fullmatch(token)):
+            found[index] = bytes([int(byte[1], 16)])
         elif index in added:
             found[index] = b"" if index in silent else added[index].encode()
         elif "ByteLevel" in kinds:
             found[index] = bytes(by_char[char] for char in token if char in by_char)
-        elif byte := _FALLBACK.fullmatch(token):
-            found[index] = bytes([int(byte[1], 16)])
         else:
             found[index] = token.replace("\u2581", " ").encode("utf-8", "surrogatepass")
     ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
