@@ -91,7 +91,8 @@ def measure(case: str, steps: int, seed: int) -> Record:
     found = [summary] + ([json.loads((first / "summary.json").read_text())] if first else [])
     return {
         "implementation": case,
-        "shape": init | ({"first": HALFWAY} if first else {}),
+        "shape": init
+        | ({f"first {name}": size for name, size in HALFWAY.items()} if first else {}),
         "shape_steps": steps,
         "seed": seed,
         "parameters": summary["parameters"]["student"],
