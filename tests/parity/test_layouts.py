@@ -58,6 +58,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
             **WINDOWS,
         },
     ),
+    "gemma2-whole": ("gemma2", {"head_dim": 16, "layer_types": ["full_attention"] * 4}),
+    "gemma3-whole": ("gemma3_text", {"head_dim": 16, "layer_types": ["full_attention"] * 4}),
     "gemma3": (
         "gemma3_text",
         {

@@ -162,7 +162,8 @@ def hf_config_of(config: ModelConfig, layout: str, **values: Any) -> Any:
         values["layer_types"] = [_SLIDING if each else _FULL for each in slides]
         if not gemma:
             values["use_sliding_window"] = any(slides)
-    if gemma:
+    if gemma:  # 没有滑动的层，transformers 也要建它的 mask
+        values["sliding_window"] = config.sliding_window or config.max_seq_len
         values |= {theirs: getattr(config, ours) for ours, theirs in _GEMMA_OPTIONS.items()}
         values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_width
     if layout == "gemma3_text":
