@@ -24,6 +24,7 @@ RECIPE_MODULES = {
     "sections",
     "model_sections",
     "layouts",
+    "width_sections",
     "conversations",
     "forms",
     "style",
