@@ -189,7 +189,9 @@ INTO_A_NEW_DIRECTORY = {
     "convert: _write_pretrained", "convert: _write_tokenizer", "convert: _update_json",
     "chunks: write_chunks", "pretrained: resolve_gguf_tokenizer", "pretrained: _converted_gguf",
     "profiling: finish", "qwen_ranks: _write_tokenizer", "sources: _download_and_unpack",
-    "sources: _unzip", "streams: build",
+    "sources: _unzip", "streams: build", "initial: _measured", "initial: _measured_widths",
+    "student_vocabulary: student_vocabulary", "student_vocabulary: copy_to", "trimming: write",
+    "token_counts: count_articles",
 }  # fmt: skip
 """它们写进 ``replacing_directory``、``build_once`` 或检查点的、名字随机的新目录。"""
 TO_MEMORY = {"curves: _png"}

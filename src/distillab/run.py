@@ -107,7 +107,7 @@ def train(
         checks = Checks(recipe.evaluate.texts, tasks, parts, trainer, run.checks)
         main = trainer.accelerator.is_main_process
         if main and parts.trimmed is not None:
-            parts.trimmed.save(run.tokenizer)
+            parts.trimmed.copy_to(run.tokenizer)
         with trainer.watch:
             measured = _reference(run, trainer)
             before = checks.measure("student_before")

@@ -84,7 +84,7 @@ CASES = {
         "--set: student: path and init disagree: a pretrained student brings its own; drop one"),
     "recipe: teacher needed": ((*TRAIN, SET, "teacher=null", SET, "student=null"), None,
         "--set: student: found None, expected a mapping with keys config, init, path, tokenizer, "
-        "sha256, trust_remote_code, lora"),
+        "sha256, trust_remote_code, lora, vocab"),
     "recipe: malformed override": ((*TRAIN, SET, "train.seed"), None,
         "--set train.seed: expected KEY=VALUE, as in train.learning_rate=1e-4"),
     "recipe: name that leaves runs/": ((*TRAIN, SET, "name=../x"), None,

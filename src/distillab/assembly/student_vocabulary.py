@@ -85,7 +85,7 @@ class StudentVocabulary:
             moved = None if into is None else {int(old): int(new) for old, new in into.items()}
         return cls(directory, load_tokenizer(str(directory.resolve())), kept, **numbers, into=moved)
 
-    def save(self, directory: Path) -> None:
+    def copy_to(self, directory: Path) -> None:
         """放进运行目录；已经在那里的不动。"""
         if not (directory / _FILE).exists():
             with replacing_directory(directory) as partial:
