@@ -22,6 +22,7 @@ from ..vocabulary import SharedTokens, Vocabulary
 from .across import alm_total, first_tokens
 from .buffers import Chunks, default_budget
 from .chunking import PAIR_BYTES
+from .kept_gradients import keep_gradients, take_gradients
 from .losses import LossSums, log_softmax
 from .products import HeadProducts, compute_dtype, head_products
 from .rows import RowSpec
@@ -163,7 +164,7 @@ class _OfLabels(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = found.requires_grad_()
                 total, sums = settings.objective(leaf)
-            ctx.gradients = d_hidden, d_weight, d_bias = _buffers(ctx, inputs, products)
+            d_hidden, d_weight, d_bias = keep_gradients(ctx, inputs, products)
             if any(part is not None for part in ctx.gradients):
                 (of_rows,) = torch.autograd.grad(total, leaf)
                 # 乘进半精度的行之前缩到 1 以内，全部乘完再放大回来。
@@ -190,14 +191,13 @@ class _OfLabels(torch.autograd.Function):
                 for part in ctx.gradients:
                     if part is not None:
                         part.mul_(largest)
-        ctx.dtypes = [None if part is None else part.dtype for part in inputs]
         ctx.mark_non_differentiable(sums)
         return total.detach().to(products.dtype), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, upstream), None, None)
+        return (*take_gradients(ctx, upstream), None, None)
 
 
 class _OfPairs(torch.autograd.Function):
@@ -215,7 +215,7 @@ class _OfPairs(torch.autograd.Function):
         inputs, head, vocab = (hidden, weight, bias), settings.head, settings.vocab
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with head_products(hidden.device.type, compute_dtype(hidden)) as products:
-            ctx.gradients = d_hidden, d_weight, d_bias = _buffers(ctx, inputs, products)
+            d_hidden, d_weight, d_bias = keep_gradients(ctx, inputs, products)
             theirs = targets.head
             widest = max(vocab, len(theirs.weight))
             budget = settings.budget or default_budget(hidden.device)
@@ -250,34 +250,9 @@ class _OfPairs(torch.autograd.Function):
                     products.add_d_weight(d_weight[:vocab], d_logits, own)
                 if d_bias is not None:
                     d_bias[:vocab] += products.d_bias(d_logits)
-        ctx.dtypes = [None if part is None else part.dtype for part in inputs]
         return total.to(products.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, upstream), None, None)
-
-
-def _buffers(
-    ctx: Any, inputs: tuple[Tensor | None, ...], products: HeadProducts
-) -> list[Tensor | None]:
-    return [
-        torch.zeros(part.shape, dtype=products.dtype, device=part.device)
-        if part is not None and needed
-        else None
-        for part, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-    ]
-
-
-def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-    """留着的梯度乘上游的；就地，只能用一次，见 ``fused.py``。"""
-    if ctx.gradients is None:
-        raise RuntimeError(
-            "the aligned loss keeps its gradients for one backward pass only; compute it again"
-        )
-    gradients, ctx.gradients = ctx.gradients, None
-    return [
-        None if gradient is None else gradient.mul_(upstream).to(dtype)
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-    ]
+        return (*take_gradients(ctx, upstream), None, None)

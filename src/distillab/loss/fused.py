@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..config.schema import LossConfig
 from ..targets import DenseTargets, HiddenTargets, Targets
 from .buffers import Chunks
+from .kept_gradients import keep_gradients, take_gradients
 from .losses import LossSums, check_targets
 from .products import compute_dtype, head_products
 from .rows import RowSpec, RowValues
@@ -117,12 +118,7 @@ class _FusedLoss(torch.autograd.Function):
         spec = spec._replace(gradient=any(ctx.needs_input_grad[:3]))
         sums = torch.zeros(len(RowValues._fields), dtype=torch.float64, device=hidden.device)
         with head_products(hidden.device.type, compute_dtype(hidden)) as products:
-            d_hidden, d_weight, d_bias = ctx.gradients = [
-                torch.zeros(part.shape, dtype=products.dtype, device=part.device)
-                if part is not None and needed
-                else None
-                for part, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-            ]
+            d_hidden, d_weight, d_bias = keep_gradients(ctx, inputs, products)
             chunks = Chunks(hidden, products, targets, spec, memory_budget, labels, bias, excluded)
             student_weight = products.weight(weight[:vocab])
             if isinstance(targets, HiddenTargets):
@@ -150,7 +146,6 @@ class _FusedLoss(torch.autograd.Function):
                 if d_weight is not None:
                     group_rows = products.rows(hidden.detach()[group])
                     products.add_d_weight(d_weight[:vocab], d_logits, group_rows)
-        ctx.dtypes = [None if part is None else part.dtype for part in inputs]
         divergence, cross_entropy = sums[:2]
         total = (1 - spec.alpha) * cross_entropy
         if spec.alpha > 0:
@@ -162,14 +157,4 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "the fused loss keeps its gradients for one backward pass only; compute it again"
-            )
-        # 从 ctx 取走再就地乘：autograd 因而可以直接收下这块内存，不再复制。
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            None if gradient is None else gradient.mul_(upstream).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None)
+        return (*take_gradients(ctx, upstream), None, None, None, None, None)

@@ -120,7 +120,7 @@ class DistillationTrainer:
             teacher.place(device)
 
         self.vocabulary = vocabulary or Vocabulary(student.vocab_size)
-        self.across = across or Across()
+        self.across = (across or Across()).to(self.accelerator.device)
         self.teacher_vocabulary = self.across.teacher_vocabulary or self.vocabulary
         self.collate = collate or partial(collate_text, vocabulary=self.vocabulary)
         self.on_policy = on_policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,17 +32,22 @@ class Across:
     shared: SharedTokens | None = None
     audit: dict[str, Any] | None = None
 
+    def to(self, device: torch.device) -> Across:
+        """字节数的表搬到 ``device``：验证的每一批都查它。"""
+        tables = (self.student_bytes, self.teacher_bytes)
+        ours, theirs = (None if table is None else table.to(device) for table in tables)
+        return replace(self, student_bytes=ours, teacher_bytes=theirs)
+
     def bytes_of(self, batch: Batch) -> Tensor:
         """一批的 response 的字节数 ``[2]``，学生的与教师的，float64；不知道的是 0。"""
-        device = batch.labels.device
-        found = torch.zeros(2, dtype=torch.float64, device=device)
+        found = torch.zeros(2, dtype=torch.float64, device=batch.labels.device)
         theirs = batch.labels
         if batch.alignment is not None:
             theirs = batch.alignment.teacher_labels
         if self.student_bytes is not None:
-            found[0] = self.student_bytes.to(device)[batch.labels].sum()
+            found[0] = self.student_bytes[batch.labels].sum()
             other = self.student_bytes if self.teacher_bytes is None else self.teacher_bytes
-            found[1] = other.to(device)[theirs].sum()
+            found[1] = other[theirs].sum()
         return found
 
 
