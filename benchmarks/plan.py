@@ -268,7 +268,8 @@ def worker(case: str, device: str, more: Sequence[str] = ()) -> Record:
     on_policy = None
     if step.sampling is not None:
         generator: Any = TextGenerator(student, FakeTokenizer(step.student.vocab_size))
-        on_policy = OnPolicy(Rollout(generator, recipe.sampling), recipe.responses, collate, 0)
+        rollouts = [Rollout(generator, recipe.sampling)]
+        on_policy = OnPolicy(rollouts, recipe.responses, collate, 0)
     with tempfile.TemporaryDirectory() as directory:
         trainer = DistillationTrainer(
             student, teacher, data, data, recipe.train.model_copy(update={"warmup_steps": 0}),

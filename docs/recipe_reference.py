@@ -33,51 +33,60 @@ _HEADER = """# 配方参考
 
 def page() -> str:
     """整页的 Markdown。"""
-    return "\n".join([_HEADER, *_section("", Recipe)])
+    return "\n".join([_HEADER, *_section()])
 
 
 def keys() -> list[str]:
     """配方的全部键，写成 ``train.seed`` 的样子；``NAME`` 是使用者起的名字。"""
-    return [name for section, model in _sections("", Recipe) for name in _names(section, model)]
+    return [_joined(section, key) for section, _, own in _sections("", (Recipe,)) for key in own]
 
 
-def _names(section: str, model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield _joined(section, field.alias or name)
+Models = tuple[type[BaseModel], ...]
+"""一节的写法，通常只有一种。"""
+_EACH = {"": "一节", "NAME": "每个名字一节", "N": "第 N 个（从 0 起）一节"}
 
 
-def _sections(name: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield name, model
-    for key, field in model.model_fields.items():
+def _sections(
+    name: str, models: Models, seen: Models = ()
+) -> Iterator[tuple[str, Models, dict[str, FieldInfo]]]:
+    """``(键, 写法, 它的字段)``；另一节也有的字段在那里说。"""
+    fields = {
+        field.alias or key: field
+        for model in models
+        for key, field in model.model_fields.items()
+        if not any(key in base.model_fields for base in seen if issubclass(model, base))
+    }
+    yield name, models, fields
+    for key, field in fields.items():
         nested, many = _nested(field.annotation)
-        if nested is not None:
-            child = _joined(name, field.alias or key) + (".NAME" if many else "")
-            yield from _sections(child, nested)
+        if nested:
+            child = ".".join(filter(None, (name, key, many)))
+            yield from _sections(child, nested, (*seen, *models))
 
 
-def _section(_: str, recipe: type[BaseModel]) -> Iterator[str]:
-    for name, model in _sections("", recipe):
+def _section() -> Iterator[str]:
+    for name, models, fields in _sections("", (Recipe,)):
         depth = 2 + name.count(".")
         title = f"`{name}`" if name else "最外层"
         anchor = name.replace(".", "-").lower() or "top"
         yield f"{'#' * min(depth, 4)} {title} {{ #{anchor} }}\n"
-        yield f"{_first_paragraph(model)}\n"
+        yield " 或者：".join(map(_first_paragraph, models)) + "\n"
         yield "| 键 | 类型 | 缺省 | 说明 |\n| --- | --- | --- | --- |"
-        for key, field in model.model_fields.items():
-            yield _row(name, field.alias or key, field)
+        for key, field in fields.items():
+            yield _row(name, key, field)
         yield ""
 
 
 def _row(section: str, key: str, field: FieldInfo) -> str:
     nested, many = _nested(field.annotation)
-    if nested is None:
+    if not nested:
         kind, description = f"`{_type(field.annotation)}`", field.description or ""
     else:
-        anchor = _joined(section, key).replace(".", "-").lower() + ("-name" if many else "")
-        kind = f"[{'每个名字一节' if many else '一节'}](#{anchor})"
-        description = field.description or _first_paragraph(nested)
+        anchor = ".".join(filter(None, (section, key, many))).replace(".", "-").lower()
+        kind = f"[{_EACH[many]}](#{anchor})"
+        description = field.description or _first_paragraph(nested[0])
     limits = _limits(field)
-    cells = [f"`{key}`", kind + (f"，{limits}" if limits else ""), _default(field, nested)]
+    cells = [f"`{key}`", kind + (f"，{limits}" if limits else ""), _default(field, bool(nested))]
     return "| " + " | ".join([*cells, _escaped(description)]) + " |"
 
 
@@ -85,15 +94,12 @@ def _joined(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """``(这个键下面的一节, 是不是每个名字一节)``。"""
+def _nested(annotation: Any) -> tuple[Models, str]:
+    """``(这个键下面一节的写法, 每个 NAME、每个 N 各一节，或就是一节)``。"""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return annotation, False
-    for part in get_args(annotation):
-        found, _ = _nested(part)
-        if found is not None:
-            return found, get_origin(annotation) is dict
-    return None, False
+        return (annotation,), ""
+    found = tuple(kind for part in get_args(annotation) for kind in _nested(part)[0])
+    return found, {dict: "NAME", list: "N"}.get(get_origin(annotation), "") if found else ""
 
 
 def _type(annotation: Any) -> str:
@@ -126,7 +132,7 @@ def _limits(field: FieldInfo) -> str:
     return "，".join(found)
 
 
-def _default(field: FieldInfo, nested: type[BaseModel] | None) -> str:
+def _default(field: FieldInfo, nested: bool) -> str:
     if field.is_required():
         return "**必填**"
     value = field.default if field.default_factory is None else PydanticUndefined
@@ -134,7 +140,7 @@ def _default(field: FieldInfo, nested: type[BaseModel] | None) -> str:
         changed = {key: getattr(value, key) for key in value.model_fields_set}
         return f"`{changed}`" if changed else "见该节"
     if value is None:
-        return "-" if nested is not None else "`null`"
+        return "-" if nested else "`null`"
     return f"`{_value(value)}`"
 
 

@@ -91,6 +91,7 @@ class Example:
         student: 学生的视角。
         teacher: 教师的视角；没有特权信息时就是 ``student``。
         segments: 分词器不同时，两个视角里同样的文字在哪里；``None`` 为 token 相同。
+        source: 来自 ``data.mixture`` 的第几个来源；只有一个时是 0。
 
     Raises:
         ValueError: 两个视角的 response 不同。
@@ -99,6 +100,7 @@ class Example:
     student: Tokens
     teacher: Tokens
     segments: tuple[Segment, ...] | None = None
+    source: int = 0
 
     @property
     def views(self) -> tuple[Tokens, ...]:
@@ -235,6 +237,25 @@ def collate_text(
     index = trained.nonzero().squeeze(1)
     view = View(ids, None, index, positions)
     return Batch(view, view, labels[index])
+
+
+def chunk_example(item: Mapping[str, Tensor]) -> Example:
+    """文本块（见 ``collate_text`` 的 ``items``）作为一条 ``Example``，预测它的各个目标。"""
+    learned = (item["labels"] != IGNORE_INDEX).nonzero()[:, 0] + 1
+    view = Tokens(item["input_ids"].tolist(), learned.tolist())
+    return Example(view, view)
+
+
+def chunk_documents(item: Mapping[str, Tensor], separator: int) -> tuple[Example, ...]:
+    """文本块里的文章（以 ``separator`` 结尾）各成一条，与 ``collate_text`` 给出它时训练的相同。"""
+    whole = chunk_example(item).student
+    ends = [at + 1 for at, token in enumerate(whole.ids) if token == separator]
+    found = []
+    for start, end in pairwise(sorted({0, *ends, len(whole.ids)})):
+        places = [at - start for at in whole.response if start < at < end]
+        view = Tokens(whole.ids[start:end], places)
+        found.append(Example(view, view))
+    return tuple(found)
 
 
 def collate_examples(

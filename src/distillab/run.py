@@ -22,6 +22,7 @@ from .assembly.training import build_trainer
 from .config.recipes import dump_recipe
 from .config.run_dir import RUNS, RunDirectory, exported_model
 from .config.schema import Recipe
+from .config.sections import DataSection
 from .config.style import USUAL, Style
 from .data.chat import question_prompt, render_prompt, writes_date
 from .data.pairs import Task, load_pairs
@@ -54,6 +55,7 @@ from .synthesize.synthesize import synthesize as ask
 from .terminal import main_process
 from .train.checkpoint import load_student, save_best
 from .train.checkpoint_files import BEST, DamagedCheckpoint, find_checkpoint, set_aside
+from .train.loaders import StreamLoader
 from .train.metrics import write_first
 from .train.profiling import peak_memory_bytes, profiling
 from .train.trainer import DistillationTrainer
@@ -134,6 +136,8 @@ def train(
                 "peak_memory_bytes": peak_memory_bytes(),
                 "parameters": parameters,
             }
+            if isinstance(train_data := trainer.train_loader, StreamLoader):
+                summary |= train_data.figures(state)
             if trainer.across.audit is not None:
                 summary["alignment"] = trainer.across.audit
             if prompts := recipe.evaluate.prompts:
@@ -157,6 +161,11 @@ def synthesize(recipe: Recipe) -> SynthesisReport:
     不读）；中断时答好的都已存下。
     """
     data, config = recipe.data, recipe.synthesize
+    if not isinstance(data, DataSection):
+        raise DistillabError(
+            "data.mixture: one file of responses answers one source; give a recipe with that "
+            "source alone, and name the file in its data.mixture entry: responses"
+        )
     if data.format != "chat":
         raise DistillabError(f"data.format={data.format} has no questions; expected chat")
     pairs, notes = load_pairs(data.model_copy(update={"responses": None}), need_response=False)
@@ -259,14 +268,14 @@ def _recorded(run: RunDirectory) -> tuple[dict[str, Metrics], dict[int, Metrics]
     """``metrics.jsonl`` 里的成绩：训练前的各个模型，与各步的学生。"""
     reference: dict[str, Metrics] = {}
     validation: dict[int, Metrics] = {}
-    null = {"perplexity": math.nan, "cross_entropy": math.nan}  # 不是有限值的写成了 null
+    losses = ("perplexity", "cross_entropy")  # 不是有限值的写成了 null
     for row in read_metrics(run.metrics_file):
         if not row.keys() >= Metrics.__required_keys__:
             continue
         metrics: Any = {
-            key: null.get(key) if row[key] is None else row[key]
-            for key in Metrics.__annotations__
-            if key in row
+            key: math.nan if row[key] is None and key.endswith(losses) else row[key]
+            for key in row
+            if key in Metrics.__annotations__ or "/" in key  # 后者是各来源自己的
         }
         if row["kind"] == "reference":
             reference[row["model"]] = metrics
@@ -355,7 +364,7 @@ def _export(
         name=recipe.name,
         recipe_yaml=dump_recipe(recipe, public=True),
         teacher=recipe.teacher.path if recipe.teacher else None,
-        data=recipe.data.source,
+        data=", ".join(source.source for source in recipe.data.sources),
         tokens=tokens,
         metrics=metrics,
     )

@@ -34,6 +34,7 @@ _MEASURED = {"models!": _MODELS, "gap_closed": _FIGURE, "tokens": NUMBER, "seque
 _TASK = {**_MEASURED, "items!": NUMBER, "differences": _DIFFERENCES}
 _LM_EVAL = {**_TASK, "models!": {"*": {"items_per_second": NUMBER, "*": _FIGURE}}}
 
+_SOURCE = dict.fromkeys(("source", "responses", "teacher_source", "experience"), TEXT)
 RECIPE: Shape = {
     "name": TEXT,
     "description": TEXT,
@@ -42,7 +43,7 @@ RECIPE: Shape = {
         "from": TEXT, "layers": NUMBER, "hidden_size": NUMBER, "intermediate_size": NUMBER,
         "num_heads": NUMBER, "num_kv_heads": NUMBER,
     }},
-    "data": {"source": TEXT, "responses": TEXT, "teacher_source": TEXT, "experience": TEXT},
+    "data": {**_SOURCE, "mixture": [{**_SOURCE, "name": TEXT, "format": TEXT, "weight": NUMBER}]},
     "responses": {"student_fraction": NUMBER, "final_student_fraction": NUMBER},
     "loss": {"divergence": TEXT, "alpha": NUMBER, "temperature": NUMBER, "beta": NUMBER,
              "skew": NUMBER},
@@ -56,6 +57,7 @@ SUMMARY: Shape = {
     "parameters": _SCORES,
     "alignment": {"text": {"*": _SCORES}},
     "vocabulary": _SCORES,
+    "sources": {"*": _SCORES},
     "name": TEXT,
     **dict.fromkeys(("best_step", "steps", "skipped_steps", "failed_rows", "tokens", "seconds",
                      "tokens_per_second", "peak_memory_bytes"), NUMBER),

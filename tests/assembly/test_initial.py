@@ -135,7 +135,7 @@ def test_the_layers_are_measured_on_training_rows_and_never_on_validation(kind, 
     splits = Splits(config)
     rows = {tuple(row.tolist()) for row in splits.sample(tiny_tokenizer, longest, 10**4).rows()}
     train, validation = (list(part)[:500] if not isinstance(part, TextStream) else None
-                         for part in map(_listed, splits.of(tiny_tokenizer, longest)))  # fmt: skip
+                         for part in map(_listed, splits.sources[0].of(tiny_tokenizer, longest)))  # fmt: skip
     assert rows
     assert not rows & set(validation)
     assert train is None or rows <= set(train)

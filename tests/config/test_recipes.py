@@ -175,6 +175,15 @@ def test_missing_file_is_named():
         ("student: {init: {from: teacher, choose: [true, 2]}}", "{}: student.init.choose: found [True, 2], expected influence, greedy, even or a list of layers"),
         ("student: {init: {from: teacher, layers: 3, choose: [1, 2]}}", "{}: student.init: layers=3 and choose disagree: it lists 2 layers"),
         ("student: {config: {num_layers: 3}, init: {from: teacher, choose: [1, 2]}}", "{}: student: init.layers=2 and config.num_layers=3 disagree"),
+        ("data: {mixture: [{source: a.jsonl}]}", "{}: data: a mixture has at least 2 sources; one alone is data itself"),
+        ("data: {mixture: [{source: a}, {source: b, weight: 0}]}", "{}: data.mixture.1.weight: found 0, expected greater than 0"),
+        ("data: {mixture: [{source: a}, {source: b, weight: .nan}]}", "{}: data.mixture.1.weight: found nan, expected a finite number"),
+        ("data: {mixture: [{source: a}, {source: b, wieght: 2}]}", "{}: unknown key 'data.mixture.1.wieght'; did you mean 'weight'?"),
+        ("data: {mixture: [{source: x/a.txt}, {source: y/a.jsonl}]}", "{}: data: 2 sources are named 'a': give each its own name"),
+        ("data: {mixture: [{source: a}, {source: 中文}]}", "{}: data: mixture.1 has no name: give it one"),
+        ("data: {mixture: [{source: a}, {source: b}], source: c}", "{}: data: source and mixture disagree: every source of the mixture has its own keys; move source into them"),
+        ("data: {mixture: [{source: a}, {source: b, experience: hint}]}", "{}: data.mixture.1: experience and format=text disagree: set format: chat"),
+        ("data: {mixture: [{source: a, streaming: true}, {source: b}]}", "{}: data.mixture.0.streaming=true needs train.max_steps: a stream has no end"),
         ("teacher: null", "{}: loss.alpha=0.5 needs a teacher: set teacher.path, or loss.alpha to 0"),
         ("student: {config: {num_heads: 7}}", "{}: student.config: hidden_size=512 is not divisible by num_heads=7"),
     ],
@@ -184,6 +193,19 @@ def test_invalid_values_end_in_one_line_naming_file_key_and_choice(write, text, 
     base = "\n".join(line for line in BASE.splitlines() if not line.startswith(key))
     path = write("r.yaml", f"{base}\n{text}\n")
     assert message(path) == expected.format(path)
+
+
+def test_a_mixture_replaces_the_inherited_source_and_takes_overrides_by_number(write):
+    write("base.yaml", BASE)
+    mixture = "data: {mixture: [{source: a.jsonl}, {source: b.jsonl, weight: 3}]}"
+    child = write("child.yaml", f"extends: base.yaml\n{mixture}\n")
+    found = load_recipe(str(child), ["data.mixture.0.weight=2", "data.mixture.1.sampling.top_k=5"])
+    ours, other = found.data.mixture
+    assert (ours.name, ours.weight, other.name, other.weight) == ("a", 2, "b", 3)
+    assert other.sampling.top_k == 5
+    again = write("again.yaml", dump_recipe(found))
+    assert load_recipe(str(again)) == found
+    assert "items 0 to 1, found '2'" in message(child, ["data.mixture.2.weight=2"])
 
 
 def test_error_names_the_file_that_set_the_key(write):

@@ -73,7 +73,7 @@ def make(device, directory, kind="text", own=None, teacher=None, **config):
         data, collate = pairs(), partial(collate_examples, pad_id=0)
     if kind == "sampled":
         rollout = Rollout(TextGenerator(own, Plain()), SamplingConfig(max_new_tokens=8))
-        on_policy = OnPolicy(rollout, ResponsesConfig(student_fraction=1.0), collate, seed=0)
+        on_policy = OnPolicy([rollout], ResponsesConfig(student_fraction=1.0), collate, seed=0)
     settings = {
         "batch_size": 4, "max_steps": 4, "warmup_steps": 1, "learning_rate": 3e-3,
         "log_interval": 1, "eval_interval": 1000, "save_interval": 1000, "precision": "fp32",

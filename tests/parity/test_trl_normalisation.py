@@ -106,7 +106,7 @@ def our_step(models, tiny_tokenizer, tmp_path):
             loss=LossConfig(divergence="jsd", alpha=1.0, temperature=1.0),
             collate=collate,
             on_policy=OnPolicy(
-                Rollout(generator, sampling), ResponsesConfig(student_fraction=1.0), collate, seed=0
+                [Rollout(generator, sampling)], ResponsesConfig(student_fraction=1.0), collate, seed=0
             ),
         )  # fmt: skip
         trainer.train()

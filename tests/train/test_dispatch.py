@@ -116,7 +116,7 @@ def make(tmp_path, tiny_qwen2, tiny_tokenizer):
         if method == "gkd":
             rollout = Rollout(TextGenerator(student, tiny_tokenizer),
                               SamplingConfig(temperature=0.9, max_new_tokens=8), 64)  # fmt: skip
-            on_policy = OnPolicy(rollout, ResponsesConfig(student_fraction=1.0), collate, seed=0)
+            on_policy = OnPolicy([rollout], ResponsesConfig(student_fraction=1.0), collate, seed=0)
             loss = LossConfig(divergence="jsd", alpha=1.0, temperature=1.0)
         if method == "lora":
             student = add_lora(PretrainedLM(tiny_qwen2), LoraConfig(rank=4))

@@ -79,7 +79,7 @@ def make(student, rollout, tiny_qwen2, tmp_path):
             evaluate=EvaluateConfig(batch_size=2),
             collate=collate,
             on_policy=OnPolicy(
-                rollout, ResponsesConfig(student_fraction=fraction, reuse=reuse), collate, seed=0
+                [rollout], ResponsesConfig(student_fraction=fraction, reuse=reuse), collate, seed=0
             ),
         )
 
@@ -201,9 +201,9 @@ def test_sampling_has_the_precision_of_training(make, monkeypatch, precision):
 def test_reuse_trains_several_steps_on_one_rollout(make, monkeypatch):
     trainer = make([3] * 8, reuse=2)
     calls = []
-    original = trainer.on_policy.rollout.sample
+    original = trainer.on_policy.rollouts[0].sample
     monkeypatch.setattr(
-        trainer.on_policy.rollout, "sample", lambda *a: calls.append(1) or original(*a)
+        trainer.on_policy.rollouts[0], "sample", lambda *a: calls.append(1) or original(*a)
     )
     trainer.train()
     assert trainer.state.current_step == trainer.total_steps == 8
@@ -234,8 +234,8 @@ class Unsampled:
 
 def test_about_the_fraction_of_steps_is_sampled_and_a_resumed_run_repeats_it(rollout):
     collate = partial(collate_examples, pad_id=397)
-    policy = OnPolicy(rollout, ResponsesConfig(student_fraction=0.3), collate, seed=5)
-    policy.rollout = Unsampled()
+    policy = OnPolicy([rollout], ResponsesConfig(student_fraction=0.3), collate, seed=5)
+    policy.rollouts = [Unsampled()]
     batch = collate([example(3)])
     flags = [policy.prepare([batch] * 4, step, 400, rank=0).sampled for step in range(400)]
     assert 0.25 < sum(flags) / 400 < 0.35
@@ -271,7 +271,7 @@ def test_a_resumed_run_compares_with_the_start_and_repeats_no_warning(make, monk
     def train(length, max_steps):
         trainer = make([3] * 8, max_steps=max_steps)
         rows = torch.randint(10, 390, (2, length), generator=torch.Generator().manual_seed(0))
-        generator = trainer.on_policy.rollout.generator
+        generator = trainer.on_policy.rollouts[0].generator
         monkeypatch.setattr(generator, "generate_ids", lambda *_, **__: rows)
         caplog.clear()
         trainer.train(resume=True)
@@ -285,7 +285,7 @@ def test_a_resumed_run_compares_with_the_start_and_repeats_no_warning(make, monk
 
 def test_responses_return_to_their_examples_however_they_are_grouped(rollout, monkeypatch):
     collate = partial(collate_examples, pad_id=397)
-    policy = OnPolicy(rollout, ResponsesConfig(student_fraction=1.0), collate, seed=5)
+    policy = OnPolicy([rollout], ResponsesConfig(student_fraction=1.0), collate, seed=5)
     window = [collate([example(3, seed=i), example(2, seed=i + 9)]) for i in range(3)]
     expected = policy.prepare(window, 0, 4)
     monkeypatch.setattr(type(rollout), "groups", lambda *_: [[5, 0], [3], [1, 4, 2]])

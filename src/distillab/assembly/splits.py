@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..config.mixture import MixtureSource
 from ..config.schema import Recipe
 from ..config.sections import DataSection
 from ..data.chat_dataset import ChatDataset
 from ..data.chunks import WikiDataset
 from ..data.corpus import Corpus
+from ..data.mixing import next_source, shares
 from ..data.pairs import Pair, load_pairs
 from ..data.streams import TextStream
 
@@ -37,21 +39,63 @@ class Sample(NamedTuple):
 
 
 class Splits:
-    """配方 ``data`` 的两边；``pairs`` 不需要模型，写错的数据不必等几十亿参数装好才发现。"""
+    """配方 ``data`` 的各个来源（``sources``），以及从它们的训练集里抽样。"""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+        self.sources = [SourceSplits(source, recipe) for source in recipe.data.sources]
+        found = recipe.data.sources
+        self.weights = [one.weight if isinstance(one, MixtureSource) else 1.0 for one in found]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """各来源的对话，一个接一个。"""
+        return [pair for source in self.sources for pair in source.pairs]
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> Sample:
+        """训练集里由 ``train.seed`` 抽出的若干条，至少 ``tokens`` 个 token（没有那么多就是全部），
+        每条不长于 ``longest``，各来源按权重；对话是学生的视角。验证集从不在其中。
+        """
+        keys = [source.key(tokenizer, longest) for source in self.sources]
+        limits = [tokens, _LONGEST_ROW]
+
+        def key() -> list[Any]:
+            own = [one() for one in keys]
+            return own[0] + limits if len(own) == 1 else [own, self.weights, *limits]
+
+        def rows() -> list[Tensor]:
+            found: list[Tensor] = []
+            left = {k: source.shuffled(tokenizer, longest) for k, source in enumerate(self.sources)}
+            drawn = [0] * len(left)
+            while left and sum(map(len, found)) < tokens:
+                open_ = [weight * (k in left) for k, weight in enumerate(self.weights)]
+                k = next_source(shares(open_), drawn)
+                row = next(left[k], None)
+                if row is None:
+                    del left[k]
+                else:
+                    drawn[k] += 1
+                    found.append(row[:_LONGEST_ROW])
+            return found
+
+        return Sample(key, rows)
+
+
+class SourceSplits:
+    """一个来源的两边；``pairs`` 不需要模型，写错的数据不必等几十亿参数装好才发现。"""
+
+    def __init__(self, data: DataSection, recipe: Recipe) -> None:
+        self.data, self._responses, self._seed = data, recipe.responses, recipe.train.seed
+        self._prefix = f"{data.name}: " if isinstance(data, MixtureSource) else ""
         self._made: dict[tuple[int, ...], tuple[tuple[Any, Any], Any, Any]] = {}
 
     @cached_property
     def pairs(self) -> list[Pair]:
         """对话读入并查对，不合格是 ``DistillabError``；文本没有对话。"""
-        data, responses = self._recipe.data, self._recipe.responses
-        if data.format != "chat":
+        if self.data.format != "chat":
             return []
-        pairs, notes = load_pairs(data, need_response=not responses.only_sampled)
+        pairs, notes = load_pairs(self.data, need_response=not self._responses.only_sampled)
         for note in notes:
-            logger.info("%s", note)
+            logger.info("%s%s", self._prefix, note)
         return pairs
 
     def of(
@@ -61,40 +105,25 @@ class Splits:
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> tuple[Any, Any]:
         """``(训练集, 验证集)``，每条至多 ``max_seq_len`` 个 token；对话里教师的视角用
-        ``teacher_tokenizer``，缺省相同。错误见 ``text_splits`` 与 ``ChatDataset.build``。
+        ``teacher_tokenizer``，缺省相同。错误见 ``WikiDataset.build`` 与 ``ChatDataset.build``。
         """
         kept = tokenizer, teacher_tokenizer  # 还在用，id 就不会是别的
         key = id(tokenizer), id(teacher_tokenizer), max_seq_len
         if key not in self._made:
-            if self._recipe.data.format == "chat":
+            if self.data.format == "chat":
                 made = self._chat(tokenizer, max_seq_len, teacher_tokenizer)
             else:
                 made = self._text(tokenizer, max_seq_len)
             self._made[key] = (kept, *made)
         return self._made[key][1:]
 
-    def sample(self, tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> Sample:
-        """训练集里由 ``train.seed`` 抽出的若干条，至少 ``tokens`` 个 token（没有那么多就是全部），
-        每条不长于 ``longest``；对话是学生的视角。验证集从不在其中。
-        """
-        max_seq_len = min(longest, self._recipe.data.max_seq_len or longest)
+    def key(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Callable[[], list[Any]]:
+        """认得出 ``shuffled`` 给出的是哪些。"""
+        return lambda: [self.of(tokenizer, self._longest(longest))[0].fingerprint, self._seed]
 
-        def key() -> list[Any]:
-            train = self.of(tokenizer, max_seq_len)[0]
-            return [train.fingerprint, self._recipe.train.seed, tokens, _LONGEST_ROW]
-
-        def rows() -> list[Tensor]:
-            found: list[Tensor] = []
-            for row in self._shuffled(tokenizer, max_seq_len):
-                found.append(row[:_LONGEST_ROW])
-                if sum(map(len, found)) >= tokens:
-                    break
-            return found
-
-        return Sample(key, rows)
-
-    def _shuffled(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Iterator[Tensor]:
-        data, seed = self._recipe.data, self._recipe.train.seed
+    def shuffled(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[Tensor]:
+        """训练集的各条 ``[T]``，int64，由种子打乱，不长于 ``longest``。"""
+        data, seed, max_seq_len = self.data, self._seed, self._longest(longest)
         if data.streaming:
             corpus = Corpus.of(data, max_seq_len=max_seq_len, seed=seed)
             stream, _ = TextStream.build(corpus, tokenizer, min(_BUFFER, data.shuffle_buffer))
@@ -107,8 +136,8 @@ class Splits:
             item = train[index]
             yield item["input_ids"] if isinstance(item, dict) else torch.tensor(item.student.ids)
 
-    def _text(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> tuple[Any, Any]:
-        return text_splits(self._recipe.data, tokenizer, max_seq_len, self._recipe.train.seed)
+    def _longest(self, longest: int) -> int:
+        return min(longest, self.data.max_seq_len or longest)
 
     def _chat(
         self,
@@ -118,36 +147,31 @@ class Splits:
     ) -> tuple[Dataset[Any], Dataset[Any]]:
         train, validation, report = ChatDataset.build(
             self.pairs,
-            self._recipe.data,
+            self.data,
             tokenizer,
             max_seq_len=max_seq_len,
-            seed=self._recipe.train.seed,
-            only_prompts=self._recipe.responses.only_sampled,
+            seed=self._seed,
+            only_prompts=self._responses.only_sampled,
             teacher_tokenizer=teacher_tokenizer,
         )
         for line in report.lines():
-            logger.info("%s", line)
+            logger.info("%s%s", self._prefix, line)
         return train, validation
 
-
-def text_splits(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int
-) -> tuple[WikiDataset | TextStream, WikiDataset]:
-    """文本数据的训练集（或流）与验证集，每条 ``max_seq_len`` 个 token。
-
-    切好的存在缓存里，第二次很快；错误见 ``WikiDataset.build``。
-    """
-    corpus = Corpus.of(data, max_seq_len=max_seq_len, seed=seed)
-    if data.streaming:
-        stream, held_out = TextStream.build(corpus, tokenizer, data.shuffle_buffer)
+    def _text(
+        self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+    ) -> tuple[WikiDataset | TextStream, WikiDataset]:
+        corpus = Corpus.of(self.data, max_seq_len=max_seq_len, seed=self._seed)
+        if self.data.streaming:
+            stream, held_out = TextStream.build(corpus, tokenizer, self.data.shuffle_buffer)
+            logger.info(
+                f"{self._prefix}streaming the training text; {held_out.num_tokens:,} tokens for "
+                f"validation, from its beginning, in sequences of {max_seq_len}"
+            )
+            return stream, held_out
+        train, validation = WikiDataset.of(corpus, tokenizer)
         logger.info(
-            f"streaming the training text; {held_out.num_tokens:,} tokens for validation, from "
-            f"its beginning, in sequences of {max_seq_len}"
+            f"{self._prefix}{train.num_tokens:,} training tokens, {validation.num_tokens:,} for "
+            f"validation, in sequences of {max_seq_len}"
         )
-        return stream, held_out
-    train, validation = WikiDataset.of(corpus, tokenizer)
-    logger.info(
-        f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} for validation, "
-        f"in sequences of {max_seq_len}"
-    )
-    return train, validation
+        return train, validation

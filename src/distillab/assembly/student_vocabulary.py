@@ -145,11 +145,14 @@ def student_vocabulary(recipe: Recipe, splits: Splits, saved: Path) -> StudentVo
     student = recipe.student
     teacher = None if own_tokenizer(student) else recipe.teacher
     full = tokenizer_of(teacher or student)
-    rules, data, seed = BpeRules(full), recipe.data, recipe.train.seed
-    if data.format == "chat":
-        counts = count_conversations(splits.pairs, data, full, seed)
-    else:
-        counts = count_articles(data, full, seed)
+    rules, seed = BpeRules(full), recipe.train.seed
+    counts = sum(
+        count_conversations(split.pairs, split.data, full, seed)
+        if split.data.format == "chat"
+        else count_articles(split.data, full, seed)
+        for split in splits.sources
+    )
+    assert not isinstance(counts, int)
     kept = rules.kept(counts, config.coverage)
     numbers = {
         "before": len(full.get_vocab()),
@@ -165,7 +168,8 @@ def student_vocabulary(recipe: Recipe, splits: Splits, saved: Path) -> StudentVo
             values = {"kept": kept, **numbers, "into": into}
             (building / _FILE).write_text(json.dumps(values))
     found = StudentVocabulary.read(directory)
-    streamed = " of the stream's beginning" if data.streaming else ""
+    streams = any(source.streaming for source in recipe.data.sources)
+    streamed = " of the stream's beginning" if streams else ""
     logger.info(
         f"the student's vocabulary: {len(kept):,} of {found.before:,} tokens, "
         f"{found.covered / max(found.counted, 1):.4%} of the {found.counted:,} counted{streamed}"

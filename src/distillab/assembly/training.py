@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from ..batch import Batch, Example, collate_text
-from ..config.schema import Recipe
+from ..batch import Batch, Example, chunk_documents, chunk_example, collate_text
+from ..config.mixture import Mixture, MixtureSource, keyed, sampling_of
+from ..config.schema import Recipe, TrainingConfig
 from ..config.sections import DataSection, ResponsesConfig, TextConfig
 from ..config.style import Style
 from ..data.aligned_batches import AlignedCollate
@@ -25,6 +26,7 @@ from ..data.chat_dataset import ChatDataset, LengthGroupedSampler
 from ..data.chunks import WikiDataset
 from ..data.corpus import Corpus
 from ..data.left_out import LeftOut, count_left_out
+from ..data.mixing import Ingredient, MixedValidation, MixtureStream, Row, shares
 from ..data.packing import PackedDataset, collate_rows, keeps_documents_apart
 from ..data.streams import TextStream
 from ..data.turn_end import turn_end
@@ -39,7 +41,7 @@ from ..train.rollout import Rollout, answered
 from ..train.trainer import DistillationTrainer
 from ..train.two_tokenizers import Across, byte_counts
 from .parts import Parts
-from .splits import Splits
+from .splits import SourceSplits, Splits
 
 logger = logging.getLogger("distillab")
 
@@ -49,12 +51,15 @@ AUDITED = 64
 
 @dataclass
 class Data:
-    """训练循环要的数据；``sampler`` 是训练集的次序，``None`` 为随机打乱。"""
+    """训练循环要的数据；``sampler`` 是训练集的次序，``None`` 为随机打乱；有 ``separator`` 的，块里
+    的文章互相看不见。
+    """
 
     train: Dataset[Any]
     validation: Dataset[Any]
     collate: Callable[[Sequence[Any]], Batch]
     sampler: Sampler[int] | None = None
+    separator: int | None = None
 
 
 def build_data(recipe: Recipe, parts: Parts, splits: Splits) -> Data:
@@ -65,23 +70,65 @@ def build_data(recipe: Recipe, parts: Parts, splits: Splits) -> Data:
     """
     models = {"student": parts.student, "teacher": parts.teacher}
     longest = {name: model.max_seq_len for name, model in models.items() if model is not None}
-    length = recipe.data.max_seq_len
-    for name, limit in longest.items():
-        if length is not None and length > limit:
-            raise DistillabError(
-                f"data.max_seq_len={length} is above the {name}'s longest sequence {limit}"
-            )
-    if recipe.data.format == "chat":
-        data = _chat_data(recipe, parts, splits, length or min(longest.values()))
-    else:
-        data = _text_data(recipe, parts, splits, length or longest["student"])
     left = LeftOut.of("student", parts.tokenizer, parts.vocabulary)
     rows = None if parts.teacher is None else parts.teacher.vocab_size
-    for name, part in (("training data", data.train), ("validation data", data.validation)):
-        if left.tokens:
-            items = None if isinstance(part, TextStream) else _items(part)
-            count_left_out(name, items, left, rows)
-    return data
+    found = []
+    for (key, source), split in zip(keyed(recipe.data), splits.sources, strict=True):
+        length = source.max_seq_len
+        for name, limit in longest.items():
+            if length is not None and length > limit:
+                raise DistillabError(
+                    f"{key}.max_seq_len={length} is above the {name}'s longest sequence {limit}"
+                )
+        if source.format == "chat":
+            data = _chat_data(recipe, parts, split, length or min(longest.values()))
+        else:
+            data = _text_data(recipe, parts, split, length or longest["student"])
+        found.append(data)
+        where = f" of {source.name}" if isinstance(source, MixtureSource) else ""
+        for name, part in (("training data", data.train), ("validation data", data.validation)):
+            if left.tokens:
+                items = None if isinstance(part, TextStream) else _items(part)
+                count_left_out(name + where, items, left, rows)
+    return found[0] if isinstance(recipe.data, DataSection) else _mixed(recipe, parts, found)
+
+
+def _mixed(recipe: Recipe, parts: Parts, found: list[Data]) -> Data:
+    """几个来源混成一个流；它们的一批怎样拼是同样的。"""
+    assert isinstance(recipe.data, Mixture)
+    packed = any(isinstance(data.train, PackedDataset) or data.separator for data in found)
+    ingredients = []
+    for source, data in zip(recipe.data.mixture, found, strict=True):
+        as_row = partial(_row, data=data, packed=packed)
+        one = Ingredient(source.name, source.weight, data.train, data.validation, as_row)
+        ingredients.append(one)
+    for one, share in zip(ingredients, shares([one.weight for one in ingredients]), strict=True):
+        size = "a stream" if isinstance(one.train, TextStream) else f"{len(one.train):,} sequences"
+        logger.info(f"{one.name}: {share:.1%} of every step's sequences, from {size}")
+    train = MixtureStream(ingredients, _window(recipe.train), recipe.train.seed)
+    validation = MixedValidation(ingredients, recipe.evaluate.max_sequences)
+    collate: Callable[[Sequence[Any]], Batch] = found[0].collate
+    if parts.sides is None:
+        padding = pad_id(parts.tokenizer, stop_ids(parts.tokenizer, parts.student)) or 0
+        collate = partial(collate_rows, pad_id=padding, vocabulary=parts.vocabulary)
+    return Data(train, validation, collate)
+
+
+def _row(item: Any, data: Data, packed: bool) -> Row:
+    """一个来源的一项，变成混在一起时的一行：``packed`` 的一行里可以有几条。"""
+    if isinstance(data.collate, AlignedCollate) and isinstance(item, dict):
+        item = data.collate.example(item)
+    elif isinstance(item, dict) and data.separator is not None:
+        item = chunk_documents(item, data.separator)
+    elif isinstance(item, dict):
+        item = chunk_example(item)
+    return (item,) if packed and isinstance(item, Example) else item
+
+
+def _window(config: TrainingConfig) -> int:
+    """一个 optimizer 步的序列数，所有进程合计。"""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.batch_size * config.gradient_accumulation_steps * processes
 
 
 def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
@@ -90,13 +137,13 @@ def _items(data: Dataset[Any]) -> Iterator[Example | dict[str, Tensor]]:
         yield from item if isinstance(item, tuple) else (item,)
 
 
-def _text_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
+def _text_data(recipe: Recipe, parts: Parts, split: SourceSplits, max_seq_len: int) -> Data:
     if parts.sides is not None:
-        return Data(*splits.of(parts.tokenizer, max_seq_len), aligned_collate(parts))
-    packed = _packs(recipe.data, recipe.responses, parts)
+        return Data(*split.of(parts.tokenizer, max_seq_len), aligned_collate(parts))
+    packed = _packs(split.data, recipe.responses, parts)
     separator = document_separator(parts.tokenizer) if packed else None
     collate = partial(collate_text, vocabulary=parts.vocabulary, separator=separator)
-    return Data(*splits.of(parts.tokenizer, max_seq_len), collate)
+    return Data(*split.of(parts.tokenizer, max_seq_len), collate, separator=separator)
 
 
 def aligned_collate(parts: Parts) -> AlignedCollate:
@@ -113,20 +160,19 @@ def build_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> WikiDa
     return WikiDataset.of(Corpus.of(config), tokenizer)[1]
 
 
-def _chat_data(recipe: Recipe, parts: Parts, splits: Splits, max_seq_len: int) -> Data:
+def _chat_data(recipe: Recipe, parts: Parts, split: SourceSplits, max_seq_len: int) -> Data:
     only_prompts = recipe.responses.only_sampled
     theirs = None if parts.sides is None else parts.teacher_tokenizer
-    train, validation = splits.of(parts.tokenizer, max_seq_len, theirs)
+    train, validation = split.of(parts.tokenizer, max_seq_len, theirs)
     stops = stop_ids(parts.tokenizer, parts.student)
-    _check_stops(train, parts.tokenizer, stops, recipe.data.style)
-    config, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
-    window = config.batch_size * config.gradient_accumulation_steps * processes
+    _check_stops(train, parts.tokenizer, stops, split.data.style)
+    config, window = recipe.train, _window(recipe.train)
     padding = pad_id(parts.tokenizer, stops) or 0
     collate: Callable[[Sequence[Any]], Batch]
     collate = partial(collate_rows, pad_id=padding, vocabulary=parts.vocabulary)
     if parts.sides is not None:
         collate = aligned_collate(parts)
-    if _packs(recipe.data, recipe.responses, parts):
+    if _packs(split.data, recipe.responses, parts):
         rows = PackedDataset(train, max_seq_len, config.seed)
         of_student, of_teacher = rows.filled
         logger.info(
@@ -220,7 +266,7 @@ def across(parts: Parts, data: Data, divergence: str) -> Across:
     assert isinstance(data.collate, AlignedCollate)
     audit = Audit(data.collate.aligner)
     for part in (data.train, data.validation):
-        if not isinstance(part, TextStream) and not audit.tokens[0]:  # 只有 prompt 的没有可数的
+        if not isinstance(part, IterableDataset) and not audit.tokens[0]:  # 只有 prompt 的没有
             chosen = [part[i] for i in evenly(len(part), AUDITED)]  # type: ignore[arg-type]
             items = [one for item in chosen for one in (item if type(item) is tuple else (item,))]
             audit.add(map(data.collate.example, items))
@@ -240,8 +286,13 @@ def build_trainer(
     if recipe.responses.on_policy:
         generator = TextGenerator(parts.student, parts.tokenizer, parts.vocabulary)
         limit = None if parts.teacher is None else parts.teacher.max_seq_len
-        rollout = Rollout(generator, recipe.sampling, limit, parts.sides)
-        on_policy = OnPolicy(rollout, recipe.responses, data.collate, recipe.train.seed)
+        rollouts = [
+            Rollout(generator, sampling_of(source, recipe.sampling), limit, parts.sides)
+            if source.format == "chat"
+            else None
+            for source in recipe.data.sources
+        ]
+        on_policy = OnPolicy(rollouts, recipe.responses, data.collate, recipe.train.seed)
     return DistillationTrainer(
         parts.student,
         parts.local_teacher(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from ..cache import expanded
 from ..errors import DistillabError, nearest
 from ..parsing import leaves, parse_yaml
 from ..sources import shipped_directory
+from .mixture import TAGS
 from .schema import Recipe
 
 OVERRIDE = "--set"
@@ -129,12 +131,24 @@ def _merge(
     origins: dict[str, str],
     prefix: str = "",
 ) -> None:
-    """``source`` 的值盖过 ``target``：映射逐键合并，其余整体替换；记下每个键出自哪里。"""
+    """``source`` 的值盖过 ``target``：映射逐键合并，列表按序号（``data.mixture.1.weight``），其余整
+    体替换；记下每个键出自哪里。
+    """
     for key, value in source.items():
         name = f"{prefix}{key}"
         origins[name] = origin
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value, origin, origins, f"{name}.")
+        old = target.get(key)
+        if name == "data" and isinstance(value, dict) and isinstance(value.get("mixture"), list):
+            old = None  # 几个来源各有自己的键，父配方那一个来源的不留下
+        if isinstance(old, list) and isinstance(value, dict):
+            items = {str(i): item for i, item in enumerate(old)}
+            _merge(items, value, origin, origins, f"{name}.")
+            if len(items) > len(old):
+                raise DistillabError(f"{origin}: {name} has items 0 to {len(old) - 1}, found "
+                                     f"{list(items)[-1]!r}")  # fmt: skip
+            target[key] = list(items.values())
+        elif isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value, origin, origins, f"{name}.")
         else:
             target[key] = value
             origins |= {child: origin for child, _ in leaves(value, name)}
@@ -157,6 +171,7 @@ def _override(text: str) -> dict[str, Any]:
 def _one_line(error: ValidationError, origins: dict[str, str], default: str) -> str:
     details = error.errors(include_url=False)
     first = details[0]
+    first["loc"] = tuple(part for part in first["loc"] if part not in TAGS)
     key = ".".join(str(part) for part in first["loc"])
     known = first["ctx"]["key"] if first["type"] == "secret" else key
     while known and known not in origins:
@@ -195,14 +210,16 @@ def _problem(key: str, detail: Any) -> str:
 def _fields(location: Sequence[Any]) -> list[str]:
     """``location`` 所指那一节的合法键。"""
     section: type[BaseModel] = Recipe
-    for part in location:
+    for part, inner in zip_longest(location, location[1:]):
         field = section.model_fields.get(str(part)) or next(
             (field for field in section.model_fields.values() if field.alias == part), None
         )
         annotation = field.annotation if field else None
-        options = (annotation, *get_args(annotation))
-        section = next(
-            (kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)),
-            section,
-        )
+        options = [annotation, *get_args(annotation)]
+        options += [kind for option in options for kind in get_args(option)[:1]]
+        sections = [
+            kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        having = (kind for kind in sections if inner in kind.model_fields)
+        section = next(having, sections[0] if sections else section)
     return [field.alias or name for name, field in section.model_fields.items()]

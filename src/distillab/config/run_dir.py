@@ -25,6 +25,7 @@ from ..errors import DistillabError, shown
 from ..files import idle, leftovers, replace_file, sweep
 from ..parsing import differing, parse_json
 from ..run_file_shapes import FINISHED, check
+from .mixture import dated
 from .model_sections import InitialLayers
 from .recipes import dump_recipe, load_recipe
 from .schema import Recipe
@@ -104,7 +105,8 @@ class RunDirectory:
         """模板写的日期定下来的配方：运行开始的那一天，恢复时是上次的，几个进程都听主进程的。不然模
         板明天渲染出的就是另一份数据，检查点接不上。
         """
-        if recipe.data.format != "chat" or recipe.data.today is not None:
+        sources = recipe.data.sources
+        if all(source.format != "chat" or source.today is not None for source in sources):
             return recipe
         day = self._saved_day()
         if os.environ.get("RANK", "0") != "0":
@@ -113,7 +115,7 @@ class RunDirectory:
                 time.sleep(0.1)
                 day = self._saved_day()
         day = day or date.today()
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": day})})
+        return recipe.model_copy(update={"data": dated(recipe.data, day)})
 
     def keeping_choice(self, recipe: Recipe) -> Recipe:
         """没有写怎样挑层的配方，恢复时照上次的：缺省会变，运行开始时的不变。"""
@@ -128,7 +130,8 @@ class RunDirectory:
 
     def _saved_day(self) -> date | None:
         with suppress(DistillabError):
-            return self.recipe.data.today if self.recipe_file.exists() else None
+            chat = self.recipe.data.chat if self.recipe_file.exists() else None
+            return None if chat is None else chat.today
         return None
 
     def open(self, recipe: Recipe, resume: bool) -> None:

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from .mixture import Data, keyed
 from .model_sections import ModelSource, StudentSection
 from .sections import (
-    DataSection,
+    FileName,
     InsideRun,
     LmEvalConfig,
     ResponsesConfig,
@@ -38,8 +39,6 @@ Divergence = Literal[
 ACROSS = ("alm", "projected_kl", "uld", "gold")
 """对同样的文字逐段比较的：两个模型的分词器可以不同。"""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""运行目录里以它命名的文件，所以不能有 ``/``。"""
 
 
 ALIASES = {"alpha", "temperature"}
@@ -196,7 +195,7 @@ class Recipe(Section):
     description: str = Field("", description="One line for `distillab recipes`.")
     student: StudentSection = StudentSection()
     teacher: ModelSource | None = None
-    data: DataSection
+    data: Data
     responses: ResponsesConfig = ResponsesConfig()
     sampling: SamplingConfig = SamplingConfig()
     synthesize: SynthesizeConfig = SynthesizeConfig()
@@ -238,9 +237,9 @@ class Recipe(Section):
     def _choices_agree(self) -> Recipe:
         """说不通的组合。"""
         share, data = self.responses.student_fraction, self.data
-        if self.responses.on_policy and data.format != "chat":
+        if self.responses.on_policy and data.chat is None:
             raise ValueError(
-                f"responses.student_fraction={share:g} and data.format={data.format} disagree: "
+                f"responses.student_fraction={share:g} and data.format=text disagree: "
                 f"only chat data has prompts to sample from"
             )
         if self.responses.on_policy and self.loss.alpha < 1:
@@ -266,15 +265,18 @@ class Recipe(Section):
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
         if self.loss.across:
             self._across_tokenizers()
-        config, length = self.student.config, data.max_seq_len
-        if config is not None and length is not None and length > config.max_seq_len:
-            raise ValueError(
-                f"data.max_seq_len={length} is above student.config.max_seq_len="
-                f"{config.max_seq_len}"
-            )
+        config = self.student.config
+        for key, source in keyed(data):
+            length = source.max_seq_len
+            if config is not None and length is not None and length > config.max_seq_len:
+                raise ValueError(
+                    f"{key}.max_seq_len={length} is above student.config.max_seq_len="
+                    f"{config.max_seq_len}"
+                )
         total = self.train.max_steps
-        if data.streaming and total is None:
-            raise ValueError("data.streaming=true needs train.max_steps: a stream has no end")
+        key, first = keyed(data)[0]
+        if first.streaming and total is None:
+            raise ValueError(f"{key}.streaming=true needs train.max_steps: a stream has no end")
         warmup = self.train.warmup_steps if self.train.warmup_ratio is None else 0
         if total is not None and warmup >= total:
             raise ValueError(
@@ -297,8 +299,9 @@ class Recipe(Section):
                 f"student.vocab and {objective} disagree: a trimmed vocabulary is the teacher's, "
                 f"too; drop one"
             )
-        if self.data.packing and self.data.format == "text":
-            raise ValueError(
-                f"data.packing and {objective} disagree: the articles of a chunk are not kept "
-                f"apart for two tokenizers; drop data.packing"
-            )
+        for key, source in keyed(self.data):
+            if source.packing and source.format == "text":
+                raise ValueError(
+                    f"{key}.packing and {objective} disagree: the articles of a chunk are not "
+                    f"kept apart for two tokenizers; drop {key}.packing"
+                )

@@ -20,6 +20,8 @@ JOINED = "{experience}\n\n{message}"
 """经验与消息缺省的拼法。"""
 
 ENVIRONMENT_NAME = r"^[A-Z_][A-Z0-9_]*$"
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""运行目录里以它命名的文件，所以不能有 ``/``。"""
 RUN_DIRECTORIES = ("checks", "export", "plots", "profile", "tokenizer")
 """运行目录里我们自己的目录；导出会整个换掉。"""
 
@@ -208,6 +210,16 @@ class DataSection(Experience, Records):
     def style(self) -> Style:
         """怎样渲染对话。"""
         return Style(self.control_tokens, self.today, self.template_options)
+
+    @property
+    def sources(self) -> tuple[DataSection, ...]:
+        """各个来源：就是自己。"""
+        return (self,)
+
+    @property
+    def chat(self) -> DataSection | None:
+        """对话的来源；文本没有。"""
+        return self if self.format == "chat" else None
 
     @model_validator(mode="after")
     def _chat_keys(self) -> DataSection:

@@ -100,6 +100,14 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         stream = cls(articles, corpus, tokenizer, shuffle_buffer, read, f"{fingerprint}-stream")
         return stream, WikiDataset(directory, "validation", key)
 
+    def begin(self, saved: dict[str, Any] | None) -> StreamState:
+        """``saved`` 是 ``StreamState`` 的各项；``None`` 为来源的开头。"""
+        return StreamState(**saved) if saved else StreamState()
+
+    def rows_in(self, epochs: int) -> int | None:
+        """读 ``epochs`` 遍一共多少块：读完才知道。"""
+        return None
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (item for item, _ in self.items(StreamState()))
 

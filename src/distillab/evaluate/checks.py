@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from ..assembly.parts import Parts
 from ..assembly.training import aligned_collate, build_text
 from ..batch import Batch, collate_text
+from ..config.mixture import Data
 from ..config.schema import EvaluateConfig
-from ..config.sections import DataSection, TextConfig
+from ..config.sections import TextConfig
 from ..data.chat import question_prompt
 from ..errors import DistillabError
 from ..figures import AFTER, BEFORE, LABELS, TEACHER, gap_closed
@@ -145,7 +146,7 @@ def whole_parts(parts: Parts, trainer: DistillationTrainer, keep: bool) -> Itera
         yield replace(parts, student=student, teacher=teacher)
 
 
-def load_tasks(config: EvaluateConfig, data: DataSection) -> list[TaskSet]:
+def load_tasks(config: EvaluateConfig, data: Data) -> list[TaskSet]:
     """读入配方的全部任务；早于模型，写错的任务才不会等到训练之后才发现。"""
     if config.lm_eval is not None:
         check_harness(config.lm_eval)
@@ -153,10 +154,10 @@ def load_tasks(config: EvaluateConfig, data: DataSection) -> list[TaskSet]:
 
 
 def sample_prompts(
-    config: EvaluateConfig, data: DataSection, tokenizer: PreTrainedTokenizerBase
+    config: EvaluateConfig, data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> list[str] | list[list[int]]:
     """``evaluate.prompts``；对话的问题要经模板，否则学生是在续写它。"""
-    if data.format != "chat":
+    if data.chat is None:
         return config.prompts
     return [question_prompt(prompt, tokenizer, data.style) for prompt in config.prompts]
 

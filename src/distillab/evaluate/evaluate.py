@@ -25,6 +25,7 @@ from ..batch import Example, Tokens
 from ..config.model_sections import InitialLayers
 from ..config.run_dir import RunDirectory, environment
 from ..config.schema import Recipe
+from ..config.sections import DataSection
 from ..data.chat import render_prompt
 from ..data.chat_dataset import ChatDataset
 from ..data.pairs import Pair
@@ -174,11 +175,16 @@ def _prepare(
             examples = examples_of(build_text(config, parts.tokenizer), config.max_sequences)
         texts[name] = Sequences(name, examples, parts.tokenizer, parts.vocabulary)
     prompts = [validation[i] for i in evenly(len(validation), PROMPTS)]
-    if recipe.data.format != "chat":
-        ids = [example.student.ids for example in prompts]
-        views = [Tokens(own[: max(1, min(PROMPT_TOKENS, len(own) // 2))], []) for own in ids]
-        prompts = [Example(view, view) for view in views]
+    texts_only = {i for i, one in enumerate(recipe.data.sources) if one.format == "text"}
+    prompts = [_beginning(one) if one.source in texts_only else one for one in prompts]
     return _Bench(recipe, parts, pairs, tasks, texts, prompts)
+
+
+def _beginning(example: Example) -> Example:
+    """文本的开头，作为 prompt。"""
+    ids = example.student.ids
+    view = Tokens(ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))], [])
+    return Example(view, view)
 
 
 def _has_views(task: TaskSet) -> bool:
@@ -242,6 +248,11 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
     if not bench.pairs or data.name != VALIDATION:
         return same_text(data, bench.parts.tokenizer, subject.tokenizer)
     recipe = bench.recipe
+    if not isinstance(recipe.data, DataSection):
+        raise DistillabError(
+            f"--model {subject.name}: it has another tokenizer, and the validation data is of "
+            f"several sources: drop it"
+        )
     longest, seed = subject.model.max_seq_len, recipe.train.seed
     _, validation, _ = ChatDataset.build(
         bench.pairs, recipe.data, subject.tokenizer, max_seq_len=longest, seed=seed
@@ -263,7 +274,7 @@ def _own_tokens(bench: _Bench, data: Sequences, subject: Subject) -> Sequences:
 def _on_policy(bench: _Bench, teacher: Subject, subject: Subject) -> Scores:
     """学生自己的样本，由它与教师各读一遍。"""
     recipe, sampling = bench.recipe, bench.recipe.sampling
-    if recipe.data.format != "chat":  # 不写到训练时没见过的位置
+    if recipe.data.chat is None:  # 不写到训练时没见过的位置
         length = bench.texts[VALIDATION].longest("student")
         room = length - max(len(prompt.student.ids) for prompt in bench.prompts)
         most = max(1, min(sampling.max_new_tokens, room))
@@ -286,7 +297,7 @@ def _samples(bench: _Bench, subjects: Sequence[Subject]) -> list[dict[str, str |
     asked: dict[str, Any] = {
         side: sample_prompts(config, data, tokenizer) for side, tokenizer in tokenizers.items()
     }
-    if data.format == "chat" and not prompts:
+    if data.chat is not None and not prompts:
         questions = (pair for task in bench.tasks for pair in task.pairs)
         pairs = list(itertools.islice(questions, QUESTIONS))
         prompts = [pair.student.question for pair in pairs]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..batch import IGNORE_INDEX, Batch, Example, Tokens, collate_examples
+from ..batch import Batch, Example, Tokens, chunk_example, collate_examples
 from ..data.encoding import ArticleEncoder
 from ..errors import DistillabError
 from ..models.tokenizer import continuation_text, document_separator, own_vocabulary
@@ -91,7 +91,8 @@ class Sequences:
 def examples_of(dataset: Dataset[Any], limit: int | None) -> list[Example]:
     """数据集里均匀的至多 ``limit`` 条；文本块预测它的各个目标。"""
     items = (dataset[i] for i in evenly(len(dataset), limit))  # type: ignore[arg-type]
-    return [item if isinstance(item, Example) else _chunk(item) for item in items]
+    rows = (chunk_example(item) if isinstance(item, dict) else item for item in items)
+    return [one for row in rows for one in (row if isinstance(row, tuple) else (row,))]
 
 
 def same_text(
@@ -134,13 +135,6 @@ def _translated(
             ]
         before = [*before, *tokens]
     return found
-
-
-def _chunk(item: dict[str, Any]) -> Example:
-    ids: list[int] = item["input_ids"].tolist()
-    learned = (item["labels"] != IGNORE_INDEX).nonzero()[:, 0] + 1
-    view = Tokens(ids, learned.tolist())
-    return Example(view, view)
 
 
 def _within(example: Example, vocabulary: Vocabulary) -> Example:

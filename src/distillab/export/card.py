@@ -44,7 +44,9 @@ def model_card(
         "```",
         "",
     ]
-    columns = list(dict.fromkeys(column for row in metrics.values() for column in row))
+    columns = list(
+        dict.fromkeys(column for row in metrics.values() for column in row if "/" not in column)
+    )
     if columns:
         lines += ["## Validation", "", f"| | {' | '.join(columns)} |"]
         lines += ["| --- " * (len(columns) + 1) + "|"]

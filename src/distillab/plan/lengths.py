@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.schema import Recipe
+from ..config.sections import DataSection
 from ..data.conversations import Conversation
 from ..data.pairs import load_pairs
 from ..errors import DistillabError
@@ -31,12 +32,28 @@ class Lengths:
 
 def find_lengths(recipe: Recipe, student: int, both: int, notes: list[str]) -> Lengths:
     """由配方与本地的数据估计长度，假定了什么添进 ``notes``；``student``、``both`` 是学生、两个模型
-    最长的序列。
+    最长的序列。几个来源的，每条都按最长的那个算；第一个来源读完一遍就是一轮。
     """
     data = recipe.data
+    found = [_lengths(recipe, source, student, both, notes) for source in data.sources]
+    if isinstance(data, DataSection):
+        return found[0]
+    notes.append("data.mixture: every sequence is taken to be as long as the longest source's")
+    own, theirs, responses, prompt = (
+        max(getattr(one, side) for one in found)
+        for side in ("student", "teacher", "rows", "prompt")
+    )
+    first, weights = found[0].examples, [source.weight for source in data.mixture]
+    rows = None if first is None else int(first * sum(weights) / weights[0])
+    return Lengths(own, theirs, responses, prompt, rows)
+
+
+def _lengths(
+    recipe: Recipe, data: DataSection, student: int, both: int, notes: list[str]
+) -> Lengths:
     if data.format == "text":
         length = data.max_seq_len or student
-        return Lengths(length, length, length, length, _text_sequences(recipe, length, notes))
+        return Lengths(length, length, length, length, _text_sequences(recipe, data, length, notes))
     limit = data.max_seq_len or both
     new = recipe.sampling.max_new_tokens if recipe.responses.on_policy else 0
     if not all(_is_local(source) for source in (data.source, data.teacher_source) if source):
@@ -61,15 +78,15 @@ def find_lengths(recipe: Recipe, student: int, both: int, notes: list[str]) -> L
     return Lengths(own, theirs, min(answer, own), max(1, own - answer), kept)
 
 
-def _text_sequences(recipe: Recipe, length: int, notes: list[str]) -> int | None:
-    size_mb = recipe.data.size_mb
+def _text_sequences(recipe: Recipe, data: DataSection, length: int, notes: list[str]) -> int | None:
+    size_mb = data.size_mb
     if size_mb is None:
         return None
     if recipe.train.max_steps is None:
         notes.append(
             f"the data is all of size_mb={size_mb:g}, at {BYTES_PER_TOKEN:g} bytes a token"
         )
-    kept = size_mb * 1e6 * (1 - recipe.data.validation_fraction)
+    kept = size_mb * 1e6 * (1 - data.validation_fraction)
     return int(kept / BYTES_PER_TOKEN / length)
 
 

@@ -155,7 +155,7 @@ def _keys(found: Plan) -> Iterator[dict[str, str]]:
         yield {"teacher.shard": "true"}
     if recipe.student.path is not None and recipe.student.lora is None:
         yield {"student.lora.rank": "16", "student.lora.dtype": dtype}
-    if recipe.teacher is not None and recipe.student.path and recipe.data.format == "chat":
+    if recipe.teacher is not None and recipe.student.path and recipe.data.chat is not None:
         # SeqKD：教师的 response 由 distillab synthesize 先写好，训练时不要教师
         yield {"teacher": "null", "loss.alpha": "0", "responses": "{student_fraction: 0}"}
 
@@ -255,7 +255,7 @@ def _planned(
         seq_len=lengths.student,
         teacher_seq_len=lengths.teacher,
         rows=config.batch_size * lengths.rows,
-        padded=recipe.data.format == "chat" and config.batch_size > 1,
+        padded=recipe.data.chat is not None and config.batch_size > 1,
         accumulation=config.gradient_accumulation_steps,
         distils=recipe.loss.alpha > 0,
         divergence=recipe.loss.divergence,

@@ -75,6 +75,15 @@ def _trained(run: RunData) -> dict[Key, Measure]:
         found[kind, "validation"] = _exact(label, KINDS[kind], scores)
     scores = {model: row.get("bits_per_byte") for model, row in models.items()}
     found["bits_per_byte", "validation"] = _exact("bits per byte, validation", "fraction", scores)
+    names = dict.fromkeys(key.partition("/")[0] for row in models.values() for key in row
+                          if key.endswith("/perplexity"))  # fmt: skip
+    for name in names:
+        scores, entropy = (
+            {model: row.get(f"{name}/{key}") for model, row in models.items()}
+            for key in ("perplexity", "cross_entropy")
+        )
+        label = f"perplexity, validation of {name}"
+        found["perplexity", f"validation of {name}"] = _exact(label, "perplexity", scores, entropy)
     answered = {
         task: {
             model: sum(bool(row.get("correct")) for row in rows) / len(rows)

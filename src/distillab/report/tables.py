@@ -82,7 +82,8 @@ def method(run: RunData) -> list[tuple[str, str]]:
     if fraction or final:
         share = f"{fraction:.0%}" + ("" if final is None else f" to {final:.0%}")
         said = f"sampled from the student in {share} of the steps, otherwise {said}"
-    privileged = run.get("data.teacher_source") or run.get("data.experience")
+    data = run.get("data", {})
+    privileged = any(map(_privileged, (data, *data.get("mixture", []))))
     loss, alpha = run.get("loss", {}), run.get("loss.alpha", 0)
     divergence = str(loss.get("divergence"))
     extra = [f"{key} {loss[key]:g}" for key in ("beta", "skew") if loss.get(key) is not None]
@@ -104,8 +105,28 @@ def method(run: RunData) -> list[tuple[str, str]]:
         ("teacher", str(teacher or "none")),
         ("student", str(student) + (", LoRA" if run.get("student.lora") else "")),
         *([("vocabulary", vocabulary)] if vocabulary else []),
+        *_sources(run),
         *_alignment(run),
     ]
+
+
+def _sources(run: RunData) -> list[tuple[str, str]]:
+    """混在一起的各来源：份额，与用了多少。"""
+    mixed = run.get("data.mixture", [])
+    used, total = run.summary.get("sources", {}), sum(one.get("weight", 1) for one in mixed)
+    rows = []
+    for one in mixed:
+        said = [f"{one.get('weight', 1) / (total or 1):.1%} of the sequences"]
+        views = [one.get("format", "text"), "a teacher that reads experience" * _privileged(one)]
+        if found := used.get(name := str(one.get("name"))):
+            said.append(f"{found['sequences']:,} of them, {found['tokens']:,} response tokens")
+            said += [f"{found['epochs']:.1f} epochs"] if "epochs" in found else []
+        rows.append((f"source {name}", ", ".join([*filter(None, views), *said])))
+    return rows
+
+
+def _privileged(data: Mapping[str, Any]) -> bool:
+    return bool(data.get("teacher_source") or data.get("experience"))
 
 
 def _alignment(run: RunData) -> list[tuple[str, str]]:

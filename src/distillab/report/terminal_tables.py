@@ -19,7 +19,10 @@ from .tables import costs
 
 def checks_table(summary: Mapping[str, Any]) -> Table | None:
     """``summary.json`` 里任务的正确率与旁的文本上的困惑度，训练前后；配方里都没有就是 ``None``。"""
-    tasks, texts = summary.get("tasks", {}), summary.get("texts", {})
+    tasks, texts = summary.get("tasks", {}), dict(summary.get("texts", {}))
+    for name in summary.get("sources", {}):
+        key = f"{name}/perplexity"
+        texts |= {name: {model: summary.get(model, {}).get(key) for model in RUN_MODELS}}
     if not tasks and not texts:
         return None
     columns = ("check", "teacher", "before", "after", "gap closed")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from ..batch import Batch
 from ..config.schema import TrainingConfig
-from ..data.streams import StreamState, TextStream
+from ..data.mixing import MixtureStream
+from ..data.streams import TextStream
 from ..distributed.watch import Watch
 from ..errors import DistillabError
 from .profiling import phase
@@ -58,10 +59,10 @@ def train_loader(
     sampler: Sampler[int] | None = None,
 ) -> Any:
     """训练数据，由引擎分给各进程；最后不足一批的不要，读不出的行跳过（见 ``skips``）。没有尽头的
-    ``TextStream`` 是 ``StreamLoader``；不足每个进程一批是 ``DistillabError``。
+    流是 ``StreamLoader``；不足每个进程一批是 ``DistillabError``。
     """
-    if isinstance(data, TextStream):
-        return StreamLoader(data, accelerator, collate, batch_size)
+    if isinstance(data, IterableDataset):
+        return StreamLoader(data, accelerator, collate, batch_size)  # type: ignore[arg-type]
     processes, count = accelerator.num_processes, len(data)  # type: ignore[arg-type]
     if count < batch_size * processes:
         raise DistillabError(
@@ -85,21 +86,31 @@ def train_loader(
 
 
 class StreamLoader:
-    """一个流分给各进程：依次取「进程数 x 批大小」块，第 r 个进程取其中的第 r 批。
+    """一个流分给各进程：依次取「进程数 x 批大小」项，第 r 个进程取其中的第 r 批。
 
-    一步由哪些块组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。不预
+    一步由哪些项组成，与进程数、累积几次无关；每个进程都读整个流，所以记下的位置也与进程数无关。不预
     取：记下的位置总是刚用到的地方。
     """
 
     def __init__(
-        self, stream: TextStream, accelerator: Accelerator, collate: Collate, batch_size: int
+        self,
+        stream: TextStream | MixtureStream,
+        accelerator: Accelerator,
+        collate: Collate,
+        batch_size: int,
     ) -> None:
         self.stream, self.accelerator, self.collate = stream, accelerator, collate
         self.batch_size = batch_size
 
+    def figures(self, state: TrainerState) -> dict[str, Any]:
+        """``summary.json`` 的 ``sources``：混在一起的各来源用了多少；一个流没有。"""
+        if not isinstance(self.stream, MixtureStream):
+            return {}
+        return {"sources": self.stream.figures(self.stream.begin(state.stream))}
+
     def windows(self, state: TrainerState, size: int, total_steps: int) -> Iterator[list[Batch]]:
         """给出窗口，每个 ``size`` 批，直到第 ``total_steps`` 步；先把读到的位置记进 ``state``。"""
-        position = StreamState(**state.stream) if state.stream else StreamState()
+        position: Any = self.stream.begin(state.stream)
         items = self.stream.items(position)
         start = self.accelerator.process_index * self.batch_size
         together = self.accelerator.num_processes * self.batch_size
@@ -142,12 +153,24 @@ def windows(
 def steps_in_all(loader: Any, config: TrainingConfig, reuse: int) -> int:
     """一共走多少 optimizer 步，一个窗口走 ``reuse`` 步；流没有尽头，要有 ``max_steps``。"""
     if isinstance(loader, StreamLoader):
-        if config.max_steps is None:
-            raise DistillabError("data.streaming=true needs train.max_steps: a stream has no end")
-        return config.max_steps
+        rows: int | None = loader.stream.rows_in(config.num_epochs)
+        if rows is None:
+            if config.max_steps is None:
+                raise DistillabError(
+                    "data.streaming=true needs train.max_steps: a stream has no end"
+                )
+            return config.max_steps
+        window = loader.batch_size * loader.accelerator.num_processes
+        total = max(1, rows // (window * config.gradient_accumulation_steps)) * reuse
+        return min(config.max_steps or total, int(total))
     windows = math.ceil(len(loader) / config.gradient_accumulation_steps)
     total = config.num_epochs * windows * reuse
     return min(config.max_steps or total, total)
+
+
+def source_names(loader: DataLoader[Any]) -> list[str]:
+    """``evaluation_loader`` 的数据由哪些来源混成；不是混成的没有名字。"""
+    return list(getattr(loader.dataset.dataset, "names", ()))  # type: ignore[attr-defined]
 
 
 def evaluation_loader(
@@ -158,13 +181,24 @@ def evaluation_loader(
     batch_size: int,
     max_sequences: int | None = None,
 ) -> DataLoader[Any]:
-    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条，一条也没有就报错。"""
+    """每个进程一份互不重叠的数据；从头到尾均匀地取，每次都是同样的若干条，一条也没有就报错。
+
+    几个来源的验证集（``MixedValidation``），每批只来自一个。
+    """
     chosen = evenly(len(data), max_sequences)  # type: ignore[arg-type]
     if not chosen:
         raise DistillabError("the validation data has no sequence")
+    own = chosen[accelerator.process_index :: accelerator.num_processes]
+    source_of = getattr(data, "source_of", lambda _: 0)
+    batches = [
+        list(group[start : start + batch_size])
+        for _, part in groupby(range(len(own)), key=lambda i: source_of(own[i]))
+        for group in [list(part)]
+        for start in range(0, len(group), batch_size)
+    ]
     return DataLoader(
-        Subset(data, chosen[accelerator.process_index :: accelerator.num_processes]),
-        batch_size=batch_size,
+        Subset(data, own),
+        batch_sampler=batches,
         collate_fn=collate,
         generator=torch.Generator(),
     )

@@ -50,9 +50,10 @@ class OnPolicy:
 
     整个窗口一起采样：小的 micro-batch 是为反向的显存，生成时大一些才快。是否采样与每条的随机数
     只取决于种子、步数和它在这一步里的位置，所以怎样切成 micro-batch、分给几个进程，结果都相同。
+    几个来源混在一起时各有各的采样，没有 prompt 的（文本）留着数据里的。
 
     Args:
-        rollout: 采样。
+        rollouts: 各来源怎样采样；``None`` 为不采样。
         config: 概率与它的日程。
         collate: 把 ``Example`` 拼成 ``Batch``。
         seed: 抛硬币与采样的种子。
@@ -60,12 +61,12 @@ class OnPolicy:
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollouts: Sequence[Rollout | None],
         config: ResponsesConfig,
         collate: Callable[[Sequence[Example]], Batch],
         seed: int,
     ) -> None:
-        self.rollout, self.config, self.collate, self.seed = rollout, config, collate, seed
+        self.rollouts, self.config, self.collate, self.seed = rollouts, config, collate, seed
 
     def prepare(
         self,
@@ -84,13 +85,13 @@ class OnPolicy:
             total_steps: 总步数。
             rank: 本进程的编号；第 m 个 micro-batch 是全局的第 ``m * processes + rank`` 个。
             processes: 进程数。
-            student: 给出权重完整的学生；缺省为 ``rollout`` 自己的。要采样才调用，一次采样只调用
+            student: 给出权重完整的学生；缺省为 ``rollouts`` 自己的。要采样才调用，一次采样只调用
                 一次：分片的权重收齐之后，各进程何时说完互不相干。
         """
         fraction = student_fraction(self.config, step, total_steps)
         if random.Random(f"{self.seed}/{step}").random() >= fraction:
             return Prepared(window)
-        old = [batch.examples or () for batch in window]  # 配方已查过：只用于对话数据
+        old = [batch.examples or () for batch in window]  # 采样的都是对话，见 Recipe
         size = len(old[0])
         seeds = [
             random.Random(f"{self.seed}/{step}/{(m * processes + rank) * size + i}").getrandbits(63)
@@ -98,16 +99,21 @@ class OnPolicy:
             for i in range(len(examples))
         ]
         prompts = [example for examples in old for example in examples]
-        new: dict[int, Example] = {}
+        new: dict[int, Example] = dict(enumerate(prompts))
         sums = RolloutSums()
         with nullcontext() if student is None else student() as model:
-            rollout = self.rollout if model is None else self.rollout.of(model)
-            for rows in rollout.groups(prompts):
-                sampled, part = rollout.sample(
-                    [prompts[row] for row in rows], [seeds[row] for row in rows]
-                )
-                new |= zip(rows, sampled, strict=True)
-                sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
+            for source, own in enumerate(self.rollouts):
+                if own is None:
+                    continue
+                rollout = own if model is None else own.of(model)
+                asked = [row for row, one in enumerate(prompts) if one.source == source]
+                for group in rollout.groups([prompts[row] for row in asked]):
+                    rows = [asked[place] for place in group]
+                    sampled, part = rollout.sample(
+                        [prompts[row] for row in rows], [seeds[row] for row in rows]
+                    )
+                    new |= zip(rows, sampled, strict=True)
+                    sums = RolloutSums(*map(sum, zip(sums, part, strict=True)))
         rest = (new[row] for row in range(len(prompts)))
         batches = [
             self.collate(list(itertools.islice(rest, len(examples)))).to(batch.labels.device)

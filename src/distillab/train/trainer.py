@@ -43,7 +43,7 @@ from ..teachers.in_process import AdapterOffTeacher, LocalTeacher
 from ..vocabulary import Vocabulary
 from .checkpoint import begin, resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, record_bodies, training_step
-from .loaders import evaluation_loader, in_step, steps_in_all, train_loader, windows
+from .loaders import evaluation_loader, in_step, source_names, steps_in_all, train_loader, windows
 from .metrics import MetricsLog
 from .module import DistillationModule
 from .on_policy import OnPolicy, Prepared
@@ -363,12 +363,13 @@ class DistillationTrainer:
             batches = progress.track(batches, "validating", len(loader))
         counted = in_step(batches, loader, self.accelerator)
         targets = self._targets if compared else lambda _: None
-        measured = validation_sums(
-            self.accelerator, self.module, counted, targets, self.watch, self.across.bytes_of
+        names = source_names(loader)
+        found = validation_sums(
+            self.accelerator, self.module, counted, targets, self.watch, self.across, len(names)
         )
         if self.teacher is not None:
             self.teacher.release()
-        return validated(*measured, compared, self.across.teacher_vocabulary is None)
+        return validated(found, names, compared, self.across.teacher_vocabulary is None)
 
     # ------------------------------------------------------------------ 数据
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..loss.losses import LossSums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from .two_tokenizers import Across
 
 WITH_TEACHER = LossConfig(divergence="forward_kl", alpha=0.5, temperature=1.0)
 """验证用的目标函数：T = 1 的 KL(教师||学生)，外加交叉熵；它的 ``total`` 没有人看。"""
@@ -38,10 +40,24 @@ class _Measured(TypedDict):
 
 class Metrics(_Measured, total=False):
     """一个模型在验证集上的成绩；单位 nat/token。没有教师，或它用自己的分词器时，``kl`` 与一致率为
-    ``None``；那时教师的也以学生的 token 计，同样的文字才可比。从前的运行没有 ``bits_per_byte``。
+    ``None``；那时教师的也以学生的 token 计，同样的文字才可比。从前的运行没有 ``bits_per_byte``；
+    几个来源的，还有各来源自己的：``NAME/perplexity`` 等。
     """
 
     bits_per_byte: float | None
+
+
+class Sums(NamedTuple):
+    """一个来源的验证集的 ``LossSums``、response token 数，与学生、教师的 response 的字节数。"""
+
+    losses: LossSums
+    tokens: int
+    sizes: tuple[float, float]
+
+    @classmethod
+    def of(cls, row: Tensor) -> Sums:
+        """``validation_sums`` 里的一行。"""
+        return cls(LossSums(*row[3:].unbind()), int(row[0]), (float(row[1]), float(row[2])))
 
 
 @torch.no_grad()
@@ -51,36 +67,61 @@ def validation_sums(
     batches: Iterable[tuple[Batch, bool]],
     targets: Callable[[Batch], Any],
     watch: Watch,
-    bytes_of: Callable[[Batch], Tensor],
-) -> tuple[LossSums, int, tuple[float, float]]:
-    """整个验证集在所有进程上的 ``LossSums``、response token 数，与学生、教师的 response 的字节数。
+    across: Across,
+    sources: int,
+) -> list[Sums]:
+    """验证集在所有进程上的总和，``sources`` 个来源各一份，没有名字的就是一个。
 
-    ``batches`` 是 ``in_step`` 的，``bytes_of`` 给出一批的字节数 ``[2]``。各批依次发给设备，全部的总
-    和最后只读一次。
+    ``batches`` 是 ``in_step`` 的，每批只来自一个来源；``across`` 数它的字节。各批依次发给设备，全部
+    的总和最后只读一次。
     """
     device = accelerator.device
-    totals = torch.zeros(len(LossSums._fields) + 3, dtype=torch.float64, device=device)
+    totals = torch.zeros(
+        max(sources, 1), len(LossSums._fields) + 3, dtype=torch.float64, device=device
+    )
     module.eval()
     for batch, counted in batches:
         watch.at("validation")
         batch = batch.to(device)
         part: LossSums = module(batch, targets(batch))
         if counted:
-            totals[0] += len(batch)
-            totals[1:3] += bytes_of(batch)
-            totals[3:] += torch.stack(part)
+            own = totals[batch.examples[0].source if batch.examples else 0]
+            own[0] += len(batch)
+            own[1:3] += across.bytes_of(batch)
+            own[3:] += torch.stack(part)
     module.train()
     totals = accelerator.reduce(totals, reduction="sum").cpu()
-    return LossSums(*totals[3:].unbind()), int(totals[0]), (float(totals[1]), float(totals[2]))
+    return [Sums.of(row) for row in totals]
 
 
 def validated(
-    sums: LossSums, tokens: int, sizes: tuple[float, float], compared: bool, same_tokens: bool
+    found: Sequence[Sums], names: Sequence[str], compared: bool, same_tokens: bool
 ) -> tuple[Metrics, Metrics | None]:
-    """由整个验证集的总和得出 ``(学生, 教师)`` 的成绩；没有与教师比较（``compared``）时没有后者。
+    """由各来源的总和得出 ``(学生, 教师)`` 的成绩；没有与教师比较（``compared``）时没有后者。
 
-    ``sizes`` 是两边的字节数，``same_tokens`` 说教师是不是用学生的分词器。
+    来源有名字（``names``）的，各自的也在里面；``same_tokens`` 说教师是不是用学生的分词器。
     """
+    whole = found[0]
+    for one in found[1:]:
+        whole = Sums(
+            LossSums(*(a + b for a, b in zip(whole.losses, one.losses, strict=True))),
+            whole.tokens + one.tokens,
+            (whole.sizes[0] + one.sizes[0], whole.sizes[1] + one.sizes[1]),
+        )
+    student, teacher = _both(whole, compared, same_tokens)
+    for name, one in zip(names, found, strict=False):
+        if one.tokens:
+            both = zip((student, teacher), _both(one, compared, same_tokens), strict=True)
+            for every, own in both:
+                if every is not None and own is not None:
+                    cast("dict[str, Any]", every).update(
+                        {f"{name}/{key}": value for key, value in own.items()}
+                    )
+    return student, teacher
+
+
+def _both(found: Sums, compared: bool, same_tokens: bool) -> tuple[Metrics, Metrics | None]:
+    sums, tokens, sizes = found
     ours, theirs = sums.cross_entropy, sums.teacher_cross_entropy
     if not compared:
         return _metrics(tokens, sizes[0], ours), None
