@@ -334,8 +334,9 @@ def test_a_few_steps_of_the_real_quickstart_already_help(
     assert code == 0, err
     summary = json.loads(Path("runs/quickstart/summary.json").read_text())
     assert summary["teacher"]["perplexity"] < 40
-    assert summary["student_before"]["perplexity"] > 100_000
-    assert summary["student_after"]["perplexity"] < 3_000
+    before, after = (summary[key]["perplexity"] for key in ("student_before", "student_after"))
+    assert 100 < before < 5_000
+    assert after < before / 1.5
     code, out, _ = command("generate", "quickstart", "--prompt", "The", "--max-new-tokens", "4")
     assert code == 0
     assert out.startswith("The")

@@ -174,7 +174,7 @@ class InitConfig(WidthConfig):
     )
     layers: int | None = Field(None, gt=0, description="Layers kept.")
     choose: Literal["influence", "greedy", "even"] | list[int] = Field(
-        "even",
+        "influence",
         description="Which layers: those that change the hidden state most, those left when the "
         "one whose absence costs least is removed, again and again (both measured on training "
         "data), evenly spaced ones, or a list counted from 0.",
