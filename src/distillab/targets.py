@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +99,9 @@ class SparseTargets:
         tail: 尾部的处理方式。
         entropy: ``[P]``，教师完整分布的熵，单位 nat。``sampled`` 必须有它，散度的值才无偏；
             其他方式下只影响报告的熵。
+        label_log_prob: ``[P]``，教师给标签的 log 概率，T = 1；没有它，报告的教师交叉熵是 NaN。
+        top: ``[P]``，int64，教师最可能的 token；没有它，看 K 个之中概率最大的，``sampled`` 报告的
+            top-1 一致率是 NaN。
 
     Raises:
         ValueError: 形状不合，或 ``sampled`` 没有 ``entropy``。
@@ -107,22 +111,35 @@ class SparseTargets:
     probs: Tensor
     tail: Tail
     entropy: Tensor | None = None
+    label_log_prob: Tensor | None = None
+    top: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.probs.shape:
             raise ValueError(
                 f"ids {list(self.ids.shape)} and probs {list(self.probs.shape)} must both be [P, K]"
             )
-        if self.entropy is None:
-            if self.tail == "sampled":
-                raise ValueError(
-                    "sampled targets need entropy [P]: without it forward_kl is known only up "
-                    "to a constant"
-                )
-        elif self.entropy.shape != self.ids.shape[:1]:
+        if self.entropy is None and self.tail == "sampled":
             raise ValueError(
-                f"entropy {list(self.entropy.shape)} must be [P] with P={len(self.ids)}"
+                "sampled targets need entropy [P]: without it forward_kl is known only up "
+                "to a constant"
             )
+        for name in ("entropy", "label_log_prob", "top"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.ids.shape[:1]:
+                raise ValueError(f"{name} {list(given.shape)} must be [P] with P={len(self.ids)}")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
+        """对每个张量施加 ``function``。"""
+        rest = (self.entropy, self.label_log_prob, self.top)
+        moved = (None if one is None else function(one) for one in rest)
+        return SparseTargets(function(self.ids), function(self.probs), self.tail, *moved)
+
+    def likeliest(self) -> Tensor | None:
+        """教师最可能的 token ``[P]``，int64；不知道时是 ``None``。"""
+        if self.top is not None or self.tail == "sampled":
+            return self.top
+        return self.ids.gather(1, self.probs.argmax(-1, keepdim=True))[:, 0]
 
 
 Targets = HiddenTargets | DenseTargets | SparseTargets

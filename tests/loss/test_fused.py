@@ -1,6 +1,7 @@
 """分块的损失：对照 float64 的 ``losses.py``，以及它自己的承诺（内存、切分、拒绝什么）。"""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,6 +265,33 @@ def test_chunk_size_row_order_and_splitting_change_nothing(loss, kind, rows_per_
     same([a + b for a, b in zip(*parts, strict=True)], whole)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("kind", ["renormalise", "bucket", "sampled"])
+def test_label_log_prob_and_top_complete_the_metrics_and_change_no_gradient(kind, alpha):
+    case, loss = Case(seed=1), LossConfig(alpha=alpha, temperature=1.0)
+    options = {"label_metrics": True, "memory_budget": 4 * VOCAB * 7}
+    bare, _ = case.targets(kind)
+    log_p, everywhere = case.logits().log_softmax(-1), torch.arange(150)
+    full = replace(bare, label_log_prob=log_p[everywhere, case.labels], top=log_p.argmax(-1))
+    dense, _ = case.run(loss, **options)
+
+    def run(targets):
+        case.targets = lambda _: (targets, targets)
+        return case.run(loss, kind, **options)
+
+    (without, unchanged), (found, gradients) = run(bare), run(full)
+    torch.testing.assert_close(found.teacher_cross_entropy, dense.teacher_cross_entropy)
+    assert found.top1_agreement == dense.top1_agreement
+    assert without.teacher_cross_entropy.isnan()
+    assert found[:3] == without[:3]
+    assert found.teacher_entropy == without.teacher_entropy
+    for left, right in zip(gradients, unchanged, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    logits = case.hidden @ case.weight.T + case.bias  # softcap 之前，次序相同
+    assert run(replace(full, top=logits.argmax(-1)))[0].top1_agreement == 150
+    assert run(replace(full, top=logits.argmin(-1)))[0].top1_agreement == 0
+
+
 # ---------------------------------------------------------------- 各种情形
 
 
@@ -379,8 +407,9 @@ def test_excluded_ids_are_as_if_their_rows_were_not_there(loss, kind):
         p = teacher.softmax(-1)
         probs, ids = p.float().topk(12)
         entropy = -(p * p.log()).sum(-1).float() if kind == "sampled" else None
-        fewer = SparseTargets(ids, probs, kind, entropy)
-        found_targets = dense = SparseTargets(SHARED[ids], probs, kind, entropy)
+        at_label = p.log().gather(1, place[labels][:, None])[:, 0].float()
+        fewer = SparseTargets(ids, probs, kind, entropy, at_label, p.argmax(-1))
+        found_targets = dense = replace(fewer, ids=SHARED[ids], top=SHARED[p.argmax(-1)])
 
     def inputs():
         return [x.double().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
@@ -564,6 +593,10 @@ def compiling(monkeypatch):
 @pytest.mark.parametrize("kind", ["hidden", "bucket"])
 def test_compiled_rows_give_the_numbers_of_eager_ones(kind, compiling, monkeypatch):
     case = Case(rows=21, near=True)
+    if kind == "bucket":
+        sparse, _ = case.targets(kind)
+        sparse = replace(sparse, label_log_prob=-torch.rand(21), top=sparse.ids[:, 1])
+        case.targets = lambda _: (sparse, sparse)
     loss = LossConfig(divergence="jsd", alpha=0.5, temperature=1.0, label_smoothing=0.1)
     compiled, gradients = case.run(loss, kind)
     assert not COMPILER.failed

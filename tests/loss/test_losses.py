@@ -200,6 +200,28 @@ def test_samples_give_the_full_divergence_and_gradient_on_average():
     torch.testing.assert_close(results[0], results[1], atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("tail", ["renormalise", "bucket", "sampled"])
+def test_what_only_the_full_distribution_knows_comes_with_the_sparse_targets(tail):
+    student, teacher, labels = rows(near=False)
+    teacher[:3] = student[:3]
+    loss = LossConfig(temperature=1.0)
+    dense = distillation_loss(student, DenseTargets(teacher), labels, loss)
+    log_p = teacher.log_softmax(-1)
+    entropy, at_label = -(log_p.exp() * log_p).sum(-1), log_p[range(7), labels]
+    probs, ids = log_p.exp().sort(-1)  # 最不可能的 8 个
+    targets = SparseTargets(ids[:, :8], probs[:, :8], tail, entropy)
+    bare = distillation_loss(student, targets, labels, loss)
+    assert bare.teacher_cross_entropy.isnan()
+    assert bare.top1_agreement.isnan() == (tail == "sampled")
+    targets = SparseTargets(ids[:, :8], probs[:, :8], tail, entropy, at_label, log_p.argmax(-1))
+    found = distillation_loss(student, targets, labels, loss)
+    torch.testing.assert_close(found.teacher_cross_entropy, dense.teacher_cross_entropy)
+    assert found.top1_agreement == dense.top1_agreement
+    assert found.total == bare.total
+    alone = distillation_loss(student, targets, None, LossConfig(alpha=1.0, temperature=1.0))
+    assert alone.teacher_cross_entropy == 0
+
+
 @pytest.mark.parametrize(
     ("tail", "values", "named"),
     [
@@ -225,3 +247,7 @@ def test_sparse_targets_of_the_wrong_shape_are_refused():
         SparseTargets(ids, probs, "sampled")
     with pytest.raises(ValueError, match=r"entropy \[2\] must be \[P\] with P=3"):
         SparseTargets(ids, probs, "sampled", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"label_log_prob \[1\] must be \[P\] with P=3"):
+        SparseTargets(ids, probs, "bucket", label_log_prob=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"top \[3, 1\] must be \[P\] with P=3"):
+        SparseTargets(ids, probs, "bucket", top=ids[:, :1])

@@ -55,6 +55,7 @@ class Chunks:
             head = targets.head
             spec = spec._replace(teacher_scale=head.scale, teacher_softcap=head.softcap)
             self.teacher_bias = None if head.bias is None else head.bias[: spec.vocab]
+        self.top = targets.likeliest() if isinstance(targets, SparseTargets) else None
         self.spec, device, vocab = spec, hidden.device, spec.vocab
         two = isinstance(targets, HiddenTargets | DenseTargets)
         half = isinstance(products, MixedProducts) and not KERNELS.failed
@@ -169,9 +170,14 @@ class Chunks:
         labels = None if self.labels is None else self.labels[rows]
         label_product = None if labels is None else own.gather(1, labels[:, None])[:, 0]
         if isinstance(targets, SparseTargets):
-            ids, probs = targets.ids[rows], targets.probs[rows].to(own.dtype)
-            entropy = None if targets.entropy is None else targets.entropy[rows].to(own.dtype)
-            narrow = own.gather(1, ids), ids, probs, entropy, label_product, labels
+            ids, top = targets.ids[rows], None if self.top is None else self.top[rows]
+            probs, entropy, label_log_prob = (
+                None if part is None else part[rows].to(own.dtype)
+                for part in (targets.probs, targets.entropy, targets.label_log_prob)
+            )
+            top_product = None if top is None else own.gather(1, top[:, None])[:, 0]
+            narrow = (own.gather(1, ids), ids, probs, entropy, label_log_prob, top_product, top,
+                      label_product, labels)  # fmt: skip
             if targets.tail != "sampled":
                 own.scatter_(1, ids, -torch.inf)
             *values, id_gradient, label_gradient = self._call(

@@ -85,10 +85,11 @@ class LossSums(NamedTuple):
         total: α T² ΣD + (1-α) ΣCE，唯一带梯度的一项。
         divergence: ΣD(p_T, q_T)，不含 α 与 T²；α = 0 时为 0。
         cross_entropy: ΣCE(label, q_1)；α = 1 时不计算，为 0。
-        teacher_cross_entropy: 教师的 ΣCE(label, p_1)；两样都有时才计算，否则为 0；
-            ``SparseTargets`` 不知道它，为 NaN。
+        teacher_cross_entropy: 教师的 ΣCE(label, p_1)；两样都有时才计算，否则为 0；没有
+            ``label_log_prob`` 的 ``SparseTargets`` 不知道它，为 NaN。
         teacher_entropy: ΣH(p_T)，单位 nat；α = 0 时为 0。
-        top1_agreement: 两个模型最可能的 token 相同的行数；α = 0 时为 0，``sampled`` 时为 NaN。
+        top1_agreement: 两个模型最可能的 token 相同的行数；α = 0 时为 0，没有 ``top`` 的
+            ``sampled`` 为 NaN。
     """
 
     total: Tensor
@@ -137,10 +138,14 @@ def distillation_loss(
         log_q = log_softmax(logits / loss.temperature)
         if isinstance(targets, SparseTargets):
             values, entropy = sparse_divergence(targets, log_q, loss)
-            hits = targets.ids.gather(1, targets.probs.argmax(-1, keepdim=True))[:, 0]
-            sums["teacher_cross_entropy"] = zero * math.nan
-            agreement = (logits.argmax(-1) == hits).sum()
-            sums["top1_agreement"] = zero * math.nan if targets.tail == "sampled" else agreement
+            top, at_label = targets.likeliest(), targets.label_log_prob
+            sums["top1_agreement"] = (
+                zero * math.nan if top is None else (logits.argmax(-1) == top).sum()
+            )
+            if at_label is None:
+                sums["teacher_cross_entropy"] = zero * math.nan
+            elif loss.alpha < 1 and labels is not None:
+                sums["teacher_cross_entropy"] = -at_label.to(logits.dtype).sum()
         else:
             teacher = targets.logits.to(logits.dtype)
             log_p = log_softmax(teacher / loss.temperature)
@@ -174,7 +179,8 @@ def _without(
     if isinstance(targets, DenseTargets):
         targets = DenseTargets(targets.logits[:, kept])
     elif targets is not None:
-        targets = replace(targets, ids=place[targets.ids])
+        top = None if targets.top is None else place[targets.top]
+        targets = replace(targets, ids=place[targets.ids], top=top)
     return logits[:, kept], targets, None if labels is None else place[labels]
 
 

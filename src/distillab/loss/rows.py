@@ -105,7 +105,8 @@ def finish(
 def shifted(product: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Logits:
     """由矩阵乘的结果得到 ``Logits``。"""
     logits, slope = finish(product, bias, scale, softcap)
-    top = logits.amax(-1, keepdim=True)
+    # K 个 token 就是整个词表时，其余的全是 -inf
+    top = logits.amax(-1, keepdim=True).clamp(min=NO_PROBABILITY)
     return Logits(logits - top, top, slope)
 
 

@@ -33,6 +33,9 @@ def sparse_rows(
     ids: Tensor,
     probs: Tensor,
     entropy: Tensor | None,
+    label_log_prob: Tensor | None,
+    top_product: Tensor | None,
+    top: Tensor | None,
     label_product: Tensor | None,
     labels: Tensor | None,
     bias: Tensor | None,
@@ -42,8 +45,9 @@ def sparse_rows(
     """``[R, V]`` 与教师的 K 个概率 → ``RowValues`` 的各项；``student`` 变成其余 token 的梯度。
 
     ``sampled`` 之外，``student`` 在 ``ids [R, K]`` 处须已填成 ``-inf``（``id_product [R, K]`` 是填
-    之前的数）；它们的梯度 ``[R, K]`` 是倒数第二个，由调用者写入（``sampled`` 时是加上）。标签处同
-    ``dense_rows``：要加的梯度 ``[R]`` 是最后一个。
+    之前的数，``top_product [R]`` 是教师最可能的 token ``top`` 处的）；它们的梯度 ``[R, K]`` 是倒数
+    第二个，由调用者写入（``sampled`` 时是加上）。标签处同 ``dense_rows``：要加的梯度 ``[R]`` 是最后
+    一个。
     """
     id_logits, id_slope = finish(
         id_product, None if bias is None else bias[ids], spec.scale, spec.softcap
@@ -51,8 +55,8 @@ def sparse_rows(
     logits = shifted(student, bias, spec.scale, spec.softcap)
     masked = tail != "sampled"
     if masked:  # 最大值也可能在 K 个 token 之中
-        top = torch.maximum(logits.top, id_logits.amax(-1, keepdim=True))
-        logits = Logits(logits.shifted + (logits.top - top), top, logits.slope)
+        highest = torch.maximum(logits.top, id_logits.amax(-1, keepdim=True))
+        logits = Logits(logits.shifted + (logits.top - highest), highest, logits.slope)
     id_logits = id_logits - logits.top
 
     def normaliser(temperature: float) -> tuple[Tensor, Tensor]:
@@ -67,19 +71,25 @@ def sparse_rows(
         divergence, id_gradient, rest_gradient, own_entropy = outcomes(
             probs, log_q, rest, tail, spec
         )
-        agreement = id_logits.gather(-1, probs.argmax(-1, keepdim=True))[:, 0] >= 0
     else:
         assert entropy is not None  # SparseTargets 已检查
         divergence = -(probs * log_q).sum(-1) - entropy
         id_gradient, rest_gradient = -probs, probs.sum(-1, keepdim=True)
-        own_entropy, agreement = entropy, log_q[:, 0] * math.nan
+        own_entropy = entropy
     zero = logits.top[:, 0] * 0
+    agreement = teacher_cross_entropy = zero * math.nan
+    if top is not None and top_product is not None:
+        top_bias = None if bias is None else bias[top]
+        top_logit, _ = finish(top_product, top_bias, spec.scale, spec.softcap)
+        agreement = (top_logit >= logits.top[:, 0]).to(log_q.dtype)
+    if label_log_prob is not None:
+        teacher_cross_entropy = zero if labels is None else -label_log_prob
     values = RowValues(
         divergence=divergence,
         cross_entropy=zero,
-        teacher_cross_entropy=zero * math.nan,  # 标签多半不在 K 个之中
+        teacher_cross_entropy=teacher_cross_entropy,
         teacher_entropy=own_entropy if entropy is None else entropy,
-        agreement=agreement.to(log_q.dtype),
+        agreement=agreement,
     )
     softened = (logits.shifted * (1 / spec.temperature) - log_sum).exp()
     gradient = spec.alpha * spec.temperature * rest_gradient * softened
