@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import compress, pairwise
 
 import torch
 from torch import Tensor
 
+from .targets import SparseTargets
 from .vocabulary import Vocabulary
 
 IGNORE_INDEX = -100
@@ -160,6 +161,8 @@ class Batch:
         teacher: 教师的视角；prompt 与长度可以不同，``P`` 必须相同。
         labels: ``[P]``，int64，response token；不含 ``IGNORE_INDEX``。
         alignment: 分词器不同时教师的标签，与两边怎样对上；那时教师的行数是它自己的 ``P_t``。
+        keys: 教师读的各段文字的摘要，与每段有几个 response token；没有存教师的分布时是 ``None``。
+        stored: 存下的教师的分布；``None`` 为还没有存，或有一段没有。
         examples: 这一批由哪些 ``Example`` 拼成，留在主机上；文本块没有。
         failed: 本该在这一批、读不出或拼不进去的。
 
@@ -173,6 +176,8 @@ class Batch:
     examples: tuple[Example, ...] | None = None
     failed: tuple[FailedRow, ...] = ()
     alignment: Alignment | None = None
+    keys: tuple[tuple[bytes, int], ...] | None = None
+    stored: SparseTargets | None = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.student.index), len(self.teacher.index), len(self.labels))
@@ -191,7 +196,14 @@ class Batch:
         student = self.student.map(function)
         teacher = student if self.teacher is self.student else self.teacher.map(function)
         aligned = None if self.alignment is None else self.alignment.map(function)
-        return Batch(student, teacher, function(self.labels), self.examples, self.failed, aligned)
+        return replace(
+            self,
+            student=student,
+            teacher=teacher,
+            labels=function(self.labels),
+            alignment=aligned,
+            stored=None if self.stored is None else self.stored.map(function),
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """搬到 ``device``；Accelerate 的 DataLoader 会调用它。去 GPU 的先锁页，主机总是不等。"""

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def train(
         main = trainer.accelerator.is_main_process
         if main and parts.trimmed is not None:
             parts.trimmed.copy_to(run.tokenizer)
-        with trainer.watch:
+        with trainer.watch, trainer.teacher or nullcontext():
             measured = _reference(run, trainer)
             before = checks.measure("student_before")
             with profiling(run.path / "profile" if profile and main else None):

@@ -141,7 +141,7 @@ def test_schema_file_is_current_and_knows_every_key():
         "extends", "name", "description", "student", "teacher", "data", "responses", "sampling",
         "synthesize", "loss", "train", "evaluate",
     }  # fmt: skip
-    assert schema["$defs"]["ModelSource"]["additionalProperties"] is False
+    assert schema["$defs"]["TeacherSection"]["additionalProperties"] is False
 
 
 def test_unknown_name_suggests_the_nearest_recipe():

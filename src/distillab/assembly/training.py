@@ -42,6 +42,7 @@ from ..train.trainer import DistillationTrainer
 from ..train.two_tokenizers import Across, byte_counts
 from .parts import Parts
 from .splits import SourceSplits, Splits
+from .teacher_store import stored_teacher
 
 logger = logging.getLogger("distillab")
 
@@ -293,9 +294,10 @@ def build_trainer(
             for source in recipe.data.sources
         ]
         on_policy = OnPolicy(rollouts, recipe.responses, data.collate, recipe.train.seed)
+    teacher, collate = stored_teacher(recipe, parts, data.collate)
     return DistillationTrainer(
         parts.student,
-        parts.local_teacher(),
+        teacher,
         data.train,
         data.validation,
         recipe.train,
@@ -303,7 +305,7 @@ def build_trainer(
         loss=recipe.loss,
         evaluate=recipe.evaluate,
         vocabulary=parts.vocabulary,
-        collate=data.collate,
+        collate=collate,
         train_sampler=data.sampler,
         on_policy=on_policy,
         across=across(parts, data, recipe.loss.divergence),

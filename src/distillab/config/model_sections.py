@@ -164,6 +164,54 @@ class ModelSource(Section):
     shard: bool = Field(False, description="Split the teacher over the processes (FSDP2).")
 
 
+class CacheConfig(Section):
+    """教师的分布存在磁盘上：算过一次的文字不再算。存的是每个 token 抽出的几个，或最可能的几个。"""
+
+    keep: Literal["sampled", "top_k"] = Field(
+        "sampled", description="Tokens drawn from the teacher, unbiased, or its k likeliest."
+    )
+    samples: int = Field(32, gt=0, description="Draws for each token, of keep: sampled.")
+    k: int | None = Field(None, gt=0, description="Tokens of keep: top_k; default: 50.")
+    tail: Literal["bucket", "renormalise"] | None = Field(
+        None, description="The rest of keep: top_k: one outcome (default), or left out."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the draws: the same store on any machine.")
+    path: str | None = Field(
+        None, min_length=1, description="Directory of the store; default: in the cache."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> CacheConfig:
+        top_k = self.keep == "top_k"
+        if top_k:
+            self.k, self.tail = self.k or 50, self.tail or "bucket"
+            if "samples" in self.model_fields_set and self.samples != 32:
+                raise ValueError("samples belongs to keep: sampled, but keep is top_k")
+        for key in () if top_k else ("k", "tail"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} belongs to keep: top_k, but keep is sampled")
+        return self
+
+    def kept(self, vocab_size: int) -> int:
+        """每个 token 存几个 id，词表有 ``vocab_size`` 个。"""
+        return self.samples if self.keep == "sampled" else min(self.k or 1, vocab_size)
+
+    def token_bytes(self, vocab_size: int) -> int:
+        """每个 response token 几个字节；与 ``teachers.records.Layout.size`` 相同。"""
+        count, bits = self.kept(vocab_size), max(1, (vocab_size - 1).bit_length())
+        if self.keep == "sampled":
+            return -(-(count + 1) * bits // 8) + 8
+        return -(-count * bits // 8) + 2 * count + 8
+
+
+class TeacherSection(ModelSource):
+    """教师：一个预训练模型，每步现算，或算一次存下。"""
+
+    cache: CacheConfig | None = Field(
+        None, description="Keep its distributions on disk while they are computed; {} is enough."
+    )
+
+
 class InitConfig(WidthConfig):
     """学生的初始权重：教师或另一个模型的若干层，各层可以裁窄。"""
 

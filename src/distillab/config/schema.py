@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from .mixture import Data, keyed
-from .model_sections import ModelSource, StudentSection
+from .model_sections import CacheConfig, StudentSection, TeacherSection
 from .sections import (
     FileName,
     InsideRun,
@@ -194,7 +194,7 @@ class Recipe(Section):
     name: FileName = Field(description="Names the run directory runs/NAME.")
     description: str = Field("", description="One line for `distillab recipes`.")
     student: StudentSection = StudentSection()
-    teacher: ModelSource | None = None
+    teacher: TeacherSection | None = None
     data: Data
     responses: ResponsesConfig = ResponsesConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -265,6 +265,8 @@ class Recipe(Section):
                 raise ValueError("without a teacher or student.path, set student.tokenizer")
         if self.loss.across:
             self._across_tokenizers()
+        if self.teacher is not None and self.teacher.cache is not None:
+            self._cached(self.teacher.cache)
         config = self.student.config
         for key, source in keyed(data):
             length = source.max_seq_len
@@ -284,6 +286,39 @@ class Recipe(Section):
                 f"train.max_steps={total}"
             )
         return self
+
+    def _cached(self, cache: CacheConfig) -> None:
+        """存下的分布回答不了的。"""
+        share, loss = self.responses.student_fraction, self.loss
+        if self.responses.on_policy:
+            raise ValueError(
+                f"responses.student_fraction={share:g} and teacher.cache disagree: responses that "
+                f"the student samples are new in every step; drop one"
+            )
+        if loss.alpha == 0:
+            return
+        if loss.across:
+            raise ValueError(
+                f"loss.divergence={loss.divergence} and teacher.cache disagree: the teacher's "
+                f"tokens are not the student's; drop teacher.cache"
+            )
+        kept = f"teacher.cache.keep={cache.keep}"
+        if cache.keep == "sampled" and loss.divergence != "forward_kl":
+            raise ValueError(
+                f"loss.divergence={loss.divergence} and {kept} disagree: draws give forward_kl; "
+                f"set keep to top_k"
+            )
+        if cache.tail == "renormalise" and loss.divergence == "reverse_kl":
+            raise ValueError(
+                "loss.divergence=reverse_kl and teacher.cache.tail=renormalise disagree: it is "
+                "infinite where the teacher's probability is left out; set tail to bucket"
+            )
+        if cache.tail != "renormalise" and loss.temperature != 1:
+            raise ValueError(
+                f"loss.temperature={loss.temperature:g} and {kept} disagree: the rest of the "
+                f"distribution is known at temperature 1; set loss.temperature to 1"
+                + (", or tail to renormalise" if cache.keep == "top_k" else "")
+            )
 
     def _across_tokenizers(self) -> None:
         """分词器可以不同时，用不上的写法。"""

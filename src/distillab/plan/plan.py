@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..config.model_sections import ModelConfig, ModelSource, StudentSection
+from ..config.model_sections import CacheConfig, ModelConfig, ModelSource, StudentSection
 from ..config.run_dir import RUNS, RunDirectory
 from ..config.schema import Recipe, TrainingConfig
 from ..parsing import parse_json
@@ -274,6 +274,8 @@ def _planned(
         notes.append(
             "the teacher's tokens of the same text are taken to be as many as the student's"
         )
+    if recipe.teacher is not None and (cache := recipe.teacher.cache) is not None:
+        notes.append(_store_note(cache, student.shape.vocab_size, lengths))
     if recipe.responses.on_policy:
         step = step.with_sampling(
             config.batch_size * config.gradient_accumulation_steps,
@@ -289,6 +291,17 @@ def _planned(
         )
     steps = _steps(config, recipe.responses.reuse, step, lengths)
     return Plan(recipe, step, device, steps, tuple(dict.fromkeys(notes)))
+
+
+def _store_note(cache: CacheConfig, vocab_size: int, lengths: Lengths) -> str:
+    size = cache.token_bytes(vocab_size)
+    total = ""
+    if lengths.examples is not None:
+        total = f", at most {lengths.examples * lengths.rows * size / 1e9:.2f} GB for the data"
+    return (
+        f"teacher.cache: {size} bytes a token{total}; a text is asked once, so the teacher's time "
+        f"is of the first epoch only"
+    )
 
 
 def _precision(wanted: str, device: Device, notes: list[str]) -> str:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..batch import View
+from ..batch import Batch, View
 from ..distributed.sharding import WholeCopy, reshard
 from ..models.interface import LanguageModel, evaluating
 from ..models.lora import adapters_off
-from ..targets import DenseTargets, HiddenTargets
+from ..targets import DenseTargets, HiddenTargets, Targets
 from ..vocabulary import Vocabulary
 from .outside import Outside
 
@@ -28,9 +28,17 @@ class LocalTeacher:
     """
 
     outside: Outside | None = None
+    inside = False
+    """它的目标是不是在学生的 forward 里取。"""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(False)
+
+    def __enter__(self) -> LocalTeacher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """训练完了；现算的没有什么要收拾。"""
 
     def place(self, device: torch.device) -> None:
         """放到设备上；训练循环在进程组建好之后调用一次。"""
@@ -43,6 +51,10 @@ class LocalTeacher:
     def whole(self, keep: bool = True) -> Iterator[LanguageModel]:
         """完整的教师，供它生成；所有进程都要调用，``keep`` 见 ``WholeCopy.filled``。"""
         yield self.model
+
+    def of(self, batch: Batch, vocabulary: Vocabulary) -> Targets:
+        """教师在一批上的目标；见 ``targets``。"""
+        return self.targets(batch.teacher, vocabulary)
 
     @torch.no_grad()
     def targets(self, view: View, vocabulary: Vocabulary) -> HiddenTargets | DenseTargets:
@@ -137,6 +149,8 @@ class AdapterOffTeacher(LocalTeacher):
     Args:
         model: 装了 LoRA 的学生，与训练的是同一个对象。
     """
+
+    inside = True
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model

@@ -11,7 +11,7 @@ from ..loss.fused import fused_distillation_loss
 from ..loss.losses import LossSums
 from ..models.interface import LanguageModel
 from ..targets import HiddenTargets, Targets
-from ..teachers.in_process import AdapterOffTeacher
+from ..teachers.stored import Teacher
 from ..vocabulary import Vocabulary
 from .profiling import phase
 from .two_tokenizers import Across
@@ -41,15 +41,15 @@ class DistillationModule(nn.Module):
         self.across = across or Across()
         self._no_split_modules = student.block_names  # FSDP2 凭它找到各层
 
-    def forward(self, batch: Batch, targets: Targets | AdapterOffTeacher | None) -> LossSums:
+    def forward(self, batch: Batch, targets: Targets | Teacher | None) -> LossSums:
         """训练时是训练的目标函数，eval 时是验证的；都是总和，从不做除法。
 
         教师就是关掉 adapter 的学生时，它的目标也在这里算：分片的权重只在 forward 里是完整的。
         """
-        if isinstance(targets, AdapterOffTeacher):
+        if isinstance(targets, Teacher):
             with phase("teacher forward"):
                 theirs = self.across.teacher_vocabulary or self.vocabulary
-                targets = targets.targets(batch.teacher, theirs)
+                targets = targets.of(batch, theirs)
         with phase("student forward"):
             rows = self.student.read(batch.student)
         loss = self.loss

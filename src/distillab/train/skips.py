@@ -106,7 +106,9 @@ class GuardedCollate:
                 student, teacher = (
                     replace(view, index=none) for view in (batch.student, batch.teacher)
                 )
-                return replace(batch, student=student, teacher=teacher, labels=none)
+                return replace(
+                    batch, student=student, teacher=teacher, labels=none, keys=None, stored=None
+                )
         raise DistillabError("not one row of the training data can be read")
 
 

@@ -39,7 +39,7 @@ from ..loss.losses import LossSums
 from ..models.interface import LanguageModel
 from ..signals import StopRequest
 from ..targets import Targets
-from ..teachers.in_process import AdapterOffTeacher, LocalTeacher
+from ..teachers.stored import Teacher
 from ..vocabulary import Vocabulary
 from .checkpoint import begin, resume_newest, save_best, save_checkpoint
 from .compilation import prepare_bodies, record_bodies, training_step
@@ -83,7 +83,7 @@ class DistillationTrainer:
     def __init__(
         self,
         student: LanguageModel,
-        teacher: LocalTeacher | None,
+        teacher: Teacher | None,
         train_data: Dataset[Any],
         validation_data: Dataset[Any],
         config: TrainingConfig,
@@ -306,11 +306,11 @@ class DistillationTrainer:
             self.teacher.release()
         return sums
 
-    def _targets(self, batch: Batch) -> Targets | AdapterOffTeacher | None:
-        if self.teacher is None or isinstance(self.teacher, AdapterOffTeacher):
+    def _targets(self, batch: Batch) -> Targets | Teacher | None:
+        if self.teacher is None or self.teacher.inside:
             return self.teacher  # 后者在学生的 forward 里取目标
         with phase("teacher forward"):
-            return self.teacher.targets(batch.teacher, self.teacher_vocabulary)
+            return self.teacher.of(batch, self.teacher_vocabulary)
 
     # ------------------------------------------------------------------ 记录、验证、存盘
 
