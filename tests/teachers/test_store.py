@@ -248,7 +248,7 @@ def test_two_processes_write_one_store_while_a_third_reads(tmp_path, reference):
     with opened(directory, None) as targets, opened(reference, None) as expected:
         assert missing(targets, range(DOCUMENTS)) == []
         assert (len(targets), targets.tokens) == (len(expected), expected.tokens)
-        assert targets.total_bytes > expected.total_bytes
+        assert targets.total_bytes >= expected.total_bytes
 
 
 def test_a_name_belongs_to_one_process(tmp_path):
