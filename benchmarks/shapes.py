@@ -1,4 +1,4 @@
-"""同样多的参数，裁短、裁窄、两样都裁：quickstart 的教师与文字，训练前后的困惑度，一张表。
+"""同样多的参数，裁短（几种选层的办法）、裁窄、两样都裁：quickstart 的教师与文字，训练前后的困惑度。
 
 各种形状只给层数、通道与头，FFN 的宽度由参数的个数解出。每次运行是 ``runs/shape-...`` 里的一次
 ``distillab train quickstart --resume``：中断了再运行同一条命令，走完的不再走，没走完的接着走。
@@ -24,8 +24,10 @@ from tables import SHAPES
 
 RECIPE = "quickstart"
 GROUP = {"num_heads": 6, "num_kv_heads": 2}
-CASES: dict[str, dict[str, int]] = {
+CASES: dict[str, dict[str, Any]] = {
     "depth": {"layers": 15},
+    "depth-even": {"layers": 15, "choose": "even"},
+    "depth-greedy": {"layers": 15, "choose": "greedy"},
     "width-ffn": {"layers": 30},
     "width-heads": {"layers": 30, **GROUP},
     "width-all": {"layers": 30, "hidden_size": 432, **GROUP},
@@ -34,7 +36,9 @@ CASES: dict[str, dict[str, int]] = {
     "both-all": {"layers": 20, "hidden_size": 504, **GROUP},
     "both-twice": {"layers": 20},
 }
-"""``depth`` 定下参数的个数；``both-twice`` 走到一半时再裁一次，之前的形状见 ``HALFWAY``。"""
+"""``depth`` 定下参数的个数，另两个 ``depth-`` 只换选层的办法。``both-twice`` 走到一半时再裁一次，之
+前的形状见 ``HALFWAY``。
+"""
 HALFWAY = {"layers": 25, "intermediate_size": 1280}
 FINE = 8
 """FFN 的宽度是它的倍数。"""
@@ -52,10 +56,10 @@ def parameters(init: dict[str, Any]) -> int:
     return plan(Recipe.model_validate(values), find_device("cpu")).step.student.parameters
 
 
-def solved(case: str) -> dict[str, int]:
+def solved(case: str) -> dict[str, Any]:
     """``CASES[case]``，添上使参数与 ``depth`` 最接近的 FFN 宽度。"""
     sizes = CASES[case]
-    if case == "depth":
+    if case.startswith("depth"):
         return sizes
     none, one = (parameters({**sizes, "intermediate_size": FINE * i}) for i in (1, 2))
     units = 1 + round((parameters(CASES["depth"]) - none) / (one - none))

@@ -98,7 +98,6 @@ SHAPES: list[Column] = [
     ("after", number("after", ".1f")),
     ("KL", number("kl", ".3f")),
     ("same top-1", number("top1", ".1%")),
-    ("tokens/s", number("tokens_per_second", ".0f")),
 ]
 PACKING: list[Column] = [
     ("model", lambda record: record["model"]),
