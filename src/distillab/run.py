@@ -314,6 +314,8 @@ def _outside(trainer: DistillationTrainer) -> float | None:
         return None
     accelerator = trainer.accelerator
     mass, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+    if not tokens:  # 教师的分布都是存下的，没有再问它
+        return None
     done = "renormalised" if teacher.outside is None else "moved to their first piece"
     logger.info(
         f"the teacher gives {mass / tokens:.3%} of its probability to tokens outside the "

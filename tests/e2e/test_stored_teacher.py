@@ -169,3 +169,13 @@ def test_a_store_of_another_teacher_is_refused(train, command):
     code, _, err = command("train", "recipe.yaml", *[w for one in sets for w in ("--set", one)])
     assert code == 2
     assert "seed" in err
+
+
+def test_a_trimmed_vocabulary_is_another_store_and_reads_its_own(train, calls):
+    trimmed = [*CACHED, "student.vocab={keep: corpus}"]
+    train("cold", *trimmed)
+    asked = len(calls)
+    train("warm", *trimmed)
+    assert len(calls) == asked
+    assert_same(rows("warm"), rows("cold"))
+    assert "outside" in rows("cold", "reference")[-1]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -259,6 +260,16 @@ def test_a_name_belongs_to_one_process(tmp_path):
             other.add(key(3), rows(3))
     with opened(tmp_path / "t") as targets:
         assert missing(targets, range(5)) == [0, 1, 2, 4]
+
+
+def test_a_copy_in_another_process_reads_what_was_flushed(tmp_path):
+    with opened(tmp_path / "t") as targets:
+        targets.add(key(3), rows(3))
+        targets.flush()
+        targets.add(key(4), rows(4))
+        copy = pickle.loads(pickle.dumps(targets))
+        assert missing(copy, [3, 4]) == [4]
+        assert copy.writer is None
 
 
 def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path):

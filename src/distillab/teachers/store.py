@@ -57,6 +57,7 @@ class TargetStore:
         if writer is not None and not re.fullmatch(r"\w+", writer, re.ASCII):
             raise ValueError(f"writer={writer!r}, expected letters, digits and _")
         self.directory, self.record_bytes, self.writer = directory, record_bytes, writer
+        self._fields = dict(fields)
         header = {"format": FORMAT, **fields, "record_bytes": record_bytes}
         header = json.loads(json.dumps(header))
         self._seed = zlib.crc32(json.dumps(header, sort_keys=True).encode())
@@ -75,6 +76,10 @@ class TargetStore:
         self.refresh()
         own = [number for number, shard in enumerate(self._shards) if shard.writer == writer]
         self._own = max(own, key=lambda number: self._shards[number].number, default=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """到了别的进程（DataLoader 的 worker）就是只读的，另开一次。"""
+        return type(self), (self.directory, self._fields, self.record_bytes)
 
     def __enter__(self) -> TargetStore:
         return self
