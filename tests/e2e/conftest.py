@@ -132,6 +132,19 @@ def command(workdir, monkeypatch, capsys):
 
 
 @pytest.fixture
+def train_recipe(command):
+    """训练一份配方，要成功；返回它印出的全部。"""
+
+    def train_recipe(recipe: str, name: str, *overrides: str, resume: bool = False) -> str:
+        sets = [word for one in (*overrides, f"name={name}") for word in ("--set", one)]
+        code, out, err = command("train", recipe, *sets, *["--resume"] * resume)
+        assert code == 0, err
+        return out + err
+
+    return train_recipe
+
+
+@pytest.fixture
 def stub(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

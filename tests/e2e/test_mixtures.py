@@ -1,13 +1,12 @@
 """几个来源混在一起训练：各按权重，各有各的格式与视角，被杀之后接着走的步也一样。"""
 
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-
-from distillab.run_file_shapes import read_metrics
+from run_files import back_to, rows
 
 ITEMS = ["lamp", "door", "roof", "wall"]
 
@@ -44,19 +43,8 @@ def mixture(workdir):
 
 
 @pytest.fixture
-def train(mixture, command):
-    def train(name, *overrides, resume=False):
-        sets = [word for one in (*overrides, f"name={name}") for word in ("--set", one)]
-        code, out, err = command("train", "mixed.yaml", *sets, *["--resume"] * resume)
-        assert code == 0, err
-        return out + err
-
-    return train
-
-
-def rows(run, kind="train"):
-    found = read_metrics(Path("runs") / run / "metrics.jsonl")
-    return [row for row in found if row["kind"] == kind]
+def train(mixture, train_recipe):
+    return partial(train_recipe, "mixed.yaml")
 
 
 def assert_same(found, expected, rel=1e-5):
@@ -108,11 +96,8 @@ def test_micro_batches_do_not_show_and_a_resumed_run_takes_the_same_steps(train)
     train("whole")
     train("split", "train.batch_size=1", "train.gradient_accumulation_steps=4")
     assert_same(rows("split"), rows("whole"))
-    Path("runs/whole/summary.json").unlink()
     expected = rows("whole")
-    for path in Path("runs/whole/checkpoints").glob("step-*"):
-        if int(path.name[-8:]) > 9:
-            shutil.rmtree(path)
+    back_to("whole", 9)
     assert "at step 9" in train("whole", resume=True)
     assert_same(rows("whole"), expected, rel=0)
 
@@ -142,10 +127,7 @@ def test_a_stream_mixes_in_and_goes_on_where_it_was(train):
     options = ["data.mixture.2.streaming=true", "data.mixture.2.shuffle_buffer=20"]
     train("whole", *options)
     expected = rows("whole")
-    Path("runs/whole/summary.json").unlink()
-    for path in Path("runs/whole/checkpoints").glob("step-*"):
-        if int(path.name[-8:]) > 9:
-            shutil.rmtree(path)
+    back_to("whole", 9)
     assert "at step 9" in train("whole", *options, resume=True)
     assert_same(rows("whole"), expected, rel=0)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_files import back_to, rows
 
-from distillab.run_file_shapes import read_metrics
 from distillab.teachers.in_process import LocalTeacher
 
 CACHED = ["teacher.cache={}", "loss={divergence: forward_kl, temperature: 1, alpha: 0.7}"]
@@ -41,7 +41,7 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
-def train(workdir, command):
+def train(workdir, train_recipe):
     chat()
     recipe = yaml.safe_load(Path("recipe.yaml").read_text())
     recipe["data"] = {"source": "plain.jsonl", "teacher_source": "known.jsonl", "format": "chat",
@@ -49,17 +49,9 @@ def train(workdir, command):
     Path("chat.yaml").write_text(yaml.safe_dump(recipe))
 
     def train(name, *overrides, recipe="recipe.yaml", resume=False):
-        sets = [word for one in (*overrides, f"name={name}") for word in ("--set", one)]
-        code, out, err = command("train", recipe, *sets, *["--resume"] * resume)
-        assert code == 0, err
-        return out + err
+        return train_recipe(recipe, name, *overrides, resume=resume)
 
     return train
-
-
-def rows(run, kind="train"):
-    found = read_metrics(Path("runs") / run / "metrics.jsonl")
-    return [row for row in found if row["kind"] == kind]
 
 
 def assert_same(found, expected, rel=0.0):
@@ -101,10 +93,7 @@ def test_a_resumed_run_takes_the_same_steps_whatever_is_stored(train):
     train("whole", *options)
     expected = rows("whole")
     for emptied in (False, True):
-        Path("runs/whole/summary.json").unlink()
-        for path in Path("runs/whole/checkpoints").glob("step-*"):
-            if int(path.name[-8:]) > 9:
-                shutil.rmtree(path)
+        back_to("whole", 9)
         if emptied:
             shutil.rmtree(Path("cache/targets"))
         assert "at step 9" in train("whole", *options, resume=True)

@@ -55,11 +55,10 @@ class Splits:
         """训练集里由 ``train.seed`` 抽出的若干条，至少 ``tokens`` 个 token（没有那么多就是全部），
         每条不长于 ``longest``，各来源按权重；对话是学生的视角。验证集从不在其中。
         """
-        keys = [source.key(tokenizer, longest) for source in self.sources]
         limits = [tokens, _LONGEST_ROW]
 
         def key() -> list[Any]:
-            own = [one() for one in keys]
+            own = [source.key(tokenizer, longest) for source in self.sources]
             return own[0] + limits if len(own) == 1 else [own, self.weights, *limits]
 
         def rows() -> list[Tensor]:
@@ -117,9 +116,9 @@ class SourceSplits:
             self._made[key] = (kept, *made)
         return self._made[key][1:]
 
-    def key(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Callable[[], list[Any]]:
+    def key(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Any]:
         """认得出 ``shuffled`` 给出的是哪些。"""
-        return lambda: [self.of(tokenizer, self._longest(longest))[0].fingerprint, self._seed]
+        return [self.of(tokenizer, self._longest(longest))[0].fingerprint, self._seed]
 
     def shuffled(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[Tensor]:
         """训练集的各条 ``[T]``，int64，由种子打乱，不长于 ``longest``。"""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..batch import Batch
 from ..cache import cache_dir, expanded
 from ..config.schema import Recipe
 from ..data.corpus import cache_key
@@ -18,11 +15,10 @@ from ..models.pretrained import resolve_model
 from ..models.tokenizer import tokenizer_fingerprint
 from ..teachers.store import TargetStore
 from ..teachers.stored import Rule, StoredCollate, StoredTeacher, Teacher
+from ..train.loaders import Collate
 from .parts import Parts, frozen_dtype
 
 logger = logging.getLogger("distillab")
-
-Collate = Callable[[Sequence[Any]], Batch]
 
 _ENDS = 1 << 20
 """认一个权重文件，看它的大小与两头这么多字节：整个读一遍，70B 的要好几分钟。"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,11 +166,9 @@ class StoredTeacher:
         """同 ``LocalTeacher.place``。"""
         self.inner.place(device)
 
-    @contextmanager
-    def whole(self, keep: bool = True) -> Iterator[LanguageModel]:
+    def whole(self, keep: bool = True) -> AbstractContextManager[LanguageModel]:
         """同 ``LocalTeacher.whole``。"""
-        with self.inner.whole(keep) as model:
-            yield model
+        return self.inner.whole(keep)
 
     def measured_outside(self) -> Tensor | None:
         """同 ``LocalTeacher.measured_outside``。"""
