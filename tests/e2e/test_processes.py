@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_files import rows
 
 from distillab.distributed.launch import engine_config
-from distillab.run_file_shapes import read_metrics
 
 
 def train(*arguments: str, **changed: str) -> str:
@@ -21,12 +21,6 @@ def train(*arguments: str, **changed: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
-
-
-def rows(run: str, kind: str) -> list[dict]:
-    return [
-        row for row in read_metrics(Path("runs") / run / "metrics.jsonl") if row["kind"] == kind
-    ]
 
 
 @pytest.mark.slow

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from run_files import rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from distillab.run_file_shapes import read_metrics
 
 CONFIG = (
     "{hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, intermediate_size: 48, "
@@ -66,10 +65,6 @@ def conversations(count=24, response=True):
 
 
 CHAT = "{{source: chat.jsonl, format: chat, max_seq_len: 48{}}}"
-
-
-def rows(name, kind="train"):
-    return [r for r in read_metrics(Path(f"runs/{name}/metrics.jsonl")) if r["kind"] == kind]
 
 
 def test_text_is_distilled_between_two_tokenizers(other, command):
